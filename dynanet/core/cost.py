@@ -1,0 +1,177 @@
+"""A CostModel prices every unit of a model, from what really ran."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from dynanet.core.decision import Decision
+from dynanet.core.dynamic import Dynamic, everything, execute, forced, layers
+from dynanet.core.errors import StructureError
+from dynanet.core.macs import CountMacs
+from dynanet.core.trace import Call, Trace, record
+
+
+class CostModel:
+    """What every unit of a model costs, and what a forward pass spent.
+
+    Prices are measured, not derived: one sparse pass with everything kept, its MACs counted at dispatch and given to
+    the innermost unit that ran; divided by the rows that ran it. `macs` are multiply-accumulates of convolutions,
+    linears, matmuls and attention. Prices hold for inputs of the example's size.
+
+    Layers go by their names, so a cost model also prices traces of a copy of the model: of a session, say.
+
+    Attributes:
+        full: MACs per sample of the dense form, everything computed.
+        always: MACs per sample in no unit: what runs whatever is decided, gates included.
+        worst: MACs per sample of the dearest path: the sparse form with everything kept. More than `full` where halos
+            are read twice; less where a hard cap stands (`Halt.limit`).
+        unit: by layer, the price of one row of each unit, (units,) or (units, degree) float64.
+
+    Args:
+        model: any module; its modes are left as they were.
+        example: an input batch; one sample suffices.
+
+    Raises:
+        StructureError: an example without samples.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, example: Any):
+        samples = tree_leaves(example)[0].shape[0]
+        if samples == 0:
+            raise StructureError("a cost model needs an example with at least one sample; this batch is empty")
+        found = layers(model)
+        with _as_deployed(model):
+            execute(model, sparse=False)
+            with CountMacs() as dense, forced(model, everything):
+                model(example)
+            execute(model, sparse=True)
+            passes = [_counted(model, example, everything)]
+            for power in range(2, 1 + max((layer.degree for layer in found.values()), default=1)):
+                passes.append(_counted(model, example, _one_in(power)))
+        trace, macs = passes[0]
+        self.full = dense.total / samples
+        self.always = macs[None] / samples
+        self.worst = sum(macs.values()) / samples
+        self.unit = {name: _prices(name, layer, passes) for name, layer in found.items() if name in trace.keys()}
+        self._price = {name: layer.price for name, layer in found.items()}
+
+    def spent(self, trace: Trace) -> Tensor:
+        """MACs per sample of a recorded pass, (B,) float64: equal to what runs when the sample runs sparsely alone.
+
+        In training it is the expected cost, with gradients to every gate that a unit hung on.
+
+        Raises:
+            StructureError: the trace is of another model.
+        """
+        spent: Tensor | float = self.always
+        for call in trace.calls:
+            spent = spent + self._call(call)
+        if not isinstance(spent, Tensor):
+            raise StructureError("nothing was decided in this trace: run the model inside `with record(model) as trace`")
+        return spent
+
+    def steps(self, trace: Trace, name: str = "") -> Tensor:
+        """MACs per sample if it left a Halt after its first, second, ... step: (B, steps) float64.
+
+        Read off a trace in which every step ran (`forced(model, everything)`, or no threshold); decisions of layers
+        inside the steps count as they were made.
+        """
+        depth = 1 + max((call.first + 1 for call in trace.calls if call.name == name), default=0)
+        spent: list[Tensor | float] = [0.0] * depth
+        for call in trace.calls:
+            if call.name == name:
+                arrived = call.first + 1
+            else:
+                arrived = 1 + max((unit for layer, unit in call.within if layer == name), default=-1)
+            spent[arrived] = spent[arrived] + self._call(call)
+        batch = next((call.keep for call in trace.calls), None)
+        if batch is None:
+            raise StructureError(f"no decision of {name!r} in this trace: record a pass of the model first")
+        column = [torch.as_tensor(s, dtype=torch.float64, device=batch.device).expand(batch.shape[0]) for s in spent]
+        return self.always + torch.stack(column, 1).cumsum(1)
+
+    def _call(self, call: Call) -> Tensor:
+        if call.name not in self.unit:
+            raise StructureError(f"the trace has a layer {call.name!r} that this cost model never saw; make one for it")
+        prices = self.unit[call.name].to(call.keep.device)
+        return self._price[call.name](call.keep, prices[call.first : call.first + call.keep.shape[-1]])
+
+    def __str__(self) -> str:
+        lines = [f"{'layer':32} {'unit':>5} {'MACs per row':>16} {'share':>7}"]
+        lines.append(f"{'(always)':32} {'':>5} {self.always:>16,.0f} {self.always / self.full:>7.1%}")
+        for name, prices in self.unit.items():
+            for u, price in enumerate(prices):
+                shown = f"{price.item():,.0f}" if price.dim() == 0 else " + ".join(f"{p:,.0f}" for p in price.tolist())
+                share = f"{price.item() / self.full:.1%}" if price.dim() == 0 else ""
+                lines.append(f"{name or '(model)':32} {u:>5} {shown:>16} {share:>7}")
+        lines.append(f"{'full (dense, all computed)':38} {self.full:>16,.0f} {'100.0%':>7}")
+        lines.append(f"{'worst case (sparse, all kept)':38} {self.worst:>16,.0f} {self.worst / self.full:>7.1%}")
+        return "\n".join(lines)
+
+
+@contextmanager
+def _as_deployed(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; every flag as it was outside."""
+    training = {module: module.training for module in model.modules()}
+    sparse = {layer: layer.sparse for layer in layers(model).values()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for layer, mode in sparse.items():
+            layer.sparse = mode
+
+
+def _counted(model: nn.Module, example: Any, keep: Callable[[Decision], Tensor]) -> tuple[Trace, Any]:
+    with record(model) as trace, forced(model, keep), CountMacs(trace) as count:
+        model(example)
+    return trace, count.macs
+
+
+def _one_in(n: int) -> Callable[[Decision], Tensor]:
+    """Keep every n-th row along the last row axis: another count of rows, for prices that are not linear in it."""
+
+    def keep(decision: Decision) -> Tensor:
+        rows = decision.keep.shape[-2]
+        mask = (torch.arange(rows, device=decision.keep.device) % n == 0).to(decision.keep)
+        return mask[:, None].expand_as(decision.keep)
+
+    return keep
+
+
+def _prices(name: str, layer: Dynamic, passes: list[tuple[Trace, Any]]) -> Tensor:
+    """(units,) or (units, degree): the price of a row, from as many passes as the layer's degree asks for."""
+    units = 1 + max(unit for unit, _ in _ran(passes[0][0], name))
+    prices = torch.zeros(units, layer.degree, dtype=torch.float64)
+    frames = {frame for frame in passes[0][1] if frame is not None and frame[0] == name}
+    for frame in frames:
+        counts, macs = [], []
+        for trace, counted in passes[: layer.degree]:
+            kept = torch.stack([k for unit, k in _ran(trace, name) if unit in frame[1]])        # (calls and units, B)
+            counts.append(torch.stack([(kept**power).sum() for power in range(1, layer.degree + 1)]))
+            macs.append(float(counted[frame]))
+        rows = torch.stack(counts).double()
+        spent = torch.tensor(macs, dtype=torch.float64)
+        if layer.degree == 1:
+            prices[list(frame[1])] = spent / rows[:, 0].clamp(min=1)
+        else:
+            prices[list(frame[1])] = torch.linalg.solve(rows, spent)
+    return prices[:, 0] if layer.degree == 1 else prices
+
+
+def _ran(trace: Trace, name: str) -> list[tuple[int, Tensor]]:
+    """For every call and unit of a layer: (unit, rows that ran it in each sample (B,))."""
+    return [
+        (call.first + u, call.keep[..., u].flatten(1).sum(1).double().cpu() if call.keep.dim() > 2 else
+         call.keep[..., u].double().cpu())
+        for call in trace.calls
+        if call.name == name
+        for u in range(call.keep.shape[-1])
+    ]

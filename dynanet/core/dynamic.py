@@ -1,0 +1,188 @@
+"""A Dynamic layer runs a unit only for the rows that keep it: masking (dense) or gathering (sparse)."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynanet.core.decision import Decision
+from dynanet.core.rows import LEADING, Rows
+from dynanet.core.trace import Frame, Trace
+
+
+class Kept:
+    """The rows that keep a unit: `take` them out, work, `put` the answer home."""
+
+    def __init__(self, rows: Rows, lead: tuple[int, ...], keep: Tensor, index: Tensor | None):
+        self.rows, self.lead, self.keep, self.index = rows, lead, keep, index
+
+    @property
+    def empty(self) -> bool:
+        """No row keeps the unit: it need not be called. Never so in the dense form."""
+        return self.index is not None and self.index.numel() == 0
+
+    def take(self, x: Any) -> Any:
+        """The rows of x that the unit sees."""
+        if self.index is None:
+            return self.rows.whole(x, self.lead)
+        return self.rows.take(x, self.lead, self.index)
+
+    def call(self, unit: Callable, x: Any) -> Any:
+        """Run the unit on its rows of x."""
+        return unit(self.take(x)) if self.index is None else self.rows.call(unit, self.take(x))
+
+    def put(self, y: Any, otherwise: Any) -> Any:
+        """The unit's answer y where it ran, `otherwise` elsewhere."""
+        if self.index is None:
+            return self.rows.mask(y, self.lead, self.keep, otherwise)
+        return self.rows.put(y, self.lead, self.index, otherwise)
+
+
+class Dynamic(nn.Module):
+    """A layer that decides. Its units are callables, and `run` is the way to call one.
+
+    A mechanism makes a decision, obeys what `tap` returns, and calls its units through `run`; nesting, the trace, the
+    prices and the sparse form follow from that.
+
+    Attributes:
+        sparse: gather the kept rows and compute nothing else, instead of computing all and masking. Set it with
+            `execute`. In training the dense form is used whatever is set: gradients of a gate need what was not kept.
+        degree: the price of a unit is a polynomial of this degree in the number of rows that keep it, without constant
+            term. 1 nearly always; 2 for attention among the kept tokens.
+    """
+
+    sparse: bool = False
+    degree: int = 1
+    trace: Trace | None = None
+    force: Callable[[Decision], Tensor] | None = None
+
+    @property
+    def gathers(self) -> bool:
+        """The sparse form is in use."""
+        return self.sparse and not self.training
+
+    def tap(
+        self, decision: Decision, first: int = 0, pinned: Tensor | None = None, present: Tensor | None = None
+    ) -> Decision:
+        """Tell the trace. Obey what this returns, not what went in: `forced` may have replaced it.
+
+        Args:
+            decision: keep is (rows..., units).
+            first: the unit that keep's first column speaks of, for layers that decide one unit after another.
+            pinned: 1 where a unit stays kept whatever is forced (the CLS token, a first stage).
+            present: 0 where there is nothing left to keep, whatever is forced (a token dropped before, a position that
+                has halted).
+        """
+        decision = self.obey(decision, pinned, present)
+        self.tell(decision, first)
+        return decision
+
+    def obey(self, decision: Decision, pinned: Tensor | None = None, present: Tensor | None = None) -> Decision:
+        """The first half of `tap`: the decision that holds, forced or not. For layers whose trace speaks of other
+        units than their gate (blocks of a weight matrix instead of channels)."""
+        keep = decision.keep if self.force is None else self.force(decision).to(decision.keep)
+        if pinned is not None:
+            keep = torch.maximum(keep, pinned)
+        if present is not None:
+            keep = keep * present
+        return Decision(keep, decision.score)
+
+    def tell(self, decision: Decision, first: int = 0) -> None:
+        """The second half of `tap`: the decision goes into the trace, if there is one."""
+        if self.trace is not None:
+            self.trace.hear(self, decision, first)
+
+    @contextmanager
+    def within(self, frame: Frame) -> Iterator[None]:
+        """What is decided and computed in here belongs to the frame's units.
+
+        For layers with a kernel of their own, that branch on `gathers` instead of calling `run`.
+        """
+        if self.trace is None:
+            yield
+            return
+        self.trace.frames.append(frame)
+        try:
+            yield
+        finally:
+            self.trace.frames.pop()
+
+    @contextmanager
+    def only(self, unit: int, keep: Tensor, rows: Rows = LEADING) -> Iterator[Kept]:
+        """The rows that keep a unit, opened up: `take` them, work, `put` the answer home.
+
+        Args:
+            unit: the unit that runs in here.
+            keep: (rows...), without a unit axis.
+            rows: how rows leave and come home.
+        """
+        lead, flat = tuple(keep.shape), keep.flatten()
+        index = flat.nonzero().squeeze(1) if self.gathers else None
+        mask = None if self.gathers else flat
+        with self.within(Frame(self, range(unit, unit + 1), lead, index, mask, rows.flat)):
+            yield Kept(rows, lead, flat, index)
+
+    def run(self, unit: int, f: Callable, keep: Tensor, x: Any, otherwise: Any, rows: Rows = LEADING) -> Any:
+        """f(x) for the rows with keep = 1, `otherwise` elsewhere. A unit that no row keeps is not called.
+
+        Args:
+            unit: which unit f is.
+            f: from the rows of x to rows of the answer.
+            keep: (rows...), without a unit axis.
+            x: a pytree whose tensors hold the rows.
+            otherwise: a pytree shaped as the answer.
+            rows: how rows leave and come home.
+        """
+        with self.only(unit, keep, rows) as kept:
+            if kept.empty:
+                return otherwise
+            y = kept.call(f, x)
+        return kept.put(y, otherwise)
+
+    def price(self, keep: Tensor, unit_macs: Tensor) -> Tensor:
+        """MACs of the kept units per sample, (B,).
+
+        Args:
+            keep: (B, ..., units), in the whole batch.
+            unit_macs: (units,) MACs of one row; (units, degree) where `degree` > 1, one column per power of the number
+                of kept rows.
+        """
+        return (keep.to(unit_macs) * unit_macs).flatten(1).sum(1)
+
+
+def layers(model: nn.Module) -> dict[str, Dynamic]:
+    """The dynamic layers of a model by name, outermost first. The model itself has the name ''."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Dynamic)}
+
+
+def execute(model: nn.Module, *, sparse: bool) -> nn.Module:
+    """Choose how a model runs in eval mode: gathering the kept rows (sparse) or masking (dense). Returns the model."""
+    for layer in layers(model).values():
+        layer.sparse = sparse
+    return model
+
+
+@contextmanager
+def forced(model: nn.Module, keep: Callable[[Decision], Tensor]) -> Iterator[None]:
+    """Replace every decision of a model: for prices, replays, tests at every depth, what-if questions.
+
+    Args:
+        model: whose decisions.
+        keep: a row-wise function of the decision that answers the keep to obey.
+    """
+    affected = list(layers(model).values())
+    before = [layer.force for layer in affected]
+    for layer in affected:
+        layer.force = keep
+    try:
+        yield
+    finally:
+        for layer, was in zip(affected, before, strict=True):
+            layer.force = was
+
+
+def everything(decision: Decision) -> Tensor:
+    """Keep every unit for every row; for `forced`."""
+    return torch.ones_like(decision.keep)

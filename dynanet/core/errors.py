@@ -1,0 +1,62 @@
+"""What users get when something is wrong: one line that says what came, what was expected and what to do.
+
+Every error a user can cause derives from `DynanetError`; the command line prints its message and exits with code 2.
+They also derive from `ValueError`, so that code which knows nothing of dynanet can catch them. Our own invariants are
+`assert`s.
+"""
+
+
+class DynanetError(ValueError):
+    """Something a user can mend. The message says what came, what was expected, and what to do."""
+
+
+class InputError(DynanetError):
+    """A tensor that a model cannot take: wrong channels or size, NaN or infinite values, the wrong dtype."""
+
+
+class ConfigError(DynanetError):
+    """A configuration with an unknown key, a missing one, or a value out of range."""
+
+
+class StructureError(DynanetError):
+    """A model built in a way that cannot be executed sparsely (say, a dynamic layer inside a spatial unit)."""
+
+
+class BudgetError(DynanetError):
+    """A budget that no path through the model meets, or that means nothing (a negative one, a risk of 2)."""
+
+
+class DataError(DynanetError):
+    """A data folder, file or split that cannot be used."""
+
+
+class BundleError(DynanetError):
+    """A saved model that is damaged, altered, or not a saved model."""
+
+
+class CheckpointError(DynanetError):
+    """A training checkpoint that cannot be written, read, or that belongs to another model."""
+
+
+class TrainingError(DynanetError):
+    """A training run that cannot go on (a loss that is NaN, say)."""
+
+
+class MissingExtraError(DynanetError, ImportError):
+    """An optional dependency that is not installed, with the command that installs it."""
+
+
+def require(module: str, extra: str):
+    """Import an optional dependency, or say how to install it.
+
+    A broken install (torchvision's CUDA wheel over CPU torch) raises RuntimeError, not ImportError, hence the breadth.
+    """
+    from importlib import import_module
+
+    try:
+        return import_module(module)
+    except Exception as error:
+        raise MissingExtraError(
+            f"{module} is needed here and cannot be imported ({type(error).__name__}: {error}); "
+            f"install it with: pip install 'dynanet[{extra}]'"
+        ) from error

@@ -1,0 +1,39 @@
+"""A Gate makes a Decision: a scorer says how much a unit matters for a row, a rule turns scores into keep."""
+
+from typing import Any
+
+from torch import nn
+
+from dynanet.core.decision import Decision
+from dynanet.core.errors import StructureError
+
+
+class Gate(nn.Module):
+    """Scores rows and decides.
+
+    A gate decides row by row: nothing in it may be computed over the batch, or a row's answer would depend on its
+    neighbours.
+
+    Args:
+        scorer: maps the layer's input to scores of shape (rows..., units).
+        rule: maps scores to keep of the same shape; see `dynanet.gates.rules`.
+        units: how many units the scores must speak of; checked at the first call.
+    """
+
+    def __init__(self, scorer: nn.Module, rule: nn.Module, units: int = 1):
+        super().__init__()
+        self.scorer, self.rule, self.units = scorer, rule, units
+
+    def forward(self, x: Any) -> Decision:
+        """Decide for every row of x.
+
+        Raises:
+            StructureError: the scorer's last axis is not `units` long.
+        """
+        score = self.scorer(x)
+        if score.shape[-1] != self.units:
+            raise StructureError(
+                f"the scorer {type(self.scorer).__name__} answered scores of shape {tuple(score.shape)}; the last axis "
+                f"must be {self.units}, one score per unit"
+            )
+        return Decision(self.rule(score), score)

@@ -1,0 +1,68 @@
+"""Halt: steps of which later ones run only for the rows that go on. Early exit, cascades, pondering, temporal stops."""
+
+from abc import abstractmethod
+from contextlib import ExitStack
+from typing import Any
+
+from dynanet.core.decision import Decision
+from dynanet.core.dynamic import Dynamic
+from dynanet.core.rows import LEADING, Rows
+
+
+class Halt(Dynamic):
+    """Runs step after step; after each, rows leave with the answer they have.
+
+    Halting is a selection whose unit is the rest: unit k is "what comes after step k", so the first step is priced
+    with what always runs, and unit k costs step k + 1. Use Halt where rows *leave*. Where rows stay because their
+    neighbours read them, loop over `run` with a keep that only falls.
+
+    Attributes:
+        steps: how many steps there are.
+        limit: at most this many steps run, whatever the scores say: the hard cap per sample. None: all.
+        rows: how rows leave; a session puts preallocated workspaces here.
+    """
+
+    steps: int
+    limit: int | None = None
+    rows: Rows = LEADING
+
+    @abstractmethod
+    def start(self, x: Any) -> Any:
+        """The state before the first step: a pytree whose rows leave together."""
+
+    @abstractmethod
+    def step(self, k: int, state: Any) -> tuple[Any, Any]:
+        """One stage, glimpse or ponder step: from the state to (state, answer)."""
+
+    @abstractmethod
+    def goes_on(self, k: int, state: Any, answer: Any) -> Decision:
+        """Does the rest run for a row? keep is (rows, 1); soft in training where the rule is soft."""
+
+    def forward(self, x: Any) -> Any:
+        """Every row's answer from the step at which it left."""
+        state, before = self.start(x), []
+        last = (self.steps if self.limit is None else min(self.limit, self.steps)) - 1
+        with ExitStack() as frames:
+            for k in range(last + 1):
+                state, answer = self.step(k, state)
+                if self.trace is not None:
+                    self.trace.hear_answer(self, answer)
+                if k == last:
+                    break
+                keep = self.tap(self.goes_on(k, state, answer), first=k).keep[..., 0]
+                kept = frames.enter_context(self.only(k, keep, self.rows))
+                if kept.empty:
+                    break
+                before.append((kept, answer))
+                state = kept.take(state)
+        for kept, earlier in reversed(before):
+            answer = kept.put(answer, otherwise=earlier)
+        return answer
+
+    def answers(self, x: Any) -> list[Any]:
+        """The answer of every step for all rows, whatever the scores say: anytime prediction."""
+        state, answers = self.start(x), []
+        for k in range(self.steps):
+            state, answer = self.step(k, state)
+            answers.append(answer)
+        return answers

@@ -1,0 +1,152 @@
+"""config.json: which function of the zoo builds the model, with which arguments. It can name nothing else."""
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from dynanet.core.architecture import Architecture
+from dynanet.core.errors import BundleError, ConfigError
+from dynanet.export.strict import MOST_INTEGER, check_keys, dump, line, parse, plain, short
+
+Builders = Mapping[str, Callable[..., nn.Module]]
+
+FORMAT = 1
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the model takes.
+
+    Attributes:
+        channels: channels (bands) of the input.
+        size: height and width in pixels; None if any size will do.
+        mean: per channel, subtracted before the model sees the input; None if nothing is.
+        std: per channel, what the difference is then divided by; None if it is not.
+    """
+
+    channels: int
+    size: tuple[int, int] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not _is_count(self.channels):
+            raise ConfigError(f"input: channels is {short(self.channels)}; expected a whole number of at least 1")
+        if self.size is not None and not (_are(_is_count, self.size) and len(self.size) == 2):
+            raise ConfigError(f"input: size is {short(self.size)}; expected (height, width), each at least 1")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and not (_are(_is_finite, values) and len(values) == self.channels):
+                raise ConfigError(f"input: {name} is {short(values)}; expected {self.channels} finite numbers")
+        if self.std is not None and min(self.std) <= 0:
+            raise ConfigError(f"input: std is {short(self.std)}; expected numbers above 0")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A checked config.
+
+    Attributes:
+        architecture: the name of the builder.
+        arguments: what the builder is given, by name.
+        limits: of the Halts of the model that have one: at most so many steps.
+        classes: the name of each class.
+        inputs: what the model takes.
+    """
+
+    architecture: str
+    arguments: dict[str, Any]
+    limits: dict[str, int]
+    classes: list[str] | None
+    inputs: Inputs | None
+
+
+def write_config(
+    made: Architecture, limits: Mapping[str, int], classes: Sequence[str] | None, inputs: Inputs | None
+) -> bytes:
+    """The config as a file holds it, checked as a reader will check it.
+
+    Raises:
+        BundleError: an argument that JSON cannot hold, or that contradicts the classes or the input.
+    """
+    config = {
+        "format": FORMAT,
+        "architecture": made.name,
+        "arguments": {name: plain(value, f"argument {name} of {made.name}") for name, value in made.arguments.items()},
+        "limits": dict(limits),
+        "classes": plain(classes if classes is None else list(classes), "classes"),
+        "input": None if inputs is None else dataclasses.asdict(inputs),
+    }
+    text = dump(config)
+    parse_config(text, {made.name: made.builder})
+    return text
+
+
+def parse_config(text: bytes, builders: Builders) -> Config:
+    """The config of a file that strangers may have written.
+
+    Raises:
+        BundleError: it is no config, names something that is not in `builders`, or gives it what it does not take.
+    """
+    raw = parse(text, CONFIG)
+    check_keys(raw, {"format", "architecture", "arguments", "limits", "classes", "input"}, CONFIG)
+    if raw["format"] != FORMAT:
+        raise BundleError(f"{CONFIG} has format {short(raw['format'])}; this dynanet reads {FORMAT}: update it")
+    name, arguments, limits, classes = (raw[key] for key in ("architecture", "arguments", "limits", "classes"))
+    if not isinstance(name, str) or name not in builders:
+        raise BundleError(f"{CONFIG}: architecture is {short(name)}; expected one of {', '.join(sorted(builders))}")
+    for key in ("arguments", "limits"):
+        if not isinstance(raw[key], dict):
+            raise BundleError(f"{CONFIG}: {key} is {short(raw[key])}; expected an object")
+    for key, value in arguments.items():
+        plain(value, f"{CONFIG}: argument {short(key)}")
+    try:
+        inspect.signature(builders[name]).bind(**arguments)
+    except TypeError as error:
+        raise BundleError(f"{CONFIG}: {name} does not take these arguments: {line(error)}") from error
+    for key, limit in limits.items():
+        if not _is_count(limit):
+            raise BundleError(
+                f"{CONFIG}: limit of {short(key)} is {short(limit)}; expected a number of steps from 1 on"
+            )
+    if classes is not None:
+        if not _are(lambda each: isinstance(each, str), classes):
+            raise BundleError(f"{CONFIG}: classes is {short(classes)}; expected a list of names, or null")
+        plain(classes, f"{CONFIG}: classes")
+        if len(classes) != arguments.get("num_classes", len(classes)):
+            raise BundleError(f"{CONFIG}: {len(classes)} classes are named, {name} has {arguments['num_classes']}")
+    return Config(name, arguments, limits, classes, _parse_inputs(raw["input"], arguments))
+
+
+def _parse_inputs(raw: Any, arguments: Mapping[str, Any]) -> Inputs | None:
+    if raw is None:
+        return None
+    check_keys(raw, {field.name for field in dataclasses.fields(Inputs)}, f"{CONFIG}: input")
+    try:
+        inputs = Inputs(raw["channels"], *(_tuple(raw[key]) for key in ("size", "mean", "std")))
+    except ConfigError as error:
+        raise BundleError(f"{CONFIG}: {error}") from error
+    if inputs.channels != arguments.get("in_channels", inputs.channels):
+        raise BundleError(f"{CONFIG}: the input has {inputs.channels} channels, the model {arguments['in_channels']}")
+    return inputs
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= MOST_INTEGER
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) is int and abs(value) <= MOST_INTEGER or type(value) is float and math.isfinite(value)
+
+
+def _are(kind: Callable[[Any], bool], values: Any) -> bool:
+    return isinstance(values, list | tuple) and all(kind(value) for value in values)

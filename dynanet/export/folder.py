@@ -1,0 +1,120 @@
+"""The folder of a bundle: four plain files, their sizes and hashes, and a manifest that seals itself."""
+
+import hashlib
+import math
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dynanet.core.errors import BundleError
+from dynanet.core.files import set_aside
+from dynanet.export.config import CONFIG, FORMAT
+from dynanet.export.strict import check_keys, dump, parse, short
+from dynanet.export.weights import WEIGHTS
+
+MANIFEST, README = "manifest.json", "README.md"
+NAMES = {WEIGHTS, CONFIG, MANIFEST, README}
+MOST_TEXT_BYTES = 1_000_000
+
+
+def check_place(folder: Path) -> None:
+    """A bundle may be written over; what else a folder holds is the user's.
+
+    Raises:
+        BundleError: something is there that is neither an empty folder nor a bundle.
+    """
+    if not os.path.lexists(folder):
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        raise BundleError(f"{folder} is a link, or not a folder; give a new folder or an older bundle")
+    if {entry.name for entry in folder.iterdir()} not in (set(), NAMES):
+        raise BundleError(f"{folder} is neither empty nor a bundle, and is left as it is; give a new folder")
+
+
+def check_names(folder: Path) -> None:
+    """A real folder with our four files and nothing else."""
+    if folder.is_symlink() or not folder.is_dir():
+        left = set_aside(folder)
+        hint = f"; a save was cut off and left the bundle in {left.name}: rename it" if left else ""
+        raise BundleError(f"{folder} is a link, or not a folder; expected the folder of a bundle{hint}")
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name not in NAMES:
+                raise BundleError(f"{folder} holds {short(entry.name)}; a bundle holds {', '.join(sorted(NAMES))} only")
+    for name in sorted(NAMES):
+        if not os.path.lexists(folder / name):
+            raise BundleError(f"{folder} has no {name}; it is not a bundle, or not all of one")
+
+
+def open_plain(folder: Path, name: str) -> BinaryIO:
+    """A plain file of a single name: a link would make us read what lies elsewhere."""
+    path = folder / name
+    before = os.lstat(path)
+    if not stat.S_ISREG(before.st_mode) or before.st_nlink != 1:
+        raise BundleError(f"{name} is a link, or no file; expected a plain file with a single name: copy the bundle")
+    file = open(path, "rb")
+    if not os.path.samestat(before, os.fstat(file.fileno())):
+        file.close()
+        raise BundleError(f"{name} was exchanged while it was read; load the bundle again")
+    return file
+
+
+def read_text(folder: Path, name: str) -> bytes:
+    """A short file."""
+    with open_plain(folder, name) as file:
+        text = file.read(MOST_TEXT_BYTES + 1)
+    if len(text) > MOST_TEXT_BYTES:
+        raise BundleError(f"{name} is longer than {MOST_TEXT_BYTES:,} bytes; no bundle of ours is")
+    return text
+
+
+def seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest with a fingerprint of all the rest of it, and so of every byte of the bundle."""
+    rest = {key: value for key, value in manifest.items() if key != "fingerprint"}
+    return rest | {"fingerprint": hashlib.sha256(dump(rest)).hexdigest()}
+
+
+def sums(content: bytes) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def check_sums(name: str, content: bytes, manifest: Mapping[str, Any]) -> None:
+    """The file is the one that the manifest lists."""
+    if sums(content) != manifest["files"][name]:
+        raise BundleError(f"{name} has not the size and sha256 of {MANIFEST}; it was altered: fetch the bundle again")
+
+
+def parse_manifest(text: bytes) -> dict[str, Any]:
+    """The manifest of a file that strangers may have written.
+
+    Raises:
+        BundleError: it is no manifest, or not byte for byte what was sealed.
+    """
+    manifest = parse(text, MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise BundleError(
+            f"{MANIFEST} has format {short(manifest.get('format'))}; this dynanet reads {FORMAT}: update it"
+        )
+    check_keys(manifest, {"format", "dynanet", "files", "macs", "tensors", "fingerprint"}, MANIFEST)
+    check_keys(manifest["files"], NAMES - {MANIFEST}, f"{MANIFEST}: files")
+    check_keys(manifest["macs"], {"mean", "worst"}, f"{MANIFEST}: macs")
+    for kind, macs in manifest["macs"].items():
+        check_macs(kind, macs)
+    if not isinstance(manifest["tensors"], dict):
+        raise BundleError(f"{MANIFEST}: tensors is {short(manifest['tensors'])}; expected an object")
+    try:
+        same = dump(seal(manifest)) == text
+    except (ValueError, RecursionError):
+        same = False
+    if not same:
+        raise BundleError(f"{MANIFEST} has not its own fingerprint; it was altered: fetch the bundle again")
+    return manifest
+
+
+def check_macs(kind: str, macs: Any) -> None:
+    """A number of MACs, or None."""
+    if macs is not None and not (type(macs) in (int, float) and 0 <= macs < math.inf):
+        raise BundleError(f"{kind} MACs are {short(macs)}; expected a finite number of at least 0, or none")

@@ -1,0 +1,1 @@
+"""How scores are made (scorers, confidence) and how they become keep (rules)."""

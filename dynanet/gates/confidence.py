@@ -1,0 +1,88 @@
+"""How sure an answer is. Higher is surer, for every criterion.
+
+The field thresholds the maximum of the softmax. In float32 that is exactly 1.0 for most answers of a good network, and
+a threshold cannot split what is tied. So these scores live on a scale that does not saturate: the same order, no ties.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Confidence(nn.Module, ABC):
+    """Scores answers (rows, classes) with (rows, 1). `memory` travels with a row from exit to exit."""
+
+    def remember(self, logits: Tensor, memory: Any) -> Any:
+        """What the next exit must know about this one; None at the first. Most criteria need nothing."""
+        return memory
+
+    @abstractmethod
+    def forward(self, logits: Tensor, memory: Any = None) -> Tensor:
+        """(rows, 1), higher is surer. `memory` is what `remember` answered for this exit."""
+
+
+class MaxProbability(Confidence):
+    """Log-odds of the most probable class: log(p / (1 - p)), computed without rounding p.
+
+    The same order as the maximum of the softmax (MSDNet: Huang et al. 2018, arXiv:1703.09844).
+    """
+
+    def forward(self, logits: Tensor, memory: Any = None) -> Tensor:
+        """z_max - logsumexp(the other logits)."""
+        return _log_odds(logits)
+
+    @staticmethod
+    def from_probability(p: float) -> float:
+        """The score of a probability: for people who think of a threshold of 0.9."""
+        return torch.tensor(p, dtype=torch.float64).logit().item()
+
+
+class Entropy(Confidence):
+    """Minus the logarithm of the softmax's entropy (BranchyNet: Teerapittayanon et al. 2016, arXiv:1709.01686)."""
+
+    def forward(self, logits: Tensor, memory: Any = None) -> Tensor:
+        """-log H, summed in logarithms: sum over classes of exp(log p + log(-log p))."""
+        log_p = logits.log_softmax(-1)
+        log_p = torch.where(log_p.isneginf(), torch.finfo(log_p.dtype).min, log_p)
+        # -log p of the top class underflows long before the others do; from the log-odds s it is softplus(-s) ~ e^-s.
+        odds = _log_odds(logits)
+        top = torch.where(odds > 15, -odds, nn.functional.softplus(-odds.clamp(max=15)).log())
+        terms = log_p + torch.where(log_p == log_p.amax(-1, keepdim=True), top, (-log_p).clamp(min=1e-30).log())
+        return -terms.logsumexp(-1, keepdim=True)
+
+
+class Margin(Confidence):
+    """The best logit minus the second best: the logarithm of the ratio of the two largest probabilities."""
+
+    def forward(self, logits: Tensor, memory: Any = None) -> Tensor:
+        """log p1 - log p2."""
+        best = logits.topk(2, dim=-1).values
+        return best[..., :1] - best[..., 1:]
+
+
+class Patience(Confidence):
+    """How many exits before this one, without a break, gave the same answer (PABEE: Zhou et al. 2020, arXiv:2006.04152).
+
+    A threshold of p exits once p exits in a row have agreed with the one before them.
+    """
+
+    def remember(self, logits: Tensor, memory: Any) -> tuple[Tensor, Tensor]:
+        """The answer, and how often in a row it was given."""
+        answer = logits.argmax(-1, keepdim=True)
+        if memory is None:
+            return answer, torch.zeros_like(answer)
+        before, times = memory
+        return answer, torch.where(answer == before, times + 1, torch.zeros_like(times))
+
+    def forward(self, logits: Tensor, memory: Any = None) -> Tensor:
+        """The count, (rows, 1)."""
+        assert memory is not None, "Patience scores what `remember` answered"
+        return memory[1].to(logits.dtype)
+
+
+def _log_odds(logits: Tensor) -> Tensor:
+    top, where = logits.max(-1, keepdim=True)
+    others = logits.scatter(-1, where, -torch.inf)
+    return top - others.logsumexp(-1, keepdim=True)

@@ -1,0 +1,148 @@
+"""Rows are square tiles of an image of any size; a unit may read a halo around them."""
+
+from collections.abc import Callable
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynanet.core.dynamic import Dynamic
+from dynanet.core.errors import StructureError
+from dynanet.core.rows import Rows, over_tensors
+
+
+class Tiles(Rows):
+    """Tiles of (B, C, H, W) tensors, lead (B, tiles down, tiles across).
+
+    A unit is a convolution, or an nn.Sequential of stride-1 "same" convolutions and position-wise layers. On a tile
+    it must see what it would see in the image: the halo is read from the image, positions outside the image are zero
+    before *every* padded convolution, and tiles at the edge have full size.
+
+    Args:
+        tile: side of a tile, in positions; 1 makes every position a row.
+        halo: how far a unit reads beyond its tile on each side: the sum of its convolutions' paddings, or more.
+
+    Raises:
+        StructureError: a tile below 1 or a halo below 0.
+    """
+
+    def __init__(self, tile: int, halo: int = 0):
+        if tile < 1 or halo < 0:
+            raise StructureError(f"tiles need a side of at least 1 and a halo of at least 0; got {tile} and {halo}")
+        self.tile, self.halo = tile, halo
+
+    def grid(self, x_BCHW: Tensor) -> tuple[int, int, int]:
+        """The lead shape for an image batch."""
+        return x_BCHW.shape[0], ceil(x_BCHW.shape[2] / self.tile), ceil(x_BCHW.shape[3] / self.tile)
+
+    def check(self, unit: nn.Module) -> None:
+        """Refuse a unit that tiles cannot run.
+
+        Raises:
+            StructureError: a layer that reads neighbours in another way than a stride-1 same convolution, a dynamic
+                layer inside, or a halo that is too small.
+        """
+        reads = 0
+        for layer in _chain(unit):
+            if isinstance(layer, nn.Conv2d):
+                if layer.stride != (1, 1) or any(2 * p != d * (k - 1) for p, d, k in _geometry(layer)):
+                    raise StructureError(f"a unit on tiles needs stride-1 'same' convolutions; got {layer}")
+                if layer.padding_mode != "zeros" or len(set(_padding(layer))) > 1:
+                    raise StructureError(f"a unit on tiles needs square kernels with zero padding; got {layer}")
+                reads += _padding(layer)[0]
+            elif isinstance(layer, Dynamic):
+                raise StructureError(
+                    f"{type(layer).__name__} lies inside a spatial unit, where a row would belong to its tile and to the "
+                    f"halos around it; put it around the spatial layer instead"
+                )
+            elif not isinstance(layer, _POSITION_WISE):
+                raise StructureError(
+                    f"{type(layer).__name__} cannot run on tiles: a unit is a Sequential of stride-1 'same' convolutions, "
+                    f"batch norms and activations"
+                )
+        if reads > self.halo:
+            raise StructureError(f"this unit reads {reads} positions beyond a tile but the halo is {self.halo}; raise it")
+
+    def whole(self, x: Any, lead: tuple[int, ...]) -> Any:
+        """The images as they are."""
+        return x
+
+    def take(self, x: Any, lead: tuple[int, ...], index: Tensor) -> Any:
+        """(tiles with halo (r, C, t + 2h, t + 2h), inside (r, 1, t + 2h, t + 2h)): 0 outside the image."""
+        tile, halo, (_, down, across) = self.tile, self.halo, lead
+        height, width = x.shape[2:]
+        sample, row, column = index // (down * across), index // across % down, index % across
+        span = torch.arange(-halo, tile + halo, device=x.device)
+        rows, columns = row[:, None] * tile + span, column[:, None] * tile + span
+        inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+        # Gathered as channels-last rows: one contiguous copy per position instead of one per channel.
+        patches = x.permute(0, 2, 3, 1)[
+            sample[:, None, None], rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]
+        ]
+        return patches.permute(0, 3, 1, 2), inside[:, None].to(x.dtype)
+
+    def call(self, unit: Callable, x: Any) -> Any:
+        """Run the unit on tiles: every padded convolution eats its padding off the halo."""
+        tiles, inside = x
+        assert isinstance(unit, nn.Module), "a unit on tiles is a module, so that its convolutions can be seen"
+        for layer in _chain(unit):
+            padding = _padding(layer)[0] if isinstance(layer, nn.Conv2d) else 0
+            if padding:
+                assert isinstance(layer, nn.Conv2d)
+                tiles = nn.functional.conv2d(
+                    tiles * inside, layer.weight, layer.bias, 1, 0, layer.dilation, layer.groups
+                )
+                inside = inside[..., padding:-padding, padding:-padding]
+            else:
+                tiles = layer(tiles)
+        spare = (tiles.shape[-1] - self.tile) // 2
+        return tiles[..., spare : spare + self.tile, spare : spare + self.tile]
+
+    def put(self, y: Any, lead: tuple[int, ...], index: Tensor, otherwise: Any) -> Any:
+        """`otherwise` with the tiles at `index` replaced."""
+        tile, (batch, down, across) = self.tile, lead
+
+        def home(t: Tensor, o: Tensor) -> Tensor:
+            height, width = o.shape[2:]
+            padded = nn.functional.pad(o, (0, across * tile - width, 0, down * tile - height))
+            tiles = padded.reshape(batch, o.shape[1], down, tile, across, tile).permute(0, 2, 4, 1, 3, 5).clone()
+            tiles[index // (down * across), index // across % down, index % across] = t
+            image = tiles.permute(0, 3, 1, 4, 2, 5).reshape(batch, o.shape[1], down * tile, across * tile)
+            return image[..., :height, :width]
+
+        return over_tensors(home, y, otherwise)
+
+    def mask(self, y: Any, lead: tuple[int, ...], keep: Tensor, otherwise: Any) -> Any:
+        """The blend, every position with its tile's keep."""
+
+        def blend(t: Tensor, o: Tensor) -> Tensor:
+            k = self.spread(keep.reshape(lead), t)
+            return k * t + (1 - k) * o
+
+        return over_tensors(blend, y, otherwise)
+
+    def spread(self, per_tile: Tensor, like: Tensor) -> Tensor:
+        """(B, tiles down, tiles across) to (B, 1, H, W): every position gets its tile's value."""
+        wide = per_tile[:, None].repeat_interleave(self.tile, 2).repeat_interleave(self.tile, 3)
+        return wide[..., : like.shape[2], : like.shape[3]].to(like.dtype)
+
+
+_POSITION_WISE = (nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.LeakyReLU, nn.Sigmoid, nn.Tanh,
+                  nn.Identity)
+
+
+def _chain(unit: nn.Module) -> list[nn.Module]:
+    if isinstance(unit, nn.Sequential):
+        return [layer for child in unit for layer in _chain(child)]
+    return [unit]
+
+
+def _padding(layer: nn.Conv2d) -> tuple[int, ...]:
+    if isinstance(layer.padding, str):
+        return tuple(d * (k - 1) // 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
+    return layer.padding
+
+
+def _geometry(layer: nn.Conv2d) -> list[tuple[int, int, int]]:
+    return list(zip(_padding(layer), layer.dilation, layer.kernel_size, strict=True))

@@ -1,0 +1,212 @@
+"""The authors' side of a paper: their configurations, their checkpoints, their way of counting.
+
+`load_reference` turns what an author published into our model; `paper_flops` says what the author would have printed.
+"""
+
+import copy
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dynanet.core.errors import CheckpointError, ConfigError
+from dynanet.core.macs import CountMacs
+from dynanet.mechanisms.early_exit import EarlyExit
+from dynanet.zoo.msdnet import msdnet
+
+
+def load_reference(system: Literal["MSDNet"], config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> EarlyExit:
+    """Build our model from the authors' configuration and fill it with the weights of their checkpoint.
+
+    MSDNet is https://github.com/kalviny/MSDNet-PyTorch (MIT): `config` has the names of its command line (data, nBlocks,
+    base, step, stepmode, nChannels, growthRate, grFactor and bnFactor as a list or as "1-2-4", nScales, prune,
+    bottleneck, reduction), with its defaults for what is left out. Names that do not shape the network (epochs, lr) are
+    not read.
+
+    Args:
+        system: the paper, "MSDNet".
+        config: the authors' arguments by name.
+        state_dict: the authors' weights by their names, with or without the `module.` of DataParallel. The counters
+            `num_batches_tracked`, which old checkpoints lack, may be missing.
+
+    Returns:
+        The model in eval mode; `model.answers(x)` lists the authors' logits at every exit.
+
+    Raises:
+        ConfigError: an unknown system, or a configuration that means no network.
+        CheckpointError: missing or unexpected names, or shapes that are not this configuration's.
+    """
+    if system != "MSDNet":
+        raise ConfigError(f"load_reference: unknown system {system!r}; expected 'MSDNet'")
+    model = _msdnet_from(config)
+    own = _network(model)
+    theirs = _without_module(state_dict)
+    names = {_msdnet_key(key, own): key for key in own}
+    _check_state(system, {name: own[key] for name, key in names.items()}, theirs)
+    model.load_state_dict({names[name]: tensor for name, tensor in theirs.items()}, strict=False)
+    return model.eval()
+
+
+def reference_state_dict(model: EarlyExit) -> dict[str, Tensor]:
+    """The weights of an MSDNet under the authors' names, so that their code can load what was trained here."""
+    own = _network(model)
+    return {_msdnet_key(key, own): tensor for key, tensor in own.items()}
+
+
+def paper_flops(
+    model: EarlyExit, input_shape: tuple[int, int, int], convention: Literal["msdnet"] = "msdnet"
+) -> list[int]:
+    """What the authors' own counter prints for one sample that leaves at exit 0, 1, ...; never to be mixed with MACs.
+
+    "msdnet" (also RANet's and CondenseNet's): multiply-accumulates of convolutions without their bias, weights + bias
+    of a linear layer, one per input of a ReLU, kernel size per output of a pooling; norms, concatenation and additions
+    are free. Everything up to the exit counts, earlier exits included.
+
+    Args:
+        model: a network with exits; nothing is computed, so any size takes no time.
+        input_shape: (C, H, W) of one sample.
+        convention: whose counting.
+
+    Raises:
+        ConfigError: an unknown convention.
+    """
+    if convention != "msdnet":
+        raise ConfigError(f"paper_flops: unknown convention {convention!r}; expected 'msdnet'")
+    return [macs + extras for macs, extras in _count_per_exit(model, input_shape)]
+
+
+def macs_per_exit(model: EarlyExit, input_shape: tuple[int, int, int]) -> list[int]:
+    """Multiply-accumulates (convolutions, linears) of one sample (C, H, W) that leaves at exit 0, 1, ...
+
+    What a CostModel measures, from shapes alone: nothing is computed, so any size takes no time.
+    """
+    return [macs for macs, _ in _count_per_exit(model, input_shape)]
+
+
+def _msdnet_from(config: Mapping[str, Any]) -> EarlyExit:
+    data = str(config.get("data", "cifar10"))
+    classes = {"cifar100": 100, "cifar10": 10, "imagenet": 1000}
+    known = [name for name in classes if data.lower().startswith(name)]  # the authors test by prefix: cifar10+
+    if not known:
+        raise ConfigError(f"load_reference: MSDNet's data is {data!r}; expected cifar10, cifar100 or ImageNet")
+    growth_factors = _factors(config, "grFactor")
+    scales = config.get("nScales", len(growth_factors))
+    bottleneck = config.get("bottleneck", True)
+    if not isinstance(bottleneck, bool):
+        raise ConfigError(f"load_reference: MSDNet's bottleneck is {bottleneck!r}; expected True or False")
+    return msdnet(
+        num_classes=classes[known[0]],
+        blocks=config.get("nBlocks", 1),
+        base=config.get("base", 4),
+        step=config.get("step", 1),
+        step_mode=config.get("stepmode") or "lin_grow",  # the authors' code grows unless told "even"
+        channels=config.get("nChannels", 32),
+        growth=config.get("growthRate", 6),
+        growth_factors=growth_factors[:scales],
+        bottleneck_factors=_factors(config, "bnFactor")[:scales],
+        prune=config.get("prune", "max"),
+        bottleneck=bottleneck,
+        reduction=config.get("reduction", 0.5),
+        head="imagenet" if known[0] == "imagenet" else "cifar",
+    )
+
+
+def _factors(config: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    """One factor per scale, from a list or from the command line's "1-2-4"."""
+    value = config.get(name, "1-2-4")
+    try:
+        factors = tuple(int(f) for f in (value.split("-") if isinstance(value, str) else value))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"load_reference: {name} is {value!r}; expected a list of numbers or '1-2-4'") from error
+    scales = config.get("nScales", len(factors))
+    if scales > len(factors):
+        raise ConfigError(f"load_reference: {name} has {len(factors)} factors for nScales {scales}; expected one each")
+    return factors
+
+
+def _network(model: EarlyExit) -> dict[str, Tensor]:
+    """The weights of stages and exits, without what we add to the authors' network (thresholds)."""
+    return {key: tensor for key, tensor in model.state_dict().items() if key.startswith(("stages.", "exits."))}
+
+
+_MSDNET_KEYS = (
+    (r"^stages\.0\.0\.scales\.(\d+)\.", r"blocks.0.0.layers.\1.net."),
+    (r"^stages\.(\d+)\.(\d+)\.scales\.(\d+)\.(normal|down)\.", r"blocks.\1.\2.layers.\3.conv_\4.net."),
+    (r"^stages\.(\d+)\.(\d+)\.narrow\.(\d+)\.", r"blocks.\1.\2.m.\3.net."),
+    (r"^exits\.(\d+)\.convs\.(\d+)\.", r"classifier.\1.m.\2.net."),
+    (r"^exits\.(\d+)\.linear\.", r"classifier.\1.linear."),
+)
+
+
+def _msdnet_key(key: str, own: Mapping[str, Tensor]) -> str:
+    """The authors' name of our key."""
+    if key.startswith("stages.0.0.scales.0.") and "stages.0.0.scales.0.0.bias" in own:  # ImageNet: a bare Sequential
+        return key.replace("stages.0.0.scales.0.", "blocks.0.0.layers.0.")
+    for pattern, theirs in _MSDNET_KEYS:
+        name, found = re.subn(pattern, theirs, key)
+        if found:
+            return name
+    raise CheckpointError(f"{key} is no part of an MSDNet; expected a model made by zoo.msdnet")
+
+
+def _without_module(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if all(key.startswith("module.") for key in state_dict):
+        return {key.removeprefix("module."): tensor for key, tensor in state_dict.items()}
+    return dict(state_dict)
+
+
+def _check_state(system: str, expected: Mapping[str, Tensor], came: Mapping[str, Any]) -> None:
+    missing = [name for name in expected if name not in came and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in came if name not in expected]
+    shapes = [
+        f"{name} is {tuple(came[name].shape) if torch.is_tensor(came[name]) else type(came[name]).__name__}, "
+        f"expected {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in came and not (torch.is_tensor(came[name]) and came[name].shape == tensor.shape)
+    ]
+    wrong = [
+        f"{len(found)} {what} ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})"
+        for what, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if found
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"this state_dict is not that of a {system} of this configuration: {'; '.join(wrong)}; "
+            f"pass the authors' configuration of this very checkpoint, and the checkpoint's 'state_dict' entry"
+        )
+
+
+def _count_per_exit(model: EarlyExit, input_shape: tuple[int, int, int]) -> list[tuple[int, int]]:
+    """(MACs, the msdnet convention's extras) up to and including each exit, from shapes: on a copy without data."""
+    tensors = [*model.parameters(), *model.buffers()]
+    empty = copy.deepcopy(model, memo={id(t): torch.empty_like(t, device="meta") for t in tensors}).eval()
+    state, counts = torch.empty(1, *input_shape, device="meta"), []
+    with torch.no_grad(), CountMacs() as count, _CountExtras() as extras:
+        for stage, leave in zip(empty.stages, empty.exits, strict=True):
+            state = stage(state)
+            leave(state)
+            counts.append((count.total, extras.total))
+    return counts
+
+
+class _CountExtras(TorchDispatchMode):
+    """What the msdnet convention adds to MACs, counted at dispatch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        op, aten = func._overloadpacket, torch.ops.aten
+        if op is aten.addmm:
+            self.total += out.numel()  # the bias of a linear layer
+        elif op in (aten.relu, aten.relu_, aten.mean, aten._adaptive_avg_pool2d):
+            self.total += args[0].numel()
+        elif op in (aten.avg_pool2d, aten.max_pool2d_with_indices):
+            height, width = args[1]
+            self.total += (out[0] if isinstance(out, tuple) else out).numel() * height * width
+        return out
