@@ -1,3 +1,50 @@
-"""Neural networks that decide, input by input, how much to compute, and that really skip what they decide to skip."""
+"""Neural networks that decide, input by input, how much to compute, and that really skip what they decide to skip.
+
+A dynamic layer *runs* a unit *only* for the rows that keep it: it masks (dense, for training) or gathers (sparse, for
+speed), and both answer the same.
+
+    model = dynanet.zoo.msdnet(num_classes=10)
+    cost = dynanet.CostModel(model, example)                        # what every unit costs
+    frontier = dynanet.infer.calibrate(model, held_out, cost)       # one pass; then any budget
+    model = frontier.at(dynanet.Budget(macs=0.5 * cost.full))
+    session = dynanet.infer.Session(model, example)                 # really sparse
+    answers = session(x)
+
+Shape suffixes in dense code: B batch, C channels, H height, W width, T tokens or time steps, D features.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from dynanet.core.budget import Budget
+from dynanet.core.cost import CostModel
+from dynanet.core.decision import Decision
+from dynanet.core.dynamic import Dynamic, execute, forced
+from dynanet.core.errors import DynanetError
+from dynanet.core.gate import Gate
+from dynanet.core.halt import Halt
+from dynanet.core.trace import Trace, record
+
+if TYPE_CHECKING:
+    from dynanet import bench, export, gates, infer, inspect, mechanisms, nets, ops, train, zoo
+    from dynanet.convert import convert
+    from dynanet.loading import load
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Budget", "CostModel", "Decision", "Dynamic", "DynanetError", "Gate", "Halt", "Trace",
+    "convert", "execute", "forced", "load", "record",
+]
+
+_FOLDERS = ("bench", "data", "export", "gates", "infer", "inspect", "mechanisms", "nets", "ops", "train", "zoo")
+_ELSEWHERE = {"convert": "dynanet.convert", "load": "dynanet.loading"}
+
+
+def __getattr__(name: str):
+    """Folders and the heavier functions are imported when they are first asked for."""
+    if name in _FOLDERS:
+        return import_module(f"dynanet.{name}")
+    if name in _ELSEWHERE:
+        return getattr(import_module(_ELSEWHERE[name]), name)
+    raise AttributeError(f"module 'dynanet' has no attribute {name!r}")

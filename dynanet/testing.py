@@ -32,7 +32,12 @@ from dynanet.mechanisms.layer_skip import LayerSkip
 
 
 def check_dynamic(
-    model: nn.Module, example: Tensor, *, gates: Sequence[nn.Module] | None = None, portable: bool = True, draws: int = 6
+    model: nn.Module,
+    example: Tensor,
+    *,
+    gates: Sequence[nn.Module] | None = None,
+    portable: bool = True,
+    draws: int = 6,
 ) -> None:
     """Hold a dynamic layer, or a model with dynamic layers inside, to the laws.
 
@@ -62,6 +67,7 @@ def check_nested(make: Callable[[Callable[[nn.Module], nn.Module]], nn.Module], 
             unit from rows to rows of the same shape). A layer whose units may hold none ignores it.
         example: the layer's input.
     """
+
     def plain(unit: nn.Module) -> nn.Module:
         return unit
 
@@ -195,7 +201,9 @@ def _agree(dense: Trace, sparse: Trace, decide: Any) -> None:
     """Law 4: the same keeps in the same order, once calls that no row reached are dropped."""
     for name in dense.keys():
         reached = [[k for k in trace[name] if k.any()] for trace in (dense, sparse)]
-        assert len(reached[0]) == len(reached[1]), f"law 4: {name!r} heard {len(reached[0])} and {len(reached[1])} times"
+        assert len(reached[0]) == len(reached[1]), (
+            f"law 4: {name!r} heard {len(reached[0])} and {len(reached[1])} times"
+        )
         for a, b in zip(*reached, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12, msg=_law(4, decide))
 

@@ -72,7 +72,9 @@ class CostModel:
         for call in trace.calls:
             spent = spent + self._call(call)
         if not isinstance(spent, Tensor):
-            raise StructureError("nothing was decided in this trace: run the model inside `with record(model) as trace`")
+            raise StructureError(
+                "nothing was decided in this trace: run the model inside `with record(model) as trace`"
+            )
         return spent
 
     def steps(self, trace: Trace, name: str = "") -> Tensor:
@@ -154,7 +156,7 @@ def _prices(name: str, layer: Dynamic, passes: list[tuple[Trace, Any]]) -> Tenso
     for frame in frames:
         counts, macs = [], []
         for trace, counted in passes[: layer.degree]:
-            kept = torch.stack([k for unit, k in _ran(trace, name) if unit in frame[1]])        # (calls and units, B)
+            kept = torch.stack([k for unit, k in _ran(trace, name) if unit in frame[1]])  # (calls and units, B)
             counts.append(torch.stack([(kept**power).sum() for power in range(1, layer.degree + 1)]))
             macs.append(float(counted[frame]))
         rows = torch.stack(counts).double()
@@ -169,8 +171,12 @@ def _prices(name: str, layer: Dynamic, passes: list[tuple[Trace, Any]]) -> Tenso
 def _ran(trace: Trace, name: str) -> list[tuple[int, Tensor]]:
     """For every call and unit of a layer: (unit, rows that ran it in each sample (B,))."""
     return [
-        (call.first + u, call.keep[..., u].flatten(1).sum(1).double().cpu() if call.keep.dim() > 2 else
-         call.keep[..., u].double().cpu())
+        (
+            call.first + u,
+            call.keep[..., u].flatten(1).sum(1).double().cpu()
+            if call.keep.dim() > 2
+            else call.keep[..., u].double().cpu(),
+        )
         for call in trace.calls
         if call.name == name
         for u in range(call.keep.shape[-1])

@@ -33,6 +33,11 @@ class Kept:
         """Run the unit on its rows of x."""
         return unit(self.take(x)) if self.index is None else self.rows.call(unit, self.take(x))
 
+    def frame(self, layer: "Dynamic", unit: int) -> Frame:
+        """For the trace: where these rows lie."""
+        mask = self.keep if self.index is None else None
+        return Frame(layer, range(unit, unit + 1), self.lead, self.index, mask, self.rows.flat)
+
     def put(self, y: Any, otherwise: Any) -> Any:
         """The unit's answer y where it ran, `otherwise` elsewhere."""
         if self.index is None:
@@ -118,11 +123,14 @@ class Dynamic(nn.Module):
             keep: (rows...), without a unit axis.
             rows: how rows leave and come home.
         """
+        kept = self.kept(keep, rows)
+        with self.within(kept.frame(self, unit)):
+            yield kept
+
+    def kept(self, keep: Tensor, rows: Rows = LEADING) -> "Kept":
+        """The rows that keep a unit, without a frame: for layers that open it themselves."""
         lead, flat = tuple(keep.shape), keep.flatten()
-        index = flat.nonzero().squeeze(1) if self.gathers else None
-        mask = None if self.gathers else flat
-        with self.within(Frame(self, range(unit, unit + 1), lead, index, mask, rows.flat)):
-            yield Kept(rows, lead, flat, index)
+        return Kept(rows, lead, flat, flat.nonzero().squeeze(1) if self.gathers else None)
 
     def run(self, unit: int, f: Callable, keep: Tensor, x: Any, otherwise: Any, rows: Rows = LEADING) -> Any:
         """f(x) for the rows with keep = 1, `otherwise` elsewhere. A unit that no row keeps is not called.

@@ -4,6 +4,8 @@ from abc import abstractmethod
 from contextlib import ExitStack
 from typing import Any
 
+from torch import Tensor
+
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.rows import LEADING, Rows
@@ -35,8 +37,15 @@ class Halt(Dynamic):
         """One stage, glimpse or ponder step: from the state to (state, answer)."""
 
     @abstractmethod
-    def goes_on(self, k: int, state: Any, answer: Any) -> Decision:
-        """Does the rest run for a row? keep is (rows, 1); soft in training where the rule is soft."""
+    def score(self, k: int, state: Any, answer: Any) -> Tensor:
+        """How sure a row is (or whatever the rule asks for) after step k: (rows, 1)."""
+
+    @abstractmethod
+    def goes_on(self, k: int, score: Tensor) -> Tensor:
+        """The rule: does the rest run for a row? keep (rows, 1); soft in training where the rule is soft.
+
+        Apart from `score`, so that an engine may compute step and score in one graph while thresholds stay free.
+        """
 
     def forward(self, x: Any) -> Any:
         """Every row's answer from the step at which it left."""
@@ -49,8 +58,11 @@ class Halt(Dynamic):
                     self.trace.hear_answer(self, answer)
                 if k == last:
                     break
-                keep = self.tap(self.goes_on(k, state, answer), first=k).keep[..., 0]
-                kept = frames.enter_context(self.only(k, keep, self.rows))
+                score = self.score(k, state, answer)
+                keep = self.tap(Decision(self.goes_on(k, score), score), first=k).keep[..., 0]
+                kept = self.kept(keep, self.rows)
+                if self.trace is not None:
+                    frames.enter_context(self.within(kept.frame(self, k)))
                 if kept.empty:
                     break
                 before.append((kept, answer))

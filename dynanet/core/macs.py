@@ -62,12 +62,12 @@ class CountMacs(TorchDispatchMode):
 
 
 def _attention(args: Any, out: Any) -> int:
-    query, key, value = args[:3]                                                  # (..., T, D), (..., S, D), (..., S, V)
+    query, key, value = args[:3]  # (..., T, D), (..., S, D), (..., S, V)
     return math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
 
 
 def _fused_rnn(args: Any, out: Any) -> int:
-    x, w_input, w_hidden = args[:3]                                                       # (T, B, I), (G H, I), (G H, H)
+    x, w_input, w_hidden = args[:3]  # (T, B, I), (G H, I), (G H, H)
     return x.shape[0] * x.shape[1] * (w_input.numel() + w_hidden.numel())
 
 

@@ -105,6 +105,8 @@ def take_rows(t: Tensor, index: Tensor) -> Tensor:
 
 def over_tensors(f: Callable[..., Tensor], tree: Any, *others: Any) -> Any:
     """f over the tensors of pytrees of one structure. What is no tensor (a size, None) stays as it is."""
+    if isinstance(tree, Tensor):  # the common case, without flattening a tree
+        return f(tree, *others)
     return tree_map(lambda t, *o: f(t, *o) if isinstance(t, Tensor) else t, tree, *others)
 
 

@@ -104,7 +104,7 @@ class Images(Dataset[tuple[Any, int]]):
             candidate = (first + step) % len(self)
             pixels = self._pixels(candidate)
             if pixels is not None:
-                return self.transform(_to_tensor(pixels)), int(self.labels[candidate])
+                return self.transform(torch.from_numpy(pixels.copy())), int(self.labels[candidate])
         raise AssertionError("every image is corrupt, and that is not more than 1 %")
 
     def name(self, index: int) -> str:
@@ -138,7 +138,7 @@ class Images(Dataset[tuple[Any, int]]):
             if images is None:
                 images = np.empty((len(self), *pixels.shape), np.uint8)
             if pixels.shape != images.shape[1:]:
-                (h, w), (first_h, first_w) = pixels.shape[:2], images.shape[1:3]
+                (h, w), (first_h, first_w) = pixels.shape[1:], images.shape[2:]
                 raise DataError(
                     f"{self.name(index)} is {h} x {w} and {self.name(kept[0])} is {first_h} x {first_w}; images in one "
                     f"tensor must agree: give size=(height, width)"
@@ -146,13 +146,13 @@ class Images(Dataset[tuple[Any, int]]):
             images[len(kept)] = pixels
             kept.append(index)
         assert images is not None, "at most 1 % are corrupt, and there is at least one row"
-        whole = torch.from_numpy(images[: len(kept)]).permute(0, 3, 1, 2).contiguous()
+        whole = torch.from_numpy(images[: len(kept)])
         loaded = ImageTensors(whole, self.labels[kept], self.classes, transform=self.transform)
         loaded.corrupt = dict(self.corrupt)
         return loaded
 
     def _pixels(self, index: int) -> np.ndarray | None:
-        """Uint8 (H, W, C), or None if corrupt."""
+        """Uint8 (C, H, W), a view that may be read-only, or None if corrupt."""
         row = int(self._rows[index])
         if row in self._corrupt_rows:
             self._stop_if_too_many()
@@ -241,7 +241,7 @@ def name_classes(labels: Tensor, names: Sequence[str] | None, wanted: Sequence[s
     met = int(labels.max()) + 1 if len(labels) else 0
     if len(labels) and int(labels.min()) < 0:
         raise DataError(
-            f"{int((labels < 0).sum())} of {len(labels)} rows have a negative label, the hub's sign for 'not labelled'; "
+            f"{int((labels < 0).sum())} of {len(labels)} rows have a negative label, the hub's sign for unlabelled; "
             f"expected 0, 1, 2, ...: choose a labelled split"
         )
     if names is None:
@@ -257,25 +257,20 @@ def name_classes(labels: Tensor, names: Sequence[str] | None, wanted: Sequence[s
 
 
 def _decode(content: bytes, mode: str, size: tuple[int, int] | None) -> np.ndarray:
-    """Image file -> uint8 (H, W, C)."""
+    """Image file -> uint8 (C, H, W)."""
     pil = require("PIL.Image", "images")
     ops = require("PIL.ImageOps", "images")
     with pil.open(io.BytesIO(content)) as image:
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"mode {image.mode}: more than 8 bits per channel")
-        if image.getexif().get(_ORIENTATION, 1) != 1:
+        if "exif" in image.info and image.getexif().get(_ORIENTATION, 1) != 1:
             image = ops.exif_transpose(image)  # a photo stored lying down
         if "transparency" in image.info:
             image = image.convert("RGBA")  # Pillow warns when a palette with transparency becomes RGB at once
         image = image.convert(mode)
         if size is not None and image.size != (size[1], size[0]):
             image = ops.fit(image, (size[1], size[0]), method=pil.Resampling.BILINEAR)
-        return np.asarray(image).reshape(image.height, image.width, len(mode))
-
-
-def _to_tensor(pixels: np.ndarray) -> Tensor:
-    """Uint8 (H, W, C) -> (C, H, W). A copy: Pillow's buffer is read-only."""
-    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+        return np.asarray(image).reshape(image.height, image.width, len(mode)).transpose(2, 0, 1)
 
 
 def _checked(index: int, length: int) -> int:

@@ -11,10 +11,12 @@ A file that names no split belongs to "train". Row groups are read when one of t
 """
 
 import json
+import os
 import re
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,7 @@ def load_parquet(
     """The images of a split, decoded when asked for; `.to_memory()` decodes them once (CIFAR-10: a few seconds).
 
     Args:
-        place: a folder, a parquet file, or `hf://datasets/owner/name[/folder][@revision]`: a dataset of the Hugging
+        place: a folder, a parquet file, or `hf://datasets/owner/name[@revision][/folder]`: a dataset of the Hugging
             Face hub, downloaded into its cache, and read from there without a network.
         split: "train", "val", "test", or another name that the files have; "val" also finds "validation", and so on.
         image: the column of images; None for `image` or `img`.
@@ -83,10 +85,12 @@ def find_split(home: Path, split: str) -> list[Path]:
     Raises:
         DataError: nothing there, no such split, several datasets that have it, or shards that are missing.
     """
-    if not home.exists():
-        hint = f"; for the hub's dataset write {HUB}{home}" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(home)) else ""
-        raise DataError(f"{home} does not exist; expected a folder with parquet files{hint}")
-    top = home.parent if home.is_file() else home
+    try:
+        top = home.parent if home.is_file() else home
+        os.listdir(top)
+    except OSError as error:
+        hint = f" (for the hub's dataset write {HUB}{home})" if re.fullmatch(r"[\w.-]+/[\w.-]+", str(home)) else ""
+        raise DataError(f"cannot read {home} ({error.strerror}); expected a folder with parquet files{hint}") from error
     files = [home] if home.is_file() else sorted(path for path in home.rglob("*.parquet") if path.is_file())
     if not files:
         raise DataError(f"{home} has no parquet files; expected say train-00000-of-00001.parquet in it")
@@ -195,19 +199,14 @@ class _Rows:
         return self._kept[shard, group]
 
 
-class _reading:
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
     """What goes wrong inside, while reading a file, is a DataError that names the file."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (OSError, ValueError)) and not isinstance(error, DataError):
-            reason = " ".join(str(error).split())
-            raise DataError(f"{self._path} cannot be read as parquet ({reason}); fetch it anew") from error
+    try:
+        yield
+    except (OSError, require("pyarrow", "images").ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path} cannot be read as parquet ({reason}); mend it or fetch it anew") from error
 
 
 def _image_column(shard: _Shard) -> str:
@@ -241,9 +240,9 @@ def _whole(files: list[Path], split: str, top: Path) -> list[Path]:
 def _download(url: str, split: str) -> Path:
     """A hub dataset's parquet files of one split, in the local cache; without a network, what the cache holds."""
     hub = require("huggingface_hub", "hf")
-    path, _, revision = url.removeprefix(HUB).partition("@")
-    owner, _, rest = path.strip("/").partition("/")
+    owner, _, rest = url.removeprefix(HUB).strip("/").partition("/")
     name, _, folder = rest.partition("/")
+    name, _, revision = name.partition("@")
     if not owner or not name:
         raise DataError(f"{url} names no dataset; expected {HUB}owner/name")
     try:

@@ -19,9 +19,7 @@ SAME_SPLIT = (  # the Hugging Face hub's synonyms (docs: "Structure your reposit
 ImageSet = TypeVar("ImageSet", Images, ImageTensors)
 
 
-def hold_out(
-    data: ImageSet, count: int, *, seed: int, transform: Transform | None = None
-) -> tuple[ImageSet, ImageSet]:
+def hold_out(data: ImageSet, count: int, *, seed: int, transform: Transform | None = None) -> tuple[ImageSet, ImageSet]:
     """Carve a held-out part out of a training set: stratified, disjoint, the same for the same seed.
 
     Thresholds and budgets are fitted on such a part, so it must not be augmented: the training set's own transform,
@@ -51,11 +49,11 @@ def hold_out(
 
 
 def stratified(labels: Tensor, sizes: Sequence[int], seed: int) -> list[Tensor]:
-    """Deal rows into parts so that every part has every class in proportion, to within one row.
+    """Deal rows into parts so that every part has every class in proportion.
 
-    A class of a single row goes where the middle of the list goes: put the part that must have every class first, and
-    make it the largest. The draw uses numpy's legacy generator: its stream is frozen, so a seed means the same rows for
-    ever.
+    Part by part, each class gives its share of what is left, rounded so that the part has its size: the first part is
+    off by less than one row per class, the others by less than two. The draw uses numpy's legacy generator: its stream
+    is frozen, so a seed means the same rows for ever.
 
     Args:
         labels: (N,) the class of every row.
@@ -67,15 +65,18 @@ def stratified(labels: Tensor, sizes: Sequence[int], seed: int) -> list[Tensor]:
     """
     assert sum(sizes) == len(labels), "the parts must cover the rows"
     draw = np.random.RandomState(seed)
-    classes = labels.numpy()
-    # A class's rows, shuffled, lie evenly over [0, 1]: any stretch of the sorted list has every class in proportion.
-    place = np.empty(len(classes))
-    for value in np.unique(classes):
-        rows = np.flatnonzero(classes == value)
-        place[rows] = (draw.permutation(len(rows)) + 0.5) / len(rows)
-    order = np.lexsort((draw.permutation(len(classes)), place))
-    ends = np.cumsum(sizes)[:-1]
-    return [torch.from_numpy(np.sort(rows)) for rows in np.split(order, ends)]
+    kinds = labels.unique().tolist()
+    left = [draw.permutation(np.flatnonzero(labels.numpy() == kind)) for kind in kinds]
+    parts = []
+    for size in sizes:
+        have = np.array([len(rows) for rows in left])
+        fair = have * size / max(have.sum(), 1)
+        take = np.floor(fair).astype(int)
+        by_remainder = np.lexsort((draw.permutation(len(kinds)), take - fair))  # ties are drawn
+        take[by_remainder[: size - take.sum()]] += 1
+        parts.append(np.sort(np.concatenate([rows[:k] for rows, k in zip(left, take, strict=True)])))
+        left = [rows[k:] for rows, k in zip(left, take, strict=True)]
+    return [torch.from_numpy(rows) for rows in parts]
 
 
 def synonyms(split: str) -> tuple[str, ...]:

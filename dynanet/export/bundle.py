@@ -22,7 +22,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from dynanet.core.architecture import Architecture, architecture_of
 from dynanet.core.errors import BundleError
@@ -43,7 +43,7 @@ from dynanet.export.folder import (
     seal,
     sums,
 )
-from dynanet.export.strict import dump, line, short
+from dynanet.export.strict import dump, line, plain, short
 from dynanet.export.weights import WEIGHTS, compare, content, describe, header, parse_weights, state
 
 
@@ -107,6 +107,7 @@ def bundle(
     check_place(Path(folder))
     check_macs("mean", mean_macs)
     check_macs("worst", worst_macs)
+    arguments = {name: plain(value, f"argument {name} of {made.name}") for name, value in made.arguments.items()}
     limits = {name: m.limit for name, m in model.named_modules() if isinstance(m, Halt) and m.limit is not None}
     tensors = state(model)
     facts = {
@@ -119,8 +120,8 @@ def bundle(
     }
     contents = {
         WEIGHTS: safetensors.torch.save(tensors),
-        CONFIG: write_config(made, limits, classes, inputs),
-        README: render(card or Card(), made.name, made.arguments, facts).encode(errors="replace"),
+        CONFIG: write_config(made, arguments, limits, classes, inputs),
+        README: render(card or Card(), made.name, arguments, facts).encode(errors="replace"),
     }
     manifest = seal(
         {
@@ -180,8 +181,9 @@ def _read(folder: Path, builders: Builders, fingerprint: str | None) -> Bundle:
     with open_plain(folder, WEIGHTS) as file:
         found, start = header(file)
         compare(found, manifest["tensors"], f"{MANIFEST} lists")
-        with torch.device("meta"), _AtMost(1000 + 10 * len(found)):
-            expected = state(_built(builders[config.architecture], config.arguments))
+        with torch.device("meta"), _AtMost(1000 + 20 * len(found)):
+            skeleton = _built(builders[config.architecture], config.arguments)
+        expected = state(skeleton)
         compare(found, describe(expected), f"{config.architecture} has")
         data = content(file, start, expected)
     check_sums(WEIGHTS, data, manifest)
@@ -195,20 +197,28 @@ def _read(folder: Path, builders: Builders, fingerprint: str | None) -> Bundle:
     return Bundle(model, config.classes, config.inputs, macs["mean"], macs["worst"], manifest["fingerprint"])
 
 
-class _AtMost(TorchDispatchMode):
-    """A config of ten bytes can ask for a million layers: stops building after so many operations."""
+_FILLS = {torch.Tensor.normal_, torch.Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_}
+
+
+class _AtMost(TorchFunctionMode):
+    """A config of ten bytes can ask for a million layers: stops building after so many calls of torch.
+
+    Random numbers are left out, as meta tensors hold none. (Normal ones on meta import torch's compiler, which takes
+    four seconds; so does any dispatch mode.)
+    """
 
     def __init__(self, most: int):
         super().__init__()
         self.left = most
 
-    def __torch_dispatch__(self, func: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.left -= 1
         if self.left < 0:
-            raise BundleError(
-                f"{CONFIG} describes a far larger model than {WEIGHTS} holds; it belongs to another model"
-            )
-        return func(*args, **(kwargs or {}))
+            raise BundleError(f"{CONFIG} describes a far larger model than {WEIGHTS}: it belongs to another one")
+        kwargs = kwargs or {}
+        if func in _FILLS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def _built(builder: Callable[..., nn.Module], arguments: Mapping[str, Any]) -> nn.Module:

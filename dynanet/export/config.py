@@ -67,17 +67,21 @@ class Config:
 
 
 def write_config(
-    made: Architecture, limits: Mapping[str, int], classes: Sequence[str] | None, inputs: Inputs | None
+    made: Architecture,
+    arguments: Mapping[str, Any],
+    limits: Mapping[str, int],
+    classes: Sequence[str] | None,
+    inputs: Inputs | None,
 ) -> bytes:
     """The config as a file holds it, checked as a reader will check it.
 
     Raises:
-        BundleError: an argument that JSON cannot hold, or that contradicts the classes or the input.
+        BundleError: a class name that cannot be one, or arguments that contradict the classes or the input.
     """
     config = {
         "format": FORMAT,
         "architecture": made.name,
-        "arguments": {name: plain(value, f"argument {name} of {made.name}") for name, value in made.arguments.items()},
+        "arguments": dict(arguments),
         "limits": dict(limits),
         "classes": plain(classes if classes is None else list(classes), "classes"),
         "input": None if inputs is None else dataclasses.asdict(inputs),

@@ -78,7 +78,8 @@ def _dump(value: Any, newline: str) -> str:
     if not isinstance(value, dict) or not value:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     inner = f"{newline}  "
-    return "{" + ",".join(f"{inner}{_dump(key, inner)}: {_dump(each, inner)}" for key, each in value.items()) + newline + "}"
+    pairs = (f"{inner}{_dump(key, inner)}: {_dump(each, inner)}" for key, each in value.items())
+    return f"{{{','.join(pairs)}{newline}}}"
 
 
 def _cut(text: str, most: int = 160) -> str:

@@ -68,10 +68,14 @@ class ChannelSkip(Dynamic):
                 bias = None if conv.bias is None else conv.bias[outs]
                 if len(ins):
                     part = nn.functional.conv2d(
-                        x.index_select(0, rows).index_select(1, ins), weight, bias, conv.stride, conv.padding,
+                        x.index_select(0, rows).index_select(1, ins),
+                        weight,
+                        bias,
+                        conv.stride,
+                        conv.padding,
                         conv.dilation,
                     )
-                else:                                         # nothing came in: only the bias goes out
+                else:  # nothing came in: only the bias goes out
                     part = y.new_zeros(len(rows), len(outs), height, width)
                     part = part if bias is None else part + bias[:, None, None]
             y[rows[:, None], outs[None, :]] = part
@@ -84,8 +88,6 @@ def _channels(keep: Tensor, channels: int) -> Tensor:
 
 def _out_size(conv: nn.Conv2d, x: Tensor) -> tuple[int, int]:
     sizes = []
-    for n, k, s, p, d in zip(
-        x.shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True
-    ):
+    for n, k, s, p, d in zip(x.shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True):
         sizes.append((n + 2 * int(p) - d * (k - 1) - 1) // s + 1)
     return sizes[0], sizes[1]

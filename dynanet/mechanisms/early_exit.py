@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynanet.core.decision import Decision
 from dynanet.core.errors import StructureError
 from dynanet.core.halt import Halt
 from dynanet.gates.confidence import Confidence, MaxProbability
@@ -53,9 +52,12 @@ class EarlyExit(Halt):
         logits = self.exits[k](features)
         return (features, self.confidence.remember(logits, memory)), logits
 
-    def goes_on(self, k: int, state: Any, answer: Tensor) -> Decision:
+    def score(self, k: int, state: Any, answer: Tensor) -> Tensor:
+        """The confidence of exit k."""
+        return self.confidence(answer, state[1])
+
+    def goes_on(self, k: int, score: Tensor) -> Tensor:
         """Past step k while confidence is below the threshold; always in training."""
-        score = self.confidence(answer, state[1])
         if self.training:
-            return Decision(torch.ones_like(score), score)
-        return Decision((score < self.thresholds[k]).to(score.dtype), score)
+            return torch.ones_like(score)
+        return (score < self.thresholds[k]).to(score.dtype)

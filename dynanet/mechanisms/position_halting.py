@@ -45,7 +45,9 @@ class PositionHalting(Dynamic):
             alive = self.tap(Decision(alive[..., None], score), first=k, present=alive[..., None]).keep[..., 0]
             x_BCHW = self.run(k, cell, alive, x_BCHW, otherwise=x_BCHW, rows=self.tiles)
             chance = self.halting(x_BCHW)[..., 0].sigmoid()
-            halts = total + chance > 1 - self.eps if k + 1 < len(self.cells) else torch.ones_like(alive, dtype=torch.bool)
+            halts = (
+                total + chance > 1 - self.eps if k + 1 < len(self.cells) else torch.ones_like(alive, dtype=torch.bool)
+            )
             weight = alive * torch.where(halts, 1 - total, chance)
             total = total + weight
             answer = answer + self.tiles.spread(weight, x_BCHW) * x_BCHW

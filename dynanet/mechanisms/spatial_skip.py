@@ -27,4 +27,3 @@ class SpatialSkip(Dynamic):
         """(B, C, H, W) to the same shape."""
         keep = self.tap(self.gate(x_BCHW)).keep[..., 0]
         return x_BCHW + self.run(0, self.branch, keep, x_BCHW, otherwise=0 * x_BCHW, rows=self.tiles)
-

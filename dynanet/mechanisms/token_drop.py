@@ -19,7 +19,7 @@ class TokenDrop(Dynamic):
         gate: maps token features (..., D) to a Decision with keep (..., 1).
     """
 
-    degree = 2                                                       # attention among n tokens costs a n + b n^2
+    degree = 2  # attention among n tokens costs a n + b n^2
 
     def __init__(self, rest: nn.Module, gate: nn.Module):
         super().__init__()

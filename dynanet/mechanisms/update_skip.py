@@ -23,7 +23,7 @@ class UpdateSkip(Dynamic):
     def __init__(self, cell: nn.Module, inputs: int, hidden: int):
         super().__init__()
         self.cell, self.delta, self.inputs, self.hidden = cell, nn.Linear(hidden, 1), inputs, hidden
-        nn.init.constant_(self.delta.bias, 1.0)                # the paper's start: updates are rarely skipped at first
+        nn.init.constant_(self.delta.bias, 1.0)  # the paper's start: updates are rarely skipped at first
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """(B, T, inputs) to the last state (B, hidden)."""

@@ -62,7 +62,9 @@ class Tiles(Rows):
                     f"batch norms and activations"
                 )
         if reads > self.halo:
-            raise StructureError(f"this unit reads {reads} positions beyond a tile but the halo is {self.halo}; raise it")
+            raise StructureError(
+                f"this unit reads {reads} positions beyond a tile but the halo is {self.halo}; raise it"
+            )
 
     def whole(self, x: Any, lead: tuple[int, ...]) -> Any:
         """The images as they are."""
@@ -128,8 +130,18 @@ class Tiles(Rows):
         return wide[..., : like.shape[2], : like.shape[3]].to(like.dtype)
 
 
-_POSITION_WISE = (nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.LeakyReLU, nn.Sigmoid, nn.Tanh,
-                  nn.Identity)
+_POSITION_WISE = (
+    nn.BatchNorm2d,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.SiLU,
+    nn.GELU,
+    nn.Hardswish,
+    nn.LeakyReLU,
+    nn.Sigmoid,
+    nn.Tanh,
+    nn.Identity,
+)
 
 
 def _chain(unit: nn.Module) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""Networks from papers, one per file, each readable on its own; `load_reference` fills one from its authors' checkpoint.
+"""Networks from papers, one per file, each readable on its own; `load_reference` fills one from its authors' weights.
 
 `__all__` is the list of models, and `load_reference`.
 """

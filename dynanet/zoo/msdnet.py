@@ -74,8 +74,8 @@ def msdnet(
     _check_counts(num_classes=num_classes, in_channels=in_channels, blocks=blocks, base=base, channels=channels)
     _check_counts(growth=growth)
     _check_factors(growth, growth_factors, bottleneck_factors)
-    if not 0 <= reduction <= 1:
-        raise ConfigError(f"msdnet: reduction is {reduction}; expected the share of channels kept, from 0 to 1")
+    if not isinstance(reduction, int | float) or not 0 <= reduction <= 1:
+        raise ConfigError(f"msdnet: reduction is {reduction!r}; expected the share of channels kept, from 0 to 1")
 
     depths = [base] + [step if step_mode == "even" else step * i + 1 for i in range(1, blocks)]
     if not isinstance(step, int) or min(depths) < 1:

@@ -21,10 +21,10 @@ from dynanet.zoo.msdnet import msdnet
 def load_reference(system: Literal["MSDNet"], config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> EarlyExit:
     """Build our model from the authors' configuration and fill it with the weights of their checkpoint.
 
-    MSDNet is https://github.com/kalviny/MSDNet-PyTorch (MIT): `config` has the names of its command line (data, nBlocks,
-    base, step, stepmode, nChannels, growthRate, grFactor and bnFactor as a list or as "1-2-4", nScales, prune,
-    bottleneck, reduction), with its defaults for what is left out. Names that do not shape the network (epochs, lr) are
-    not read.
+    MSDNet is https://github.com/kalviny/MSDNet-PyTorch (MIT): `config` has the names of its command line (data,
+    nBlocks, base, step, stepmode, nChannels, growthRate, grFactor and bnFactor as a list or as "1-2-4", nScales, prune,
+    bottleneck, reduction), with its defaults for what is left out. Names that do not shape the network (epochs, lr)
+    are not read.
 
     Args:
         system: the paper, "MSDNet".
@@ -66,7 +66,7 @@ def paper_flops(
     are free. Everything up to the exit counts, earlier exits included.
 
     Args:
-        model: a network with exits; nothing is computed, so any size takes no time.
+        model: a network with exits; it runs once on a sample of zeros (on the meta device, without computing).
         input_shape: (C, H, W) of one sample.
         convention: whose counting.
 
@@ -81,7 +81,7 @@ def paper_flops(
 def macs_per_exit(model: EarlyExit, input_shape: tuple[int, int, int]) -> list[int]:
     """Multiply-accumulates (convolutions, linears) of one sample (C, H, W) that leaves at exit 0, 1, ...
 
-    What a CostModel measures, from shapes alone: nothing is computed, so any size takes no time.
+    What a CostModel measures, without thresholds and traces; a network on the meta device is enough.
     """
     return [macs for macs, _ in _count_per_exit(model, input_shape)]
 
@@ -180,12 +180,12 @@ def _check_state(system: str, expected: Mapping[str, Tensor], came: Mapping[str,
 
 
 def _count_per_exit(model: EarlyExit, input_shape: tuple[int, int, int]) -> list[tuple[int, int]]:
-    """(MACs, the msdnet convention's extras) up to and including each exit, from shapes: on a copy without data."""
-    tensors = [*model.parameters(), *model.buffers()]
-    empty = copy.deepcopy(model, memo={id(t): torch.empty_like(t, device="meta") for t in tensors}).eval()
-    state, counts = torch.empty(1, *input_shape, device="meta"), []
+    """(MACs, the msdnet convention's extras) up to and including each exit."""
+    model = copy.deepcopy(model).eval()  # a copy, because the caller's may be training
+    weight = next(model.parameters())
+    state, counts = torch.zeros(1, *input_shape, device=weight.device, dtype=weight.dtype), []
     with torch.no_grad(), CountMacs() as count, _CountExtras() as extras:
-        for stage, leave in zip(empty.stages, empty.exits, strict=True):
+        for stage, leave in zip(model.stages, model.exits, strict=True):
             state = stage(state)
             leave(state)
             counts.append((count.total, extras.total))

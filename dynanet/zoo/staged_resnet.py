@@ -2,8 +2,8 @@
 
 Basic blocks of He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition, CVPR 2016,
 https://arxiv.org/abs/1512.03385, with exits as in Teerapittayanon et al.: BranchyNet, 2016,
-https://arxiv.org/abs/1709.01686. The stem strides, which makes it three times cheaper than a ResNet-20 on 32 x 32 pixels
-(17 million MACs).
+https://arxiv.org/abs/1709.01686. The stem strides, which makes the net half as dear as a ResNet-20: 17 million MACs on
+32 x 32 pixels against 41 (18.5 with `context` at three exits).
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def staged_resnet(
     depths: Sequence[int] = (1, 2, 1),
     stem_stride: int = 2,
     exits: Sequence[int] | Literal["all"] = "all",
-    context: int = 0,
+    context: int = 64,
 ) -> EarlyExit:
     """A residual network with exits; images (B, C, H, W) of any size.
 
@@ -35,7 +35,9 @@ def staged_resnet(
         stem_stride: stride of the first convolution.
         exits: after which blocks a sample may leave, counted from 0 in ascending order, the last block included.
         context: channels of a convolution in front of the earlier exits, over features averaged down to the last
-            block's resolution, so that these exits see the whole image and not only its mean; 0 for none.
+            block's resolution, so that these exits read the layout of the image and not only its mean; 0 for none.
+            64 cost 6 % of the first exit's MACs and gave it 8 to 10 points on held-out CIFAR-10 training images
+            (10,000 images, 8 epochs, two seeds), the last exit 0.4 to 2.
 
     Returns:
         An EarlyExit with one step per exit; logits are (B, num_classes).
@@ -54,11 +56,11 @@ def staged_resnet(
     leave = range(len(blocks)) if exits == "all" else exits
     if not leave or sorted(set(leave)) != list(leave) or leave[0] < 0 or leave[-1] != len(blocks) - 1:
         raise ConfigError(
-            f"staged_resnet: exits is {tuple(leave)}; expected ascending numbers of blocks from 0 to {len(blocks) - 1}, "
-            f"the last included, or 'all'"
+            f"staged_resnet: exits is {tuple(leave)}; expected ascending numbers of blocks from 0 to "
+            f"{len(blocks) - 1}, the last included, or 'all'"
         )
     if context < 0:
-        raise ConfigError(f"staged_resnet: context is {context}; expected a number of channels, or 0 for no convolution")
+        raise ConfigError(f"staged_resnet: context is {context}; expected channels, or 0 for no convolution")
     level = [i for i, depth in enumerate(depths) for _ in range(depth)]  # of every block
     stages, heads, first = [], [], 0
     for last in leave:
@@ -134,11 +136,11 @@ def _blocks(in_channels: int, widths: Sequence[int], depths: Sequence[int], stem
 def _exit(width: int, num_classes: int, context: int, shrink: int) -> nn.Sequential:
     """Global average and a linear layer; before them, with `context`, a convolution on features `shrink` times smaller.
 
-    The convolution is on averages because it is to see far and cost little.
+    It reads averages because it is to see far and cost little.
     """
     layers: list[nn.Module] = []
     if context:
-        # A window that hangs over the edge (count_include_pad has no say in it) keeps sizes that `shrink` does not divide.
+        # ceil_mode: any size will do, and nothing at the edge is lost.
         layers += [nn.AvgPool2d(shrink, ceil_mode=True)] if shrink > 1 else []
         layers += [*_conv_bn(width, context, 3), nn.ReLU(inplace=True)]
         width = context

@@ -45,7 +45,13 @@ def warm(model):
 
 def bottleneck():
     return nn.Sequential(
-        conv(1, C, 4), nn.BatchNorm2d(4), nn.ReLU(), conv(3, 4, 4), nn.BatchNorm2d(4), nn.ReLU(), conv(1, 4, C),
+        conv(1, C, 4),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        conv(3, 4, 4),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        conv(1, 4, C),
         nn.BatchNorm2d(C),
     )
 
@@ -122,7 +128,9 @@ def drop_twice(wrap):
 
 
 def channels(wrap):
-    gates = [Gate(PooledScorer(C, 4, hidden=0, bias=0.0), rule, units=4) for rule in (Threshold(), TopK(2), Threshold())]
+    gates = [
+        Gate(PooledScorer(C, 4, hidden=0, bias=0.0), rule, units=4) for rule in (Threshold(), TopK(2), Threshold())
+    ]
     return ChannelSkip([conv(3), conv(3), nn.Conv2d(C, 2 * C, 3, stride=2)], gates, groups=4)
 
 
@@ -132,8 +140,9 @@ def images(height, width, batch=5):
 
 def spatial(height, width, tile, halo=1, branch=None):
     return (
-        lambda wrap: warm(SpatialSkip((branch or bottleneck)(), Gate(TileScorer(C, tile), StraightThrough()),
-                                      Tiles(tile, halo))),
+        lambda wrap: warm(
+            SpatialSkip((branch or bottleneck)(), Gate(TileScorer(C, tile), StraightThrough()), Tiles(tile, halo))
+        ),
         images(height, width),
     )
 
@@ -149,7 +158,9 @@ LAYERS = {
     "layer skip, images": (layer_skip_image, images(6, 7)),
     "layer skip, shared cell": (shared_cell, torch.randn(7, D)),
     "skip in skip in skip": (
-        lambda wrap: rows_to_rows(lambda u: nn.Sequential(u, rows_to_rows(lambda v: nn.Sequential(v, rows_to_rows(wrap))))),
+        lambda wrap: rows_to_rows(
+            lambda u: nn.Sequential(u, rows_to_rows(lambda v: nn.Sequential(v, rows_to_rows(wrap))))
+        ),
         torch.randn(9, D),
     ),
     "spatial skip, tile 4 of 13x9": spatial(13, 9, 4),
@@ -158,15 +169,18 @@ LAYERS = {
     "spatial skip, two convolutions": spatial(9, 10, 4, 2, lambda: nn.Sequential(conv(3), nn.ReLU(), conv(3))),
     "spatial skip, dilated": spatial(9, 10, 3, 2, lambda: conv(3, dilation=2)),
     "position halting, positions": (
-        lambda wrap: PositionHalting([cell() for _ in range(3)], TileScorer(C, 1), Tiles(1, 2), eps=0.3), images(5, 6, 3),
+        lambda wrap: PositionHalting([cell() for _ in range(3)], TileScorer(C, 1), Tiles(1, 2), eps=0.3),
+        images(5, 6, 3),
     ),
     "position halting, tiles": (
-        lambda wrap: PositionHalting([cell() for _ in range(4)], TileScorer(C, 3), Tiles(3, 2), eps=0.3), images(7, 8, 3),
+        lambda wrap: PositionHalting([cell() for _ in range(4)], TileScorer(C, 3), Tiles(3, 2), eps=0.3),
+        images(7, 8, 3),
     ),
     "token drop, ragged": (drop_twice, torch.randn(4, 9, D)),
     "mixture of depths": (
-        lambda wrap: SmallViT(Block(mlp()), TokenDrop(Block(wrap(mlp())), row_gate()), Block(mlp()),
-                              TokenDrop(Block(mlp()), row_gate())),
+        lambda wrap: SmallViT(
+            Block(mlp()), TokenDrop(Block(wrap(mlp())), row_gate()), Block(mlp()), TokenDrop(Block(mlp()), row_gate())
+        ),
         torch.randn(4, 7, D),
     ),
     "channel skip, in x out": (channels, images(6, 6)),

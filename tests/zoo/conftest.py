@@ -1,4 +1,4 @@
-"""Key-seeded weights: a network's weights follow from their names, so that logits can be compared without storing them."""
+"""Key-seeded weights: they follow from their names, so that logits can be compared without storing weights."""
 
 import math
 import zlib
@@ -56,5 +56,3 @@ def seeded(weight):
         return model.eval()
 
     return seeded
-
-

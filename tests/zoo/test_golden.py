@@ -17,7 +17,7 @@ GOLDEN = Path(__file__).parent / "golden"
 MODELS = {
     "msdnet_small": lambda: zoo.msdnet(num_classes=10, blocks=3),
     "msdnet_min_plain": lambda: zoo.msdnet(
-        num_classes=7, in_channels=5, blocks=3, base=2, step=1, step_mode="even", prune="min", bottleneck=False, growth=4,
+        num_classes=7, in_channels=5, blocks=3, base=2, step_mode="even", prune="min", bottleneck=False, growth=4,
         growth_factors=(2, 2, 4), bottleneck_factors=(1, 1, 1), reduction=0.7,
     ),
     "msdnet_imagenet_small": lambda: zoo.msdnet(
@@ -25,7 +25,7 @@ MODELS = {
         bottleneck_factors=(1, 2, 4, 4), head="imagenet",
     ),
     "staged_resnet": lambda: zoo.staged_resnet(num_classes=10),
-    "staged_resnet_context": lambda: zoo.staged_resnet(num_classes=10, exits=(0, 2, 3), context=64),
+    "staged_resnet_plain": lambda: zoo.staged_resnet(num_classes=10, exits=(0, 2, 3), context=0),
 }  # fmt: skip
 SIZE = {"msdnet_imagenet_small": 64}
 
@@ -51,13 +51,17 @@ def test_a_model_is_what_it_was(name, seeded, seeded_input):
 def figures(model, name, seeded_input) -> dict:
     channels = next(model.parameters()).shape[1]
     size = SIZE.get(name, 32)
+    state = model.state_dict()
     with torch.no_grad():
         answers = model.answers(seeded_input((2, channels, size, size)))
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "macs": macs_per_exit(model, (channels, size, size)),
         "msdnet_flops": paper_flops(model, (channels, size, size)),
-        "shapes": [list(a.shape) for a in answers],
-        "state": {key: list(t.shape) for key, t in model.state_dict().items() if not key.endswith("num_batches_tracked")},
-        "logits": [{"mean": a.mean().item(), "std": a.std().item(), "first": a[:, :3].flatten().tolist()} for a in answers],
+        "shapes": [list(answer.shape) for answer in answers],
+        "state": {key: list(state[key].shape) for key in state if not key.endswith("num_batches_tracked")},
+        "logits": [
+            {"mean": answer.mean().item(), "std": answer.std().item(), "first": answer[:, :3].flatten().tolist()}
+            for answer in answers
+        ],
     }

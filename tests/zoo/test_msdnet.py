@@ -47,7 +47,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_and_counts_are_the_published_ones(name):
     build, size, parameters, flops, macs = PUBLISHED[name]
-    with torch.device("meta"):
+    with torch.device("meta" if size == 224 else "cpu"):
         model = build()
     assert as_printed([parameter_count(model)], like=parameters) == parameters
     assert as_printed(paper_flops(model, (3, size, size)), like=flops) == flops
@@ -58,7 +58,8 @@ def test_parameters_and_counts_are_the_published_ones(name):
 def test_parameters_up_to_each_exit_of_the_released_checkpoint():
     with torch.device("meta"):
         model = msdnet_imagenet(step=7)
-    per_step = [parameter_count(stage) + parameter_count(leave) for stage, leave in zip(model.stages, model.exits)]
+    steps = zip(model.stages, model.exits, strict=True)
+    per_step = [parameter_count(stage) + parameter_count(leave) for stage, leave in steps]
     upto = [sum(per_step[: k + 1]) for k in range(5)]
     assert as_printed(upto, like="8.76") == "8.76 20.15 31.73 41.86 62.31"
 

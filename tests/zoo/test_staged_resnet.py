@@ -15,7 +15,7 @@ from dynanet.zoo.reference import macs_per_exit
 
 def test_the_practical_net_on_cifar():
     with torch.device("meta"):
-        model = staged_resnet(num_classes=10)
+        model = staged_resnet(num_classes=10, context=0)
     assert model.steps == 4
     assert macs_per_exit(model, (3, 32, 32))[-1] == pytest.approx(17.0e6, rel=1e-3)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(0.38e6, rel=0.02)
@@ -32,12 +32,22 @@ def test_macs_are_what_a_cost_model_measures(context, seeded, seeded_input):
 
 def test_exits_where_they_are_asked_for(seeded_input):
     x = seeded_input((2, 3, 32, 32))
-    all_exits, two = staged_resnet(num_classes=10), staged_resnet(num_classes=10, exits=(1, 3))
+    every, two = staged_resnet(num_classes=10, context=0), staged_resnet(num_classes=10, context=0, exits=(1, 3))
     assert len(two.answers(x)) == 2
-    backbone = {k.split(".", 2)[2] for k in two.state_dict() if k.startswith("stages")}
-    assert backbone and len(list(two.stages.parameters())) == len(list(all_exits.stages.parameters()))
-    saved = macs_per_exit(all_exits, (3, 32, 32))[-1] - macs_per_exit(two, (3, 32, 32))[-1]
-    assert saved == 32 * 10 + 64 * 10  # two linear layers
+    assert len(list(two.stages.parameters())) == len(list(every.stages.parameters()))
+    saved = macs_per_exit(every, (3, 32, 32))[-1] - macs_per_exit(two, (3, 32, 32))[-1]
+    assert saved == 32 * 10 + 64 * 10  # the linear layers of exits 0 and 2
+
+
+def test_context_is_cheap_and_reads_the_layout_of_the_image(seeded):
+    plain = macs_per_exit(staged_resnet(num_classes=10, context=0), (3, 32, 32))
+    seeing = staged_resnet(num_classes=10, context=64)
+    assert macs_per_exit(seeing, (3, 32, 32))[0] < 1.07 * plain[0]
+    features = torch.randn(1, 32, 16, 16)
+    leave = seeded(seeing.exits[0])
+    assert not torch.allclose(leave(features), leave(features.roll(8, dims=3)), atol=1e-3)
+    leave = seeded(staged_resnet(num_classes=10, context=0).exits[0])
+    torch.testing.assert_close(leave(features), leave(features.roll(8, dims=3)))
 
 
 @pytest.mark.parametrize("context", [0, 16])

@@ -1,0 +1,137 @@
+"""Calibration: one pass over held-out data, then the model of any budget."""
+
+import copy
+import json
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dynanet.core.budget import Budget
+from dynanet.core.cost import CostModel
+from dynanet.core.errors import DataError, StructureError
+from dynanet.core.files import write_atomically, write_folder_atomically
+from dynanet.core.halt import Halt
+from dynanet.infer.choice import Choice, choose, curve
+from dynanet.infer.risk import UncertifiedWarning
+from dynanet.infer.table import Table, halt_of, tabulate
+
+
+@dataclass(frozen=True, eq=False)
+class Frontier:
+    """A model and its table: ask it for the model of any budget."""
+
+    model: nn.Module
+    table: Table
+
+    def at(self, budget: Budget, losses: np.ndarray | None = None) -> nn.Module:
+        """A copy of the model, in eval mode, that keeps to the budget.
+
+        Args:
+            budget: what is asked.
+            losses: (N, K) of the held-out samples, for a risk of your own; see `choose`.
+
+        Warns:
+            UncertifiedWarning: the asked risk cannot be promised for any early exit, and why. The copy never exits
+                early.
+
+        Raises:
+            BudgetError: as `choose`.
+        """
+        choice = self.choose(budget, losses)
+        if choice.promised is not None and choice.note:
+            warnings.warn(choice.note, UncertifiedWarning, stacklevel=2)
+        return apply(self.model, choice)
+
+    def choose(self, budget: Budget, losses: np.ndarray | None = None) -> Choice:
+        """The thresholds that `at` sets, and what they do; see the function `choose`."""
+        return choose(self.table, budget, losses)
+
+    def curve(self, points: int = 25) -> list[Choice]:
+        """The best choices from the cheapest path to the dearest, at budgets evenly apart in MACs."""
+        return curve(self.table, points)
+
+    def timed(self, ms: Iterable[float]) -> "Frontier":
+        """The same with the measured milliseconds per sample that leaves at every exit, (K,); for Budget(ms=...)."""
+        return replace(self, table=replace(self.table, ms=np.array(list(ms), dtype=np.float64)))
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write a folder: the table, and the curve's choices as JSON for whoever reads thresholds elsewhere."""
+        points = [_plain(choice) for choice in self.curve()]
+
+        def fill(fresh: Path) -> None:
+            self.table.save(fresh / "table.npz")
+            text = json.dumps({"exits": self.table.exits, "samples": self.table.samples, "curve": points}, indent=1)
+            write_atomically(fresh / "frontier.json", lambda file: file.write(text.encode()))
+
+        write_folder_atomically(folder, fill)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike, model: nn.Module) -> "Frontier":
+        """Read what `save` wrote, for the model it was made with.
+
+        Raises:
+            DataError: no such folder, or the table of a model with another number of exits.
+        """
+        table = Table.load(Path(folder) / "table.npz")
+        steps = halt_of(model)[1].steps
+        if steps != table.exits:
+            raise DataError(f"{os.fspath(folder)} has {table.exits} exits, this model {steps}; calibrate this one")
+        return cls(model, table)
+
+
+def calibrate(
+    model: nn.Module, held_out: Iterable[Any], cost: CostModel, *, ms: Iterable[float] | None = None
+) -> Frontier:
+    """One pass over held-out data; then any budget without another.
+
+    Args:
+        model: with one layer that halts (EarlyExit, say) and answers logits.
+        held_out: batches (x, y) that the model was not trained on, without augmentation. Not the test data.
+        cost: of this model.
+        ms: (K,) measured milliseconds per sample that leaves at every exit, for budgets in ms.
+
+    Raises:
+        StructureError: the model has no exits to choose.
+        DataError: no samples, labels that are no class indices, answers that are not finite.
+    """
+    _thresholds(halt_of(model)[1])
+    frontier = Frontier(model, tabulate(model, held_out, cost))
+    return frontier if ms is None else frontier.timed(ms)
+
+
+def apply(model: nn.Module, choice: Choice) -> nn.Module:
+    """A copy of the model, in eval mode, with the thresholds and the limit of a choice.
+
+    Raises:
+        StructureError: the model has no thresholds, or another number of them.
+    """
+    halt = halt_of(copied := copy.deepcopy(model).eval())[1]
+    thresholds = _thresholds(halt)
+    if thresholds.shape != choice.thresholds.shape:
+        raise StructureError(f"{len(choice.thresholds)} thresholds chosen for a model that has {len(thresholds)}")
+    with torch.no_grad():
+        thresholds.copy_(torch.from_numpy(choice.thresholds))
+    halt.limit = choice.limit
+    return copied
+
+
+def _thresholds(halt: Halt) -> Tensor:
+    """The buffer through which a Halt is calibrated."""
+    thresholds = dict(halt.named_buffers(recurse=False)).get("thresholds")
+    if thresholds is None:
+        raise StructureError(f"{type(halt).__name__} has no buffer `thresholds` to be calibrated; EarlyExit has one")
+    return thresholds
+
+
+def _plain(choice: Choice) -> dict[str, Any]:
+    """For JSON, which knows no infinity: those thresholds are the strings "inf" and "-inf", as float() reads them."""
+    thresholds = [t if np.isfinite(t) else str(t) for t in choice.thresholds.tolist()]
+    plain = asdict(choice) | {"asked": asdict(choice.asked), "thresholds": thresholds, "share": choice.share.tolist()}
+    return {key: value for key, value in plain.items() if value is not None}

@@ -1,0 +1,231 @@
+"""Engines run one static unit: eager torch, or an ONNX Runtime graph with a dynamic batch. Flat tensors in and out.
+
+A unit here is a function of tensors whose first axis is the rows, with nothing dynamic inside. Which engine is faster depends on the unit, the batch and the machine, so a session
+measures (`fastest`) and does not guess.
+"""
+
+import copy
+import functools
+import hashlib
+import logging
+import os
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from dynanet.core.errors import MissingExtraError, require
+from dynanet.core.files import write_atomically
+
+log = logging.getLogger(__name__)
+
+
+class Engine(ABC):
+    """Runs a unit.
+
+    Attributes:
+        name: what reports call it.
+    """
+
+    name: str
+
+    @abstractmethod
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The unit's outputs for these rows; never called without rows. With workspaces on, an output stays valid
+        until the next call only."""
+
+
+class Eager(Engine):
+    """Torch itself: the fallback, and the engine on GPUs."""
+
+    name = "eager"
+
+    def __init__(self, unit: nn.Module):
+        self.unit = unit
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The unit's outputs."""
+        return list(self.unit(*inputs))
+
+
+class OnnxRuntime(Engine):
+    """One graph for all batch sizes. Exported once and kept in the cache, by a hash of the weights.
+
+    Args:
+        unit: maps flat tensors to a tuple of tensors, on the CPU.
+        inputs: an example, two rows or more.
+        threads: of the runtime.
+        workspaces: write into buffers that the next call writes again. Fresh large allocations cost more in page
+            faults than the copy they hold; but then a result must be used before the next call.
+        cache: folder of exported graphs; `cache_folder()` if None.
+
+    Raises:
+        MissingExtraError: onnxruntime (or, for a graph that is not in the cache, onnx and onnxscript) is missing.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(
+        self, unit: nn.Module, inputs: Sequence[Tensor], *, threads: int, workspaces: bool, cache: Path | None = None
+    ):
+        runtime = require("onnxruntime", "onnx")
+        with torch.no_grad():
+            outputs = unit(*inputs)
+        path = _exported(unit, tuple(inputs), cache if cache is not None else cache_folder())
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.log_severity_level = 3
+        self._runtime = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._inputs = [node.name for node in self._runtime.get_inputs()]
+        self._outputs = [
+            (node.name, tuple(t.shape[1:]), t.dtype, _NUMPY[t.dtype])
+            for node, t in zip(self._runtime.get_outputs(), outputs, strict=True)
+        ]
+        # The exporter drops inputs that the unit does not read.
+        self._used = [int(name.removeprefix("input_")) for name in self._inputs]
+        self._workspaces, self._chunk = workspaces, 0
+        self._buffers: list[Tensor] = []
+        self._bindings: dict[tuple[int, int], tuple[Any, dict[str, int]]] = {}
+
+    def chunked(self, rows: int) -> "OnnxRuntime":
+        """The same graph, fed so many rows at a time: activations of a small chunk stay in the cache."""
+        other = copy.copy(self)
+        other.name, other._chunk, other._buffers, other._bindings = f"{self.name}, {rows} at a time", rows, [], {}
+        return other
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The unit's outputs, bound without a copy."""
+        rows = inputs[0].shape[0]
+        inputs, outputs = [t if t.is_contiguous() else t.contiguous() for t in inputs], self._room(rows)
+        step = self._chunk or rows
+        for first in range(0, rows, step):
+            n = min(step, rows - first)
+            # With workspaces most addresses are those of the last call with so many rows: only what changed is bound.
+            binding, bound = self._bindings.setdefault((first, n), (self._runtime.io_binding(), {}))
+            for name, which in zip(self._inputs, self._used, strict=True):
+                t = inputs[which]
+                address = t.data_ptr() + first * t.stride(0) * t.element_size()
+                if bound.get(name) != address:
+                    binding.bind_input(name, "cpu", 0, _NUMPY[t.dtype], (n, *t.shape[1:]), address)
+                    bound[name] = address
+            for (name, shape, _, kind), out in zip(self._outputs, outputs, strict=True):
+                address = out.data_ptr() + first * out.stride(0) * out.element_size()
+                if bound.get(name) != address:
+                    binding.bind_output(name, "cpu", 0, kind, (n, *shape), address)
+                    bound[name] = address
+            self._runtime.run_with_iobinding(binding)
+        return outputs
+
+    def _room(self, rows: int) -> list[Tensor]:
+        if not self._workspaces:
+            return [torch.empty(rows, *shape, dtype=dtype) for _, shape, dtype, _ in self._outputs]
+        if not self._buffers or self._buffers[0].shape[0] < rows:
+            self._buffers = [torch.empty(rows, *shape, dtype=dtype) for _, shape, dtype, _ in self._outputs]
+        return [buffer[:rows] for buffer in self._buffers]
+
+
+def fastest(
+    engines: Sequence[Engine], inputs: Sequence[Tensor], *, threads: int, seconds: float = 0.1
+) -> tuple[Engine, dict[str, float]]:
+    """The quickest engine for these rows, and every engine's milliseconds.
+
+    Interleaved, each the minimum of at least three runs: other programs only ever add time, and a choice made once at
+    load time should not hang on them. On one thread it is processor time, which they do not even touch.
+    """
+    clock = time.process_time if threads == 1 else time.perf_counter
+    ms = {engine.name: float("inf") for engine in engines}
+    started, rounds = time.perf_counter(), 0
+    while rounds < 4 or (rounds < 50 and time.perf_counter() - started < seconds):
+        for engine in engines:
+            start = clock()
+            engine(inputs)
+            if rounds:  # the first round warms up
+                ms[engine.name] = min(ms[engine.name], 1e3 * (clock() - start))
+        rounds += 1
+    return min(engines, key=lambda engine: ms[engine.name]), ms
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """A copy in eval mode whose batch norms are folded into the convolutions before them (in a Sequential)."""
+    model = copy.deepcopy(model).eval()
+    for parent in list(model.modules()):
+        if not isinstance(parent, nn.Sequential):
+            continue
+        for i in range(len(parent) - 1):
+            conv, norm = parent[i], parent[i + 1]
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
+                parent[i], parent[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
+    return model.requires_grad_(False)
+
+
+@functools.cache
+def onnx_runtime() -> ModuleType | None:
+    """The onnxruntime module; None, said once, where it is not installed."""
+    try:
+        return require("onnxruntime", "onnx")
+    except MissingExtraError as error:
+        log.warning("running eager: %s", error)
+        return None
+
+
+def cache_folder() -> Path:
+    """Where exported graphs are kept: $DYNANET_CACHE, or dynanet/engines in the user's cache folder."""
+    home = (
+        os.environ.get("DYNANET_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynanet"
+    )
+    return Path(home) / "engines"
+
+
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64, torch.int64: np.int64, torch.bool: np.bool_}
+
+
+def _exported(unit: nn.Module, inputs: tuple[Tensor, ...], cache: Path) -> Path:
+    """The path of the unit's graph, from the cache or exported now."""
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(
+        _Positional(unit, len(inputs)), inputs, dynamic_shapes=(tuple({0: batch} for _ in inputs),)
+    )
+    digest = hashlib.sha256(f"{torch.__version__}|{[(t.dtype, t.shape[1:]) for t in inputs]}".encode())
+    digest.update(str(program.graph).encode())
+    for name, tensor in sorted(program.state_dict.items()) + sorted(program.constants.items()):
+        if isinstance(tensor, Tensor):
+            digest.update(name.encode())
+            digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    path = cache / f"{digest.hexdigest()}.onnx"
+    if not path.exists():
+        require("onnxscript", "onnx")
+        exporter = logging.getLogger("torch.onnx")
+        level = exporter.level
+        exporter.setLevel(logging.ERROR)  # it warns of torchvision's absence, which is no concern
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the exporter's own deprecations, not ours
+                exported = torch.onnx.export(
+                    program, dynamo=True, verbose=False, input_names=[f"input_{i}" for i in range(len(inputs))]
+                )
+        finally:
+            exporter.setLevel(level)
+        assert exported is not None
+        cache.mkdir(parents=True, exist_ok=True)
+        model = exported.model_proto.SerializeToString()
+        write_atomically(path, lambda file: file.write(model))
+    return path
+
+
+class _Positional(nn.Module):
+    """Takes flat tensors under positional names, whatever the unit calls its own."""
+
+    def __init__(self, unit: nn.Module, inputs: int):
+        super().__init__()
+        self.unit, self.inputs = unit, inputs
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.unit(*tensors))

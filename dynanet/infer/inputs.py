@@ -1,0 +1,54 @@
+"""The door: what a model cannot take is refused before anything runs."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from dynanet.core.errors import InputError
+
+
+def check_input(x: Any, example: Any) -> None:
+    """Compare an input with an example of what the model takes; the batch size is free.
+
+    Args:
+        x: tensor, or a pytree of tensors, rows first.
+        example: what the model takes.
+
+    Raises:
+        InputError: another structure, dtype, number of axes, channels or size; NaN or infinite values.
+    """
+    if isinstance(x, Tensor) and isinstance(example, Tensor):
+        given, wanted, shape, expected = [x], [example], None, None
+    else:
+        (given, shape), (wanted, expected) = tree_flatten(x), tree_flatten(example)
+    if shape != expected or not all(isinstance(t, Tensor) for t in given):
+        raise InputError(f"the input is {type(x).__name__}; expected {_described(wanted)}")
+    for t, e in zip(given, wanted, strict=True):
+        if t.dim() != e.dim() or t.shape[1:] != e.shape[1:]:
+            raise InputError(
+                f"the input has shape {tuple(t.shape)}; expected (batch, {', '.join(map(str, e.shape[1:]))}): "
+                f"{_difference(t, e)}"
+            )
+        if t.dtype != e.dtype:
+            raise InputError(f"the input is {t.dtype}; expected {e.dtype}: convert it with x.to({e.dtype})")
+        # One sum finds nearly every input finite; only a sum that is not is looked at twice (it may have overflowed).
+        if t.is_floating_point() and not math.isfinite(t.sum().item()) and not torch.isfinite(t).all():
+            rows = (~torch.isfinite(t)).flatten(1).any(1).nonzero().flatten().tolist()
+            raise InputError(f"NaN or infinite values in sample(s) {rows[:5]} of the input; mend or leave them out")
+
+
+def _described(tensors: list[Any]) -> str:
+    return ", ".join(f"a {t.dtype} tensor of shape (batch, {', '.join(map(str, t.shape[1:]))})" for t in tensors)
+
+
+def _difference(t: Tensor, e: Tensor) -> str:
+    if t.dim() == e.dim() - 1:
+        return "the batch axis is missing; add it with x[None]"
+    if t.dim() != e.dim():
+        return f"{t.dim()} axes instead of {e.dim()}"
+    if t.shape[1] != e.shape[1]:
+        return f"{t.shape[1]} channels instead of {e.shape[1]}"
+    return "another size; resize or cut the input"

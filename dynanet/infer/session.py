@@ -1,0 +1,417 @@
+"""A Session runs a model for real: engines for what is static, compaction for what is decided."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from dynanet.core.dynamic import Dynamic, everything, execute, forced
+from dynanet.core.errors import InputError
+from dynanet.core.halt import Halt
+from dynanet.core.rows import Leading, over_tensors, take_rows
+from dynanet.infer.engines import Eager, Engine, OnnxRuntime, fastest, folded, onnx_runtime
+from dynanet.infer.inputs import check_input
+
+
+class Session(nn.Module):
+    """Runs a model sparsely: what a row skips is not computed.
+
+    Maximal static parts of the model become engines, chosen part by part and batch size by batch size by measuring on
+    this machine; the steps of a Halt become one engine each, and survivors are compacted between them into preallocated
+    workspaces. The dynamic layers themselves are the model's own, so answers, traces and prices are those of the model:
+    `record(session)` works, and a `CostModel` of the model prices its traces.
+
+    Not for several threads at once: a session owns its workspaces.
+
+    Args:
+        model: any model with or without dynamic layers; it is copied, and stays as it is.
+        example: an input batch of the size to expect, one sample or more.
+        device: "cpu", or "cuda" (eager engines only).
+        engines: "fastest" measures eager against ONNX Runtime; "eager" and "onnxruntime" take one of them.
+        batches: the batch sizes at which engines are compared; another size takes the nearest one's engine.
+        threads: of ONNX Runtime; as torch if None.
+        cache: where exported graphs are kept; see `engines.cache_folder`.
+
+    Attributes:
+        model: the deployed copy.
+        units: what was measured, by unit: {name: {batch: {engine: ms}}}.
+
+    Raises:
+        InputError: the example is empty, or the model cannot take it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Any,
+        *,
+        device: str = "cpu",
+        engines: str = "fastest",
+        batches: Sequence[int] = (1, 8, 64),
+        threads: int | None = None,
+        cache: Path | None = None,
+    ):
+        super().__init__()
+        if engines not in ("fastest", "eager", "onnxruntime"):
+            raise InputError(f"engines is {engines!r}; expected 'fastest', 'eager' or 'onnxruntime'")
+        self.device = torch.device(device)
+        self.example = tree_map(lambda t: t[:1].to(self.device), example)
+        if not all(t.shape[0] for t in tree_flatten(self.example)[0]):
+            raise InputError("a session needs an example with at least one sample; this batch is empty")
+        deployed = folded(model).to(self.device)
+        plan = _Plan(engines, tuple(sorted(set(batches))), threads or torch.get_num_threads(), cache, self.device)
+        with torch.no_grad():
+            self._empty = over_tensors(lambda t: t[:0], deployed(self.example))
+            deployed = _deploy(deployed, self.example, plan)
+        self.units = plan.measured
+        # Not registered: the layers of a session have the names they have in the model.
+        vars(self)["model"] = execute(deployed.eval(), sparse=True)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """The deployed model's modules, under the names they have in the model."""
+        return self.model.named_modules(*args, **kwargs)
+
+    @torch.no_grad()
+    def forward(self, x: Any) -> Any:
+        """The answers for a batch of any size, 0 included.
+
+        Raises:
+            InputError: another shape or dtype than the example's, NaN or infinite values.
+        """
+        check_input(x, self.example)
+        if self.device.type != "cpu":
+            x = tree_map(lambda t: t.to(self.device), x)
+        if (x if isinstance(x, Tensor) else tree_flatten(x)[0][0]).shape[0] == 0:
+            return self._empty
+        # Answers may lie in a workspace that the next call overwrites.
+        return over_tensors(torch.clone, self.model(x))
+
+    @torch.no_grad()
+    def stream(self, samples: Iterable[Any], batch: int = 64) -> Iterator[Any]:
+        """Answers of single samples, in order, with batches kept full: survivors of several arrivals merge.
+
+        Early exits make batches shrink, and small batches are slow per sample. So the rows that go on past a step wait
+        for each other, up to `batch`; an answer can be late by as many arrivals as that takes.
+
+        Args:
+            samples: inputs without the batch axis.
+            batch: rows per step.
+
+        Yields:
+            The answer of each sample, without the batch axis.
+
+        Raises:
+            InputError: a sample that the model cannot take, or a model that is no Halt (nothing to merge).
+        """
+        if not isinstance(self.model, Halt):
+            raise InputError(
+                f"stream merges what goes on past a step; {type(self.model).__name__} has no steps: call it"
+            )
+        ready: dict[int, Any] = {}
+        line = _Line(self.model, batch, ready)
+        arrived = yielded = 0
+        group: list[Any] = []
+        for sample in samples:
+            group.append(sample)
+            if len(group) == batch:
+                line.arrive(self._batched(group), range(arrived, arrived + batch))
+                arrived, group = arrived + batch, []
+            while yielded in ready:
+                yield ready.pop(yielded)
+                yielded += 1
+        if group:
+            line.arrive(self._batched(group), range(arrived, arrived + len(group)))
+        line.finish()
+        while yielded in ready:
+            yield ready.pop(yielded)
+            yielded += 1
+
+    def _batched(self, group: list[Any]) -> Any:
+        x = tree_map(lambda *t: torch.stack(t), *group)
+        check_input(x, self.example)
+        return tree_map(lambda t: t.to(self.device), x)
+
+
+class Workspaces(Leading):
+    """Leading rows, gathered into buffers that are allocated once and written again at every call."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
+
+    def take(self, x: Any, lead: tuple[int, ...], index: Tensor) -> Any:
+        """The rows at `index`. Valid until the next step takes."""
+        if isinstance(x, list):  # the state of a StagedHalt: no tree to flatten
+            return [self._row(i, t, index) for i, t in enumerate(x)]
+        leaves, structure = tree_flatten(x)
+        return tree_unflatten([self._row(i, t, index) for i, t in enumerate(leaves)], structure)
+
+    def _row(self, place: int, t: Any, index: Tensor) -> Any:
+        if not isinstance(t, Tensor) or index.numel() == t.shape[0]:
+            return t
+        if not t.is_contiguous() or t.device.type != "cpu":
+            return take_rows(t, index)
+        key = (place, t.shape[1:], t.dtype)
+        if key not in self._buffers or self._buffers[key].shape[0] < index.numel():
+            self._buffers[key] = t.new_empty(t.shape[0], *t.shape[1:])
+        return torch.index_select(t, 0, index, out=self._buffers[key][: index.numel()])
+
+
+class StagedHalt(Halt):
+    """A Halt whose steps are engines. Its state is a flat list of tensors, with the step's score at the end.
+
+    Attributes:
+        engines: per step, by batch size.
+        source: the Halt it runs; asked for its rule, so that thresholds stay where they are.
+    """
+
+    def __init__(self, source: Halt, engines: "list[_ByBatch]", layouts: list[Any]):
+        super().__init__()
+        vars(self)["source"] = source  # not registered: there is one layer here, not two
+        self.engines, self._layouts = engines, layouts
+        self.steps, self.limit, self.rows = source.steps, source.limit, Workspaces()
+
+    def start(self, x: Any) -> list[Tensor]:
+        """The tensors of the source's first state."""
+        return _tensors(self.source.start(x))
+
+    def step(self, k: int, state: list[Tensor]) -> tuple[list[Tensor], Any]:
+        """One engine call: state, answer and score."""
+        outputs = self.engines[k](state)
+        states, answers, structure = self._layouts[k]
+        answer = tree_unflatten(outputs[states : states + answers], structure)
+        return [*outputs[:states], *outputs[states + answers :]], answer
+
+    def score(self, k: int, state: list[Tensor], answer: Any) -> Tensor:
+        """Computed with the step."""
+        return state.pop()
+
+    def goes_on(self, k: int, score: Tensor) -> Tensor:
+        """The source's rule."""
+        return self.source.goes_on(k, score)
+
+
+class Unit(nn.Module):
+    """A static part of a model, run by an engine in the model's place."""
+
+    def __init__(self, engine: "_ByBatch", structure: Any):
+        super().__init__()
+        self.engine, self._structure = engine, structure
+
+    def forward(self, *args: Any) -> Any:
+        """As the part it stands for."""
+        inputs = _tensors(args)
+        if inputs[0].shape[0] == 0:
+            return self.engine.empty(inputs, self._structure)
+        return tree_unflatten(self.engine(inputs), self._structure)
+
+
+class _ByBatch:
+    """The engine that was fastest at the nearest batch size."""
+
+    def __init__(self, engines: dict[int, Engine], outputs: Sequence[Tensor]):
+        self.engines = engines
+        self._sizes = sorted(engines)
+        self._outputs = [t[:0].clone() for t in outputs]
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        rows = inputs[0].shape[0]
+        nearest = self._sizes[0]
+        for size in self._sizes[1:]:
+            if rows * rows >= nearest * size:  # the geometric middle between two sizes
+                nearest = size
+        return self.engines[nearest](inputs)
+
+    def empty(self, inputs: Sequence[Tensor], structure: Any) -> Any:
+        return tree_unflatten(list(self._outputs), structure)
+
+
+_CHUNKS = (4, 16)
+
+
+class _Plan:
+    """Which engines to try for a unit, and what they measured."""
+
+    def __init__(self, engines: str, batches: tuple[int, ...], threads: int, cache: Path | None, device: torch.device):
+        usable = device.type == "cpu" and engines != "eager" and onnx_runtime() is not None
+        self.eager = engines != "onnxruntime" or not usable
+        self.onnx, self.batches, self.threads, self.cache = usable, batches, threads, cache
+        self.measured: dict[str, dict[int, dict[str, float]]] = {}
+
+    def engine(self, name: str, unit: nn.Module, inputs: Sequence[Tensor], *, workspaces: bool) -> _ByBatch:
+        rows = [t.repeat(2, *[1] * (t.dim() - 1)) if t.shape[0] == 1 else t for t in inputs]
+        engines: list[Engine] = [Eager(unit)] if self.eager else []
+        if self.onnx:
+            engines.append(OnnxRuntime(unit, rows, threads=self.threads, workspaces=workspaces, cache=self.cache))
+        outputs = engines[0](rows)
+        if not self.onnx:
+            return _ByBatch({1: engines[0]}, outputs)
+        best, self.measured[name] = {}, {}
+        for batch in self.batches:
+            many = [t[:1].repeat(batch, *[1] * (t.dim() - 1)) for t in inputs]
+            chunks = (
+                [engines[-1].chunked(n) for n in _CHUNKS if n < batch] if isinstance(engines[-1], OnnxRuntime) else []
+            )
+            best[batch], self.measured[name][batch] = fastest([*engines, *chunks], many, threads=self.threads)
+        return _ByBatch(best, outputs)
+
+
+class _Step(nn.Module):
+    """Step k of a Halt as a function of flat tensors: (state..., answer..., score); the last step answers only."""
+
+    def __init__(self, halt: Halt, k: int, structure: Any, tensors: list[bool]):
+        super().__init__()
+        self.halt, self.k, self._structure, self._tensors = halt, k, structure, tensors
+
+    def forward(self, *flat: Tensor) -> tuple[Tensor, ...]:
+        tensors = iter(flat)
+        leaves = [next(tensors) if is_tensor else None for is_tensor in self._tensors]
+        state, answer = self.halt.step(self.k, tree_unflatten(leaves, self._structure))
+        if self.k + 1 == self.halt.steps:
+            return tuple(_tensors(answer))
+        return (*_tensors(state), *_tensors(answer), self.halt.score(self.k, state, answer))
+
+
+class _Part(nn.Module):
+    """A static submodule as a function of flat tensors."""
+
+    def __init__(self, module: nn.Module, structure: Any):
+        super().__init__()
+        self.module, self._structure = module, structure
+
+    def forward(self, *flat: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_tensors(self.module(*tree_unflatten(list(flat), self._structure))))
+
+
+def _deploy(model: nn.Module, example: Any, plan: _Plan) -> nn.Module:
+    """The model with its static parts replaced by engines."""
+    if not _dynamic_inside(model):
+        return _units(nn.ModuleDict({"": model}), {"": (example,)}, plan)[""]
+    seen: dict[str, tuple[Any, ...]] = {}
+    parts = dict(_static_parts(model))
+    halts = {
+        name: m for name, m in model.named_modules() if isinstance(m, Halt) and not _dynamic_inside(m, itself=False)
+    }
+    handles = [
+        module.register_forward_pre_hook(lambda m, args, name=name: seen.setdefault(name, args) and None)
+        for name, module in {**parts, **halts}.items()
+    ]
+    with forced(model, everything):
+        execute(model, sparse=True)(example)
+    for handle in handles:
+        handle.remove()
+    for name, halt in halts.items():
+        if name in seen:
+            staged = _staged(name, halt, seen[name][0], plan)
+            if not name:
+                return staged
+            model.set_submodule(name, staged)
+    inside = tuple(f"{name}." for name in halts)
+    loose = {name: args for name, args in seen.items() if name in parts and not name.startswith(inside)}
+    return _units(model, loose, plan)
+
+
+def _staged(name: str, halt: Halt, x: Any, plan: _Plan) -> StagedHalt:
+    engines, layouts, state = [], [], halt.start(x)
+    for k in range(halt.steps):
+        leaves, structure = tree_flatten(state)
+        unit = _Step(halt, k, structure, [isinstance(leaf, Tensor) for leaf in leaves])
+        engines.append(plan.engine(f"{name}.step{k}".strip("."), unit, _tensors(state), workspaces=True))
+        state, answer = halt.step(k, state)
+        answers, layout = tree_flatten(answer)
+        layouts.append((len(_tensors(state)) if k + 1 < halt.steps else 0, len(answers), layout))
+    return StagedHalt(halt, engines, layouts)
+
+
+def _units(model: Any, parts: dict[str, tuple[Any, ...]], plan: _Plan) -> Any:
+    for name, args in parts.items():
+        module = model.get_submodule(name) if name else model[""]
+        flat, structure = tree_flatten(args)
+        if not flat or not all(isinstance(leaf, Tensor) and leaf.shape[0] for leaf in flat):
+            continue  # it takes something else than rows: leave it
+        answer, layout = tree_flatten(module(*args))
+        rows = flat[0].shape[0]
+        if not all(isinstance(t, Tensor) and t.dim() and t.shape[0] == rows for t in (*flat, *answer)):
+            continue
+        engine = plan.engine(name, _Part(module, structure), flat, workspaces=False)
+        if name:
+            model.set_submodule(name, Unit(engine, layout))
+        else:
+            model[""] = Unit(engine, layout)
+    return model
+
+
+def _static_parts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The largest submodules with nothing dynamic inside; containers that are never called are looked into."""
+    for name, child in model.named_children():
+        if _dynamic_inside(child) or isinstance(child, nn.ModuleList | nn.ModuleDict):
+            yield from _static_parts(child, f"{prefix}{name}.")
+        elif any(True for _ in child.parameters()):
+            yield f"{prefix}{name}", child
+
+
+def _dynamic_inside(module: nn.Module, *, itself: bool = True) -> bool:
+    return any(isinstance(m, Dynamic) and (itself or m is not module) for m in module.modules())
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+class _Line:
+    """Rows on their way through a Halt, waiting at each step until a batch is full."""
+
+    def __init__(self, halt: Halt, batch: int, ready: dict[int, Any]):
+        self.halt, self.batch, self.ready = halt, batch, ready
+        self.last = (halt.steps if halt.limit is None else min(halt.limit, halt.steps)) - 1
+        self.waiting: list[list[tuple[Any, list[int]]]] = [[] for _ in range(halt.steps)]
+
+    def arrive(self, x: Any, numbers: Iterable[int]) -> None:
+        """New rows; steps whose batch is full run, the deepest first."""
+        self.waiting[0].append((self.halt.start(x), list(numbers)))
+        self._drain(full_only=True)
+
+    def finish(self) -> None:
+        """No more rows will come."""
+        self._drain(full_only=False)
+
+    def _drain(self, *, full_only: bool) -> None:
+        for k in range(self.last + 1):
+            while (rows := sum(len(numbers) for _, numbers in self.waiting[k])) >= self.batch or (
+                rows and not full_only
+            ):
+                self._run(k)
+
+    def _run(self, k: int) -> None:
+        state, numbers = self._merged(k)
+        state, answer = self.halt.step(k, state)
+        stays: list[int] = []
+        if k < self.last:
+            keep = self.halt.goes_on(k, self.halt.score(k, state, answer))[..., 0]
+            index = keep.nonzero().squeeze(1)
+            stays = index.tolist()
+            if stays:
+                kept = over_tensors(lambda t: take_rows(t, index), state)
+                self.waiting[k + 1].append((kept, [numbers[i] for i in stays]))
+        leaves, structure = tree_flatten(answer)
+        going = set(stays)
+        for i, number in enumerate(numbers):
+            if i not in going:
+                self.ready[number] = tree_unflatten([t[i].clone() for t in leaves], structure)
+
+    def _merged(self, k: int) -> tuple[Any, list[int]]:
+        """Up to a batch of the rows that wait at step k."""
+        groups, self.waiting[k] = self.waiting[k], []
+        numbers = [n for _, ns in groups for n in ns]
+        state = groups[0][0] if len(groups) == 1 else tree_map(_joined, *[s for s, _ in groups])
+        if len(numbers) > self.batch:
+            rest = over_tensors(lambda t: t[self.batch :], state)
+            self.waiting[k] = [(rest, numbers[self.batch :])]
+            state, numbers = over_tensors(lambda t: t[: self.batch], state), numbers[: self.batch]
+        return state, numbers
+
+
+def _joined(*parts: Any) -> Any:
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0]

@@ -1,0 +1,111 @@
+"""A small network for the pixels of a hyperspectral image: first a pixel's own spectrum, then its neighbourhood.
+
+The stem and the first exit look at single pixels. Over a whole image the stem therefore runs once, not once for each of
+the 81 patches that hold a pixel, and the pixels that the first exit settles need no patch at all. The later stages are
+residual 3 x 3 blocks over a patch of stem features.
+
+A patch may be cut before the stem or after it: the stem answers 0 to a pixel whose spectrum is all zero, so the places
+beyond the edge of the scene, or hidden by a split, are 0 for the blocks either way. `spectral_net` lists stages and exits
+as `EarlyExit(stages, exits)` takes them; on features cut after the stem use `[nn.Identity(), *stages[1:]]`.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def spectral_net(
+    bands: int,
+    classes: int,
+    width: int = 40,
+    hidden: int = 64,
+    blocks: Sequence[Sequence[tuple[int, int]]] = (((48, 2), (48, 1)), ((96, 2),)),
+) -> tuple[list[nn.Module], list[nn.Module]]:
+    """Build the stages and exits; stage 0 is the stem.
+
+    Args:
+        bands: channels of the input (B, bands, P, P), P odd.
+        classes: how many logits.
+        width: channels of the stem.
+        hidden: units of the hidden layer of the first exit.
+        blocks: per later stage its blocks, each as (channels, stride).
+
+    Returns:
+        Two lists of the same length. Stage k maps features to features (B, C, P, P); exit k maps them to logits.
+    """
+    stages: list[nn.Module] = [SpectralStem(bands, width)]
+    exits: list[nn.Module] = [PixelExit(width, hidden, classes)]
+    channels = width
+    for stage in blocks:
+        layers = []
+        for out, stride in stage:
+            layers.append(ResidualBlock(channels, out, stride))
+            channels = out
+        stages.append(nn.Sequential(*layers))
+        exits.append(PatchExit(channels, classes))
+    return stages, exits
+
+
+class SpectralStem(nn.Module):
+    """Spectra to features, pixel by pixel: (B, bands, H, W) to (B, width, H, W); 0 where a spectrum is all zero."""
+
+    def __init__(self, bands: int, width: int) -> None:
+        super().__init__()
+        self.project = nn.Conv2d(bands, width, 1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Project, normalise, rectify; keep what lies outside at 0 (the norm alone would lift it)."""
+        inside = (x.amax(1, keepdim=True) != 0) | (x.amin(1, keepdim=True) != 0)  # far cheaper than (x != 0).any(1)
+        return F.relu(self.norm(self.project(x))) * inside.to(x.dtype)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions and a way past them (He et al., 2016, arXiv:1512.03385, the basic block)."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, out, 3, stride, 1, bias=False)
+        self.first_norm = nn.BatchNorm2d(out)
+        self.second = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.second_norm = nn.BatchNorm2d(out)
+        self.past: nn.Module = nn.Identity()
+        if stride != 1 or channels != out:
+            self.past = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, H, W) to (B, out, ceil(H / stride), ceil(W / stride))."""
+        y = F.relu(self.first_norm(self.first(x)))
+        return F.relu(self.second_norm(self.second(y)) + self.past(x))
+
+
+class PixelExit(nn.Module):
+    """Classifies the centre pixel by its own features, with one hidden layer: (B, C, P, P) to (B, classes)."""
+
+    def __init__(self, channels: int, hidden: int, classes: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(channels, hidden, bias=False)
+        self.norm = nn.BatchNorm1d(hidden)
+        self.classify = nn.Linear(hidden, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of the centre pixel."""
+        return self.of_pixels(x[:, :, x.shape[2] // 2, x.shape[3] // 2])
+
+    def of_pixels(self, features: Tensor) -> Tensor:
+        """Return logits (N, classes) for the features (N, C) of single pixels: no patch is needed."""
+        return self.classify(F.relu(self.norm(self.hidden(features))))
+
+
+class PatchExit(nn.Module):
+    """Classifies by the mean over the patch and the centre pixel: (B, C, P, P) to (B, classes)."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.classify_mean = nn.Linear(channels, classes)
+        self.classify_centre = nn.Linear(channels, classes, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One linear layer on both, written as the sum of two."""
+        return self.classify_mean(x.mean((2, 3))) + self.classify_centre(x[:, :, x.shape[2] // 2, x.shape[3] // 2])

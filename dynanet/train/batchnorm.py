@@ -1,0 +1,59 @@
+"""Fresh statistics for BatchNorm after training, where they were gathered under other decisions than those deployed."""
+
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dynanet.core.errors import DataError
+
+
+@torch.no_grad()
+def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any], *, batches: int | None = None) -> nn.Module:
+    """Re-estimate every BatchNorm's mean and variance as the plain average over batches.
+
+    Everything else stays in eval mode, so gates decide as they will. In the dense form a norm sees every row; after
+    `execute(model, sparse=True)` it sees only the rows that run its unit, as it will when deployed; where none
+    do, it keeps its statistics. Needed where widths or resolutions share a norm (Yu et al. 2019, arXiv:1903.05134,
+    section 3.3), and where training was soft.
+
+    Args:
+        model: its modes and the norms' momenta are left as they were; weights are not touched.
+        loader: batches, or (batch, labels, ...) of which the first is used. Not augmented, not shuffled by need.
+        batches: how many; None for all.
+
+    Returns:
+        The model.
+
+    Raises:
+        DataError: the loader is empty.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    if not norms:
+        return model
+    modes = {module: module.training for module in model.modules()}
+    before = {norm: ({k: v.clone() for k, v in norm.named_buffers()}, norm.momentum) for norm in norms}
+    seen = 0
+    model.eval()
+    try:
+        for batch in islice(loader, batches):
+            if not seen:
+                for norm in norms:
+                    norm.reset_running_stats()
+                    norm.momentum = None  # None: the cumulative average
+                    norm.train()
+            model(batch[0] if isinstance(batch, tuple | list) else batch)
+            seen += 1
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for norm, (statistics, momentum) in before.items():
+            norm.momentum = momentum
+            if norm.num_batches_tracked == 0:
+                norm.load_state_dict(statistics, strict=False)
+    if not seen:
+        raise DataError("no batch came to recalibrate BatchNorm with; give a loader with at least one")
+    return model

@@ -1,0 +1,166 @@
+"""Checkpoints that are whole or not there, that show when they are damaged, and that cannot run code.
+
+A checkpoint is what `torch.save` writes (a zip archive), and any tool reads it with `torch.load`. Its SHA-256 travels
+as the archive's comment, so that content and checksum arrive together. Loading is `weights_only=True`, always.
+"""
+
+import hashlib
+import io
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dynanet.core.errors import CheckpointError
+from dynanet.core.files import write_atomically
+
+_MARK = b"sha256:"
+_COMMENT = len(_MARK) + 64
+_STEP = re.compile(r"step-(\d{8,})\.ckpt")
+
+
+def save_checkpoint(state: Mapping[str, Any], path: str | Path) -> None:
+    """Write a checkpoint atomically.
+
+    Args:
+        state: tensors, numbers, strings, lists and dicts of them.
+        path: in a folder that exists.
+
+    Raises:
+        CheckpointError: the disk is full or not writable (the old file is untouched), or the state holds what could
+            not be loaded again.
+    """
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    content = buffer.getbuffer()
+    content[-2:] = _COMMENT.to_bytes(2, "little")  # the archive's last field: how long a comment follows
+    digest = hashlib.sha256(content).hexdigest().encode()
+    try:
+        torch.load(io.BytesIO(content), weights_only=True, map_location="meta")
+    except Exception as error:
+        raise CheckpointError(
+            f"{Path(path).name} would hold more than tensors, numbers and strings, and not load again: "
+            f"{_first_line(error)}; keep other objects out of the state of callbacks and schedulers"
+        ) from error
+
+    def write(file: Any) -> None:
+        file.write(content)
+        file.write(_MARK + digest)
+
+    try:
+        write_atomically(path, write)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {path}: {error.strerror or error}; what was there is untouched: make room and resume"
+        ) from error
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or no checkpoint.
+    """
+    content = _content(Path(path))
+    if content is None:
+        raise CheckpointError(f"{path} is damaged, or no checkpoint of dynanet; use another one")
+    try:
+        state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise CheckpointError(f"{path} holds no plain tensors and is not loaded: {_first_line(error)}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}; expected the state of a training run")
+    return state
+
+
+def is_whole(path: str | Path) -> bool:
+    """The checkpoint is there, complete, and as it was written."""
+    try:
+        return _content(Path(path)) is not None
+    except CheckpointError:
+        return False
+
+
+def newest(folder: str | Path) -> Path | None:
+    """The last whole checkpoint of a run; None where nothing was saved. A damaged one is passed over with a warning.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none is whole.
+    """
+    found = sorted(step_files(folder).items(), reverse=True)
+    for step, path in found:
+        if is_whole(path):
+            return path
+        warnings.warn(f"{path} (step {step}) is damaged; going back to the one before", stacklevel=2)
+    if found:
+        raise CheckpointError(f"none of the {len(found)} checkpoints in {folder} is whole; begin anew elsewhere")
+    return None
+
+
+def step_files(folder: str | Path) -> dict[int, Path]:
+    """A run's checkpoints by step, whole or not."""
+    matches = ((_STEP.fullmatch(path.name), path) for path in Path(folder).glob("step-*.ckpt"))
+    return {int(match[1]): path for match, path in matches if match}
+
+
+def step_file(folder: str | Path, step: int) -> Path:
+    """What the checkpoint after a step is called."""
+    return Path(folder) / f"step-{step:08d}.ckpt"
+
+
+def sweep(folder: str | Path) -> None:
+    """Remove what a kill left half-written."""
+    for pattern in (".step-*.ckpt.*.tmp", ".best.ckpt.*.tmp"):
+        for path in Path(folder).glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
+    """Put a checkpoint's weights into a model of the same making, and return it.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or of another model.
+    """
+    weights = load_checkpoint(path).get("state_dict", {})
+    weights = {name.removeprefix("model."): value for name, value in weights.items()}
+    check_same_model(model.state_dict(), weights, path)
+    model.load_state_dict(weights)
+    return model
+
+
+def check_same_model(mine: Mapping[str, Any], theirs: Mapping[str, Any], path: str | Path) -> None:
+    """Names and shapes agree.
+
+    Raises:
+        CheckpointError: naming the first that do not.
+    """
+    differences = [f"{name} is not in the checkpoint" for name in mine if name not in theirs]
+    differences += [f"{name} is not in the model" for name in theirs if name not in mine]
+    for name in mine:
+        if name in theirs and mine[name].shape != theirs[name].shape:
+            was, now = tuple(theirs[name].shape), tuple(mine[name].shape)
+            differences.append(f"{name} is {was} in the checkpoint and {now} in the model")
+    if differences:
+        more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise CheckpointError(
+            f"{path} is of another model: {'; '.join(differences[:3])}{more}; build the model that was trained"
+        )
+
+
+def _content(path: Path) -> bytes | None:
+    """The file, if its comment is the checksum of what comes before it."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; give a checkpoint that exists") from error
+    body, comment = content[:-_COMMENT], content[-_COMMENT:]
+    whole = comment == _MARK + hashlib.sha256(body).hexdigest().encode()
+    return content if whole else None
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}" if str(error) else type(error).__name__

@@ -1,0 +1,393 @@
+"""Training on Lightning: a module for any dynamic model, and `fit`, which sets up a run that survives being killed."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from dynanet.core.cost import CostModel
+from dynanet.core.dynamic import execute
+from dynanet.core.errors import CheckpointError, ConfigError, TrainingError
+from dynanet.core.halt import Halt
+from dynanet.core.trace import Trace, record
+from dynanet.train.batches import Batches
+from dynanet.train.checkpoint import check_same_model, newest, step_files, sweep
+from dynanet.train.equilibrium import exits_reached, rescale_gradients
+from dynanet.train.objectives import Objective, Within
+from dynanet.train.optimizers import OptimizerFactory, SchedulerFactory, one_cycle, sgd
+from dynanet.train.saving import AtomicCheckpointIO, Checkpoints, advice
+from dynanet.train.schedules import Setting
+from dynanet.train.seeds import seed_all, seed_of
+
+
+class Training(LightningModule):
+    """A dynamic model in training, whatever its mechanism.
+
+    It records every pass, asks the objective, and logs the loss, the accuracy of the answer and of every exit, every
+    layer's mean keep, and what was spent as a share of the full model. A gate that keeps nearly all or nearly nothing
+    over an epoch has collapsed and is named, once.
+
+    The randomness of every step (dropout, Gumbel noise) is a function of the seed and the step's place, so a resumed
+    run draws as one that never stopped. Training changes the global generators of torch, numpy and Python.
+
+    Args:
+        model: is put into the dense form, in which every exit answers every row.
+        objective: what is minimised.
+        optimizer: from the model to an optimizer; `sgd()` if None.
+        scheduler: from the optimizer and the steps of the run to a learning rate schedule; `one_cycle()` if None.
+        schedules: called before every step with the progress in [0, 1).
+        cost: prices, for logging what was spent; that of a `Within` in the objective if None.
+        equilibrium: average the exits' gradients in the weights they share (`train.equilibrium`) instead of adding.
+        seed: of what is drawn in training steps.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        *,
+        optimizer: OptimizerFactory | None = None,
+        scheduler: SchedulerFactory | None = None,
+        schedules: Sequence[Setting] = (),
+        cost: CostModel | None = None,
+        equilibrium: bool = False,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.model, self.objective, self.schedules = execute(model, sparse=False), objective, tuple(schedules)
+        self.optimizer_factory = optimizer if optimizer is not None else sgd()
+        self.scheduler_factory = scheduler if scheduler is not None else one_cycle()
+        priced = (part.cost for _, part in objective.parts if isinstance(part, Within))
+        self.cost = cost if cost is not None else next(priced, None)
+        self.equilibrium, self.seed = equilibrium, seed
+        self._counts: dict[Tensor, int] | None = None
+        self._kept: dict[str, tuple[Tensor | float, int]] = {}  # by layer: decisions to keep, of so many
+        self._collapsed: set[str] = set()
+        self._run: dict[str, Any] = {}  # what makes this run the one it is
+        self._restored: dict[str, Any] | None = None
+
+    @override
+    def forward(self, x: Any) -> Any:
+        """The model's answer."""
+        return self.model(x)
+
+    @override
+    def configure_optimizers(self) -> Any:
+        """One optimizer, and a scheduler that moves every step."""
+        optimizer, steps = self.optimizer_factory(self.model), int(self.trainer.estimated_stepping_batches)
+        settings = ", ".join(f"{name}={value}" for name, value in optimizer.defaults.items())
+        scheduler = self.scheduler_factory(optimizer, steps)
+        self._run = {
+            "steps": steps,
+            "batches": repr(self.trainer.train_dataloader),
+            "optimizer": f"{type(optimizer).__name__}({settings})",
+            "scheduler": type(scheduler).__name__,
+            "objective": repr(self.objective),
+            "equilibrium": self.equilibrium,
+            "seed": self.seed,
+        }
+        self._go_on()
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @override
+    def on_train_start(self) -> None:
+        """Go on where the checkpoint was made, for strategies that restore late."""
+        self._go_on()
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed this step, and set what is scheduled."""
+        seed_all(seed_of(self.seed, self.current_epoch, batch_idx, self.global_rank, "step"), self.device)
+        progress = self.global_step / self.trainer.estimated_stepping_batches
+        for setting in self.schedules:
+            setting(progress)
+
+    @override
+    def training_step(self, batch: tuple[Any, Any], batch_idx: int) -> Tensor:
+        """The objective of one batch.
+
+        Raises:
+            TrainingError: the loss is NaN or infinite.
+        """
+        x, y = batch
+        with record(self.model) as trace:
+            answer = self.model(x)
+        loss = self.objective(answer, y, trace)
+        self._check_finite(loss)
+        if self.equilibrium and self._counts is None:
+            self._counts = exits_reached(trace)
+        self._count_kept(trace)
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+            self.log_dict({f"train/{name}": value for name, value in self._figures(answer, y, trace).items()})
+        return loss
+
+    @override
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Gradient equilibrium, if wanted."""
+        if self._counts is not None:
+            rescale_gradients(self._counts)
+
+    @override
+    def on_train_epoch_end(self) -> None:
+        """Name the gates that have collapsed."""
+        for name, (kept, decisions) in list(self._kept.items()):
+            if decisions < 200:  # too few to tell, as after a resume near an epoch's end: they count in the next one
+                continue
+            del self._kept[name]
+            rate = float(kept) / decisions
+            if not 0.02 <= rate <= 0.98 and name not in self._collapsed and self.trainer.is_global_zero:
+                self._collapsed.add(name)
+                warnings.warn(
+                    f"the gate of {name!r} has collapsed: it kept {rate:.1%} of its rows in epoch "
+                    f"{self.current_epoch}; change the weight of the budget, start with a higher temperature, or warm "
+                    f"up with every unit kept",
+                    stacklevel=2,
+                )
+
+    @override
+    def validation_step(self, batch: tuple[Any, Any], batch_idx: int) -> None:
+        """The same figures on held-out data, with hard decisions."""
+        x, y = batch
+        with record(self.model) as trace:
+            answer = self.model(x)
+        figures = {"loss": self.objective(answer, y, trace), **self._figures(answer, y, trace)}
+        self.log_dict(
+            {f"val/{name}": value for name, value in figures.items()},
+            on_step=False,
+            on_epoch=True,
+            batch_size=y.shape[0],
+            sync_dist=self.trainer.world_size > 1,
+        )
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What Lightning does not know: which batch comes next, and which run this is."""
+        loader = self.trainer.train_dataloader
+        position = loader.state_dict() if isinstance(loader, Batches) else {}
+        checkpoint["dynanet"] = {"run": self._run, "batches": position}
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse another model's."""
+        check_same_model(self.state_dict(), checkpoint["state_dict"], "the checkpoint")
+        self._restored = checkpoint.get("dynanet")
+
+    def _go_on(self) -> None:
+        """From a restored checkpoint: only in the run that made it, and with the batch that comes next."""
+        if self._restored is None:
+            return
+        was, now = self._restored["run"], self._run
+        changed = [f"{key} was {was.get(key)} and is {now[key]}" for key in now if was.get(key) != now[key]]
+        if changed:
+            raise CheckpointError(f"resuming goes on with the same run, but {'; '.join(changed)}; put that back")
+        if isinstance(self.trainer.train_dataloader, Batches):
+            self.trainer.train_dataloader.load_state_dict(self._restored["batches"])
+        self._restored = None
+
+    def _check_finite(self, loss: Tensor) -> None:
+        finite = bool(torch.isfinite(loss))
+        if self.trainer.world_size > 1:  # all stop together, or the others wait for ever
+            finite = self.trainer.strategy.reduce_boolean_decision(finite, all=True)
+        if not finite:
+            folder = next((c.folder for c in self.trainer.checkpoint_callbacks if isinstance(c, Checkpoints)), None)
+            raise TrainingError(f"the loss is {loss.item()} at step {self.global_step}; {advice(folder)}")
+
+    def _figures(self, answer: Any, y: Any, trace: Trace) -> dict[str, Tensor]:
+        """Accuracies where the answer is logits and y classes, mean keeps, and the share spent."""
+        figures = {}
+        if (correct := _accuracy(answer, y)) is not None:
+            figures["accuracy"] = correct
+        for name, answers in trace.answers.items():
+            for k, each in enumerate(answers):
+                if (correct := _accuracy(each, y)) is not None:
+                    figures[f"accuracy/{_path(name)}exit{k}"] = correct
+        for name in trace.keys():
+            figures[f"keep/{name or 'model'}"] = torch.stack([keep.detach().mean() for keep in trace[name]]).mean()
+        if self.cost is not None and trace.calls:
+            figures["spent"] = (self.cost.spent(trace).detach().mean() / self.cost.full).float()
+        return figures
+
+    def _count_kept(self, trace: Trace) -> None:
+        """How often each learnt gate kept the rows it saw. An exit that always goes on in training is no such gate."""
+        halts = {name for layer, name in trace.names.items() if isinstance(layer, Halt)}
+        for call in trace.calls:
+            if call.decision.keep.requires_grad or (call.decision.score.requires_grad and call.name not in halts):
+                kept, decisions = self._kept.get(call.name, (0.0, 0))
+                keep = call.decision.keep.detach()
+                self._kept[call.name] = (kept + keep.sum(), decisions + keep.numel())
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        model: trained, as it was after the last step; `load_weights(model, run.best)` goes back to the best epoch.
+        last: the last checkpoint.
+        best: the checkpoint of the best epoch; None without a validation set.
+        metrics: the last values of all that was logged.
+        trainer: Lightning's.
+    """
+
+    model: nn.Module
+    last: Path | None
+    best: Path | None
+    metrics: dict[str, float]
+    trainer: Trainer
+
+
+def fit(
+    model: nn.Module,
+    train_loader: Batches | DataLoader,
+    val_loader: Batches | DataLoader | None = None,
+    *,
+    objective: Objective,
+    epochs: int,
+    folder: str | Path,
+    lr: float | None = None,
+    optimizer: OptimizerFactory | None = None,
+    scheduler: SchedulerFactory | None = None,
+    schedules: Sequence[Setting] = (),
+    cost: CostModel | None = None,
+    equilibrium: bool = False,
+    seed: int = 0,
+    resume: bool = False,
+    checkpoint_every: int | None = None,
+    monitor: str = "val/accuracy",
+    callbacks: Sequence[Callback] = (),
+    devices: int | str | list[int] = 1,
+    accelerator: str = "auto",
+    strategy: Any = "auto",
+    progress: bool = True,
+    trainer_options: Mapping[str, Any] | None = None,
+) -> Run:
+    """Train a model, in a folder that holds its checkpoints and logs.
+
+    Killed at any moment, the same call with `resume=True` goes on from the last checkpoint, on the CPU bit for bit.
+
+    Args:
+        model: any module; trained in place.
+        train_loader: `Batches`, or a DataLoader over a map-style dataset, which is read as its parts.
+        val_loader: the same, for the metrics of every epoch.
+        objective: what is minimised.
+        epochs: passes over the training data.
+        folder: `step-*.ckpt`, `best.ckpt`, `logs/version_*/metrics.csv`, and `tensorboard/` if that is installed.
+        lr: of the default optimizer, 0.1 if None.
+        optimizer: see `Training`; instead of lr.
+        scheduler: see `Training`.
+        schedules: see `Training`.
+        cost: see `Training`.
+        equilibrium: see `Training`.
+        seed: of the order of a DataLoader's data, and of what training draws.
+        resume: go on from the folder's last whole checkpoint, or begin if there is none.
+        checkpoint_every: save every so many steps too, not only after every epoch.
+        monitor: the metric whose highest value makes the best epoch.
+        callbacks: more of Lightning's.
+        devices: as in Lightning's Trainer.
+        accelerator: as in Lightning's Trainer.
+        strategy: as in Lightning's Trainer: "ddp" for one process per device.
+        progress: show a progress bar.
+        trainer_options: any other of the Trainer's arguments.
+
+    Raises:
+        CheckpointError: the folder holds a run already and `resume` is off; none of its checkpoints is whole; they are
+            of another model or run; the disk is full.
+        ConfigError: both lr and optimizer, or a loader that cannot be resumed.
+        TrainingError: the loss is NaN or infinite.
+    """
+    if lr is not None and optimizer is not None:
+        raise ConfigError("got both lr and optimizer; the optimizer's learning rate is set where it is made: sgd(lr)")
+    batches = Batches.of(train_loader, seed)
+    held_out = [Batches.of(val_loader, seed)] if val_loader is not None else []
+    folder = Path(folder)
+    start = _begin(folder, resume)
+    training = Training(
+        model,
+        objective,
+        optimizer=optimizer if optimizer is not None else sgd(0.1 if lr is None else lr),
+        scheduler=scheduler,
+        schedules=schedules,
+        cost=cost,
+        equilibrium=equilibrium,
+        seed=seed,
+    )
+    saving = Checkpoints(folder, every_steps=checkpoint_every, monitor=monitor)
+    options = {
+        "max_epochs": epochs,
+        "devices": devices,
+        "accelerator": accelerator,
+        "strategy": strategy,
+        "callbacks": [*callbacks, saving],
+        "plugins": [AtomicCheckpointIO()],
+        "logger": _loggers(folder),
+        "default_root_dir": folder,
+        "enable_progress_bar": progress,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "num_sanity_val_steps": 0,
+        "limit_val_batches": None if held_out else 0,  # with an empty list: Lightning warns of a loader that is None
+        "log_every_n_steps": min(50, len(batches)),
+    }
+    with _quiet():
+        trainer = Trainer(**{**options, **(trainer_options or {})})
+        model.train()
+        trainer.fit(training, batches, held_out, ckpt_path=start)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    best = folder / "best.ckpt"
+    return Run(model, newest(folder), best if best.exists() else None, metrics, trainer)
+
+
+def _begin(folder: Path, resume: bool) -> Path | None:
+    """The checkpoint to go on from; a folder fit to save in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not resume and step_files(folder):
+        raise CheckpointError(
+            f"{folder} holds a run already, up to step {max(step_files(folder))}; resume it, or choose another folder"
+        )
+    sweep(folder)
+    return newest(folder) if resume else None
+
+
+def _loggers(folder: Path) -> list[Logger]:
+    loggers: list[Logger] = [CSVLogger(folder, name="logs")]
+    if find_spec("tensorboard") is not None:
+        loggers.append(TensorBoardLogger(folder, name="tensorboard"))
+    return loggers
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lightning's remarks on hardware it has not found, and its advertisements, kept back; its warnings are not."""
+    log = logging.getLogger("lightning.pytorch")
+    before = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def _accuracy(answer: Any, y: Any) -> Tensor | None:
+    """The share of right classes; None if these are no logits (B, C, ...) and classes (B, ...)."""
+    if not isinstance(answer, Tensor) or not isinstance(y, Tensor) or y.is_floating_point() or answer.dim() < 2:
+        return None
+    if answer.shape[:1] + answer.shape[2:] != y.shape:
+        return None
+    return (answer.detach().argmax(1) == y).float().mean()
+
+
+def _path(name: str) -> str:
+    return f"{name}/" if name else ""

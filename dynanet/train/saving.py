@@ -1,0 +1,132 @@
+"""Lightning's side of checkpoints: when they are written, how, and which are kept."""
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins import CheckpointIO
+from typing_extensions import override
+
+from dynanet.core.errors import CheckpointError, TrainingError
+from dynanet.core.files import write_atomically
+from dynanet.train.checkpoint import load_checkpoint, newest, save_checkpoint, step_file, step_files
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Lets a Trainer save atomically, with a checksum, and load without running code.
+
+    `Trainer(plugins=[AtomicCheckpointIO()])`. Lightning's own writes to TMPDIR first, and what lies on another file
+    system cannot be renamed atomically.
+    """
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write it; raises CheckpointError."""
+        save_checkpoint(checkpoint, path)
+
+    @override
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read it onto the CPU, weights only whatever is asked; raises CheckpointError."""
+        return load_checkpoint(path)
+
+    @override
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete it."""
+        Path(path).unlink(missing_ok=True)
+
+
+class Checkpoints(Checkpoint):
+    """Saves at the end of every epoch, every so many steps if asked, and keeps the last two and the best.
+
+    `step-00000120.ckpt` is the state after 120 optimizer steps, `best.ckpt` a copy of the epoch's with the best metric.
+
+    Args:
+        folder: where to.
+        every_steps: also between epochs' ends; None for not.
+        monitor: the metric that `best.ckpt` goes by; without a validation set there is none, and no best.
+        lower_is_better: how the metric counts.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        every_steps: int | None = None,
+        monitor: str = "val/accuracy",
+        lower_is_better: bool = False,
+    ):
+        self.folder, self.every_steps = Path(folder), every_steps
+        self.monitor, self.lower_is_better = monitor, lower_is_better
+        self.best: float | None = None
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if it is time; after an epoch's last batch, `on_train_epoch_end` does."""
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0  # gradients in the making are not saved
+        if self.every_steps and stepped and trainer.global_step % self.every_steps == 0 and not trainer.is_last_batch:
+            self._save(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, and remember the best."""
+        score = trainer.callback_metrics.get(self.monitor)
+        better = score is not None and self._is_better(float(score))
+        if better:
+            self.best = float(score)  # before saving: a resumed run must know it
+        self._save(trainer, pl_module)
+        if better and trainer.is_global_zero:
+            with open(step_file(self.folder, trainer.global_step), "rb") as saved:
+                _write_copy(saved, self.folder / "best.ckpt")
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """The best metric so far."""
+        return {"best": self.best}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The best metric so far."""
+        self.best = state_dict["best"]
+
+    def _is_better(self, score: float) -> bool:
+        if math.isnan(score):
+            return False
+        return self.best is None or (score < self.best if self.lower_is_better else score > self.best)
+
+    def _save(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = trainer.global_step
+        for name, weight in pl_module.named_parameters():
+            if not torch.isfinite(weight).all():
+                raise TrainingError(f"{name} is not finite after step {step}; {advice(self.folder)}")
+        trainer.save_checkpoint(step_file(self.folder, step))
+        if trainer.is_global_zero:
+            for old in sorted(step_files(self.folder))[:-2]:
+                step_file(self.folder, old).unlink(missing_ok=True)
+
+
+def advice(folder: str | Path | None) -> str:
+    """What to do when training has gone wrong, naming the last good checkpoint."""
+    last = None
+    try:
+        last = newest(folder) if folder is not None else None
+    except CheckpointError:
+        pass
+    back = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+    return f"{back}; lower the learning rate or clip gradients, and check the data for NaN"
+
+
+def _write_copy(source: Any, path: Path) -> None:
+    try:
+        write_atomically(path, lambda file: shutil.copyfileobj(source, file))
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {path}: {error.strerror or error}; what was there is untouched: make room and resume"
+        ) from error

@@ -1,0 +1,70 @@
+"""Schedules: what changes while training goes on, as a pure function of how far it is, so there is nothing to save.
+
+    anneal = anneal_temperature(model, exponential(5.0, 0.5))
+    tighten = tighten_budget(within, share=0.5)
+    fit(model, batches, ..., schedules=[anneal, tighten])      # or call them in your own loop: anneal(step / steps)
+"""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from dynanet.core.errors import ConfigError
+from dynanet.train.objectives import Within
+
+Schedule = Callable[[float], float]     # from progress in [0, 1] to a value
+Setting = Callable[[float], None]       # sets something to its value at a progress in [0, 1]
+
+
+def linear(start: float, end: float, *, share: float = 1.0) -> Schedule:
+    """From start to end in a straight line over the first `share` of training; then it stays.
+
+    >>> linear(1.0, 0.0, share=0.5)(0.25)
+    0.5
+    """
+    _check_share(share)
+    return lambda progress: start + (end - start) * min(progress / share, 1.0)
+
+
+def exponential(start: float, end: float, *, share: float = 1.0) -> Schedule:
+    """From start to end by equal factors over the first `share` of training; then it stays. Both positive.
+
+    >>> exponential(4.0, 1.0)(0.5)
+    2.0
+    """
+    _check_share(share)
+    if not (start > 0 and end > 0):
+        raise ConfigError(f"an exponential schedule from {start} to {end}; both ends must be above 0")
+    return lambda progress: start * (end / start) ** min(progress / share, 1.0)
+
+
+def anneal_temperature(model: nn.Module, schedule: Schedule) -> Setting:
+    """Sets the `temperature` of every rule of the model (Gumbel, straight-through, soft).
+
+    Raises:
+        ConfigError: the model has no such rule.
+    """
+    rules = [module for module in model.modules() if isinstance(vars(module).get("temperature"), int | float)]
+    if not rules:
+        raise ConfigError("no rule of this model has a temperature to anneal; use Gumbel, StraightThrough or Soft")
+
+    def set_temperature(progress: float) -> None:
+        for rule in rules:
+            vars(rule)["temperature"] = schedule(progress)
+
+    return set_temperature
+
+
+def tighten_budget(within: Within, *, share: float = 0.5) -> Setting:
+    """Lowers the limit of `within` from the full model's cost to its budget over the first `share` of training."""
+    schedule = linear(max(within.cost.full, within.budget.macs), within.budget.macs, share=share)
+
+    def set_limit(progress: float) -> None:
+        within.macs = schedule(progress)
+
+    return set_limit
+
+
+def _check_share(share: float) -> None:
+    if not 0 < share <= 1:
+        raise ConfigError(f"a schedule over a share of {share} of training; give a number above 0 and at most 1")

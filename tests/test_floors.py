@@ -1,0 +1,75 @@
+"""A folder imports only from lower floors, never from a sibling: that is why a new mechanism is one file."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "dynanet"
+FLOORS = {
+    "core": 0,
+    "ops": 1,
+    "gates": 1,
+    "nets": 1,
+    "data": 1,
+    "mechanisms": 2,
+    "train": 2,
+    "infer": 2,
+    "export": 2,
+    "zoo": 3,
+    "inspect": 3,
+    "convert": 3,
+    "loading": 4,
+    "testing": 3,
+    "bench": 4,
+    "recipe": 4,
+    "cli": 5,
+    "__main__": 6,
+    "__init__": 6,
+}
+NAMELESS = {"utils", "common", "helpers", "base", "misc", "manager", "registry"}
+
+
+def place(path):
+    """The folder or top-level file that a module belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(tree):
+    """Names of dynanet's own folders and files that a module imports, type-checking imports aside."""
+    skipped = {
+        id(n)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for n in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "dynanet":
+            parts = node.module.split(".")
+            yield from [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from [a.name.split(".")[1] for a in node.names if a.name.startswith("dynanet.")]
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down(path):
+    here = place(path)
+    for other in imported(ast.parse(path.read_text())):
+        if other != here and other in FLOORS:
+            assert FLOORS[other] < FLOORS[here], f"{path.name} ({here}) imports {other}, which is not on a lower floor"
+
+
+def test_every_place_has_a_floor():
+    unknown = {place(path) for path in PACKAGE.rglob("*.py")} - FLOORS.keys()
+    assert not unknown, f"give {unknown} a floor"
+
+
+def test_no_drawer_for_odds_and_ends():
+    assert not {p.stem for p in PACKAGE.rglob("*")} & NAMELESS
+
+
+def test_every_mechanism_has_its_card():
+    mechanisms = {p.stem for p in (PACKAGE / "mechanisms").glob("*.py")} - {"__init__"}
+    assert mechanisms == {p.stem for p in (PACKAGE / "mechanisms" / "cards").glob("*.md")}
