@@ -1,0 +1,6 @@
+"""Speed, measured in pairs: what a session is worth against the same weights run without skipping."""
+
+from dynanet.bench.compare import Row as Row
+from dynanet.bench.compare import compare as compare
+from dynanet.bench.machine import facts as facts
+from dynanet.bench.paired import paired as paired

@@ -116,5 +116,7 @@ def parse_manifest(text: bytes) -> dict[str, Any]:
 
 def check_macs(kind: str, macs: Any) -> None:
     """A number of MACs, or None."""
-    if macs is not None and not (type(macs) in (int, float) and 0 <= macs < math.inf):
+    if macs is None:
+        return
+    if not isinstance(macs, int | float) or isinstance(macs, bool) or not 0 <= macs < math.inf:
         raise BundleError(f"{kind} MACs are {short(macs)}; expected a finite number of at least 0, or none")

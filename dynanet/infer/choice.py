@@ -79,7 +79,7 @@ def choose(table: Table, budget: Budget, losses: np.ndarray | None = None) -> Ch
     promised, note = None, ""
     if budget.risk is not None:
         thresholds, promised, note = _promised(cut, losses[:, : cut.exits], budget.risk, budget.confidence, bounds)
-    elif bounds:
+    elif bounds and cut.exits > 1:
         thresholds, note = _within(cut, bounds)
     else:
         thresholds = _never(cut)
@@ -127,8 +127,8 @@ def _promised(
     exits = np.stack([leaving(table.scores[tests], thresholds) for thresholds in family], 1)
     tested = np.take_along_axis(losses[tests], exits, 1)
     safe = certified(tested, risk, delta)  # family[:safe] keep the risk
-    asked = f"a risk of {risk:g} with confidence {confidence:g}"
-    if safe <= 1:
+    asked, note = f"a risk of {risk:g} with confidence {confidence:g}", ""
+    if safe < min(2, len(family)):
         needed = least_samples(risk, delta, binary=is_binary(tested))
         if len(tests) < needed:
             enough = math.ceil(needed / (1 - GRID_SHARE)) + 1
@@ -140,20 +140,21 @@ def _promised(
         note = f"never exits early: {asked} cannot be promised for any early exit; {why}"
         if not bounds:
             return _never(table), safe == 1, note
-        raise BudgetError(f"{note}. Mean costs of {bounds} need early exits; drop the risk or the cost")
     cheap = 0  # family[cheap:] keep the mean costs
     for name, bound in bounds.items():
         dearest = table.dearest[-1] if name == "macs" else _cost(table, name).max()
-        costs = np.take_along_axis(_cost(table, name)[tests], exits, 1) / dearest
+        costs = np.minimum(np.take_along_axis(_cost(table, name)[tests], exits, 1) / dearest, 1.0)
         if bound < dearest:
             cheap = max(cheap, len(family) - certified(costs[:, ::-1], bound / dearest, delta))
+    if cheap >= safe and note:
+        raise BudgetError(f"{note}. Mean costs of {bounds} need early exits; drop the risk or the cost")
     if cheap >= safe:
         spends = ", ".join(f"{_spent(table, family[safe - 1], name):.6g} {name}" for name in bounds)
         raise BudgetError(
             f"{asked} and mean costs of {bounds} cannot be promised together: this risk takes about {spends}; ask for "
             f"more risk or more cost, or give more held-out samples"
         )
-    return family[cheap if bounds else safe - 1], True, ""
+    return family[cheap if bounds else safe - 1], True, note
 
 
 def _choice(

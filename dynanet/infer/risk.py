@@ -44,7 +44,7 @@ def accuracy_gap(table: Table) -> np.ndarray:
 
 
 def common_levels(scores: np.ndarray) -> np.ndarray:
-    """The family that is tested: one level of confidence for all exits, from +inf (never exit early) downwards.
+    """The family that is tested: one level of confidence for all exits, from +inf (never) to -inf (all leave at once).
 
     The rule is fixed in advance: levels are the quantiles of the scores of all exits together, evenly spaced from the
     highest to the lowest. Confidences of `gates.confidence` mean the same at every exit, so one level costs each exit
@@ -56,8 +56,10 @@ def common_levels(scores: np.ndarray) -> np.ndarray:
     Returns:
         (L, K - 1) thresholds, at most `GRID`, from the most careful to the most eager.
     """
-    levels = np.unique(np.quantile(scores, np.linspace(0, 1, GRID - 1), method="higher"))[::-1]
-    return np.repeat(np.concatenate([[np.inf], levels])[:, None], scores.shape[1], axis=1)
+    if scores.shape[1] == 0:  # one exit, one way
+        return np.zeros((1, 0))
+    levels = np.unique(np.quantile(scores, np.linspace(0, 1, GRID - 2), method="higher"))[::-1]
+    return np.repeat(np.concatenate([[np.inf], levels, [-np.inf]])[:, None], scores.shape[1], axis=1)
 
 
 def certified(losses: np.ndarray, risk: float, delta: float) -> int:

@@ -1,6 +1,6 @@
 """A Session runs a model for real: engines for what is static, compaction for what is decided."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,16 @@ class Session(nn.Module):
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """The deployed model's modules, under the names they have in the model."""
         return self.model.named_modules(*args, **kwargs)
+
+    def engines(self) -> list["ByBatch"]:
+        """The engines of every unit, in the order of the model."""
+        found: list[ByBatch] = []
+        for module in self.model.modules():
+            if isinstance(module, StagedHalt):
+                found += module.engines
+            elif isinstance(module, Unit):
+                found.append(module.engine)
+        return found
 
     @torch.no_grad()
     def forward(self, x: Any) -> Any:
@@ -167,7 +177,7 @@ class StagedHalt(Halt):
         source: the Halt it runs; asked for its rule, so that thresholds stay where they are.
     """
 
-    def __init__(self, source: Halt, engines: "list[_ByBatch]", layouts: list[Any]):
+    def __init__(self, source: Halt, engines: "list[ByBatch]", layouts: list[Any]):
         super().__init__()
         vars(self)["source"] = source  # not registered: there is one layer here, not two
         self.engines, self._layouts = engines, layouts
@@ -196,7 +206,7 @@ class StagedHalt(Halt):
 class Unit(nn.Module):
     """A static part of a model, run by an engine in the model's place."""
 
-    def __init__(self, engine: "_ByBatch", structure: Any):
+    def __init__(self, engine: "ByBatch", structure: Any):
         super().__init__()
         self.engine, self._structure = engine, structure
 
@@ -208,15 +218,23 @@ class Unit(nn.Module):
         return tree_unflatten(self.engine(inputs), self._structure)
 
 
-class _ByBatch:
-    """The engine that was fastest at the nearest batch size."""
+class ByBatch:
+    """A unit's engines: the one that was fastest at the nearest batch size runs.
+
+    Attributes:
+        engines: by batch size.
+        listener: is shown the inputs of every call, for measuring.
+    """
 
     def __init__(self, engines: dict[int, Engine], outputs: Sequence[Tensor]):
         self.engines = engines
+        self.listener: Callable[[Sequence[Tensor]], None] | None = None
         self._sizes = sorted(engines)
         self._outputs = [t[:0].clone() for t in outputs]
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        if self.listener is not None:
+            self.listener(inputs)
         rows = inputs[0].shape[0]
         nearest = self._sizes[0]
         for size in self._sizes[1:]:
@@ -240,14 +258,14 @@ class _Plan:
         self.onnx, self.batches, self.threads, self.cache = usable, batches, threads, cache
         self.measured: dict[str, dict[int, dict[str, float]]] = {}
 
-    def engine(self, name: str, unit: nn.Module, inputs: Sequence[Tensor], *, workspaces: bool) -> _ByBatch:
+    def engine(self, name: str, unit: nn.Module, inputs: Sequence[Tensor], *, workspaces: bool) -> ByBatch:
         rows = [t.repeat(2, *[1] * (t.dim() - 1)) if t.shape[0] == 1 else t for t in inputs]
         engines: list[Engine] = [Eager(unit)] if self.eager else []
         if self.onnx:
             engines.append(OnnxRuntime(unit, rows, threads=self.threads, workspaces=workspaces, cache=self.cache))
         outputs = engines[0](rows)
         if not self.onnx:
-            return _ByBatch({1: engines[0]}, outputs)
+            return ByBatch({1: engines[0]}, outputs)
         best, self.measured[name] = {}, {}
         for batch in self.batches:
             many = [t[:1].repeat(batch, *[1] * (t.dim() - 1)) for t in inputs]
@@ -255,7 +273,7 @@ class _Plan:
                 [engines[-1].chunked(n) for n in _CHUNKS if n < batch] if isinstance(engines[-1], OnnxRuntime) else []
             )
             best[batch], self.measured[name][batch] = fastest([*engines, *chunks], many, threads=self.threads)
-        return _ByBatch(best, outputs)
+        return ByBatch(best, outputs)
 
 
 class _Step(nn.Module):

@@ -1,7 +1,6 @@
 """A Table is what one pass over held-out data says about every exit of a model. All choices are made from it."""
 
 import os
-import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -131,9 +130,9 @@ class Table:
             DataError: not such a file, or a damaged one.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+        except Exception as error:  # numpy and zipfile raise a dozen kinds for damaged files
             said = f"{os.fspath(path)} cannot be read as a calibration table ({error}); make one with infer.calibrate"
             raise DataError(said) from error
         names = {f.name for f in fields(cls)}
@@ -198,7 +197,7 @@ def tabulate(model: nn.Module, loader: Iterable[Any], cost: CostModel, *, keep_l
             with record(model) as trace:
                 model(x)
             calls = [call for call in trace.calls if call.name == name]
-            if any(call.within for call in calls):
+            if any(layer != name for call in calls for layer, _ in call.within):
                 raise StructureError(f"the layer {name!r} runs only where another says so; its exits cannot be chosen")
             logits, labels = _checked(trace.answers[name], y)
             scores = [call.decision.score for call in calls]

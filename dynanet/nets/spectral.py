@@ -5,12 +5,13 @@ the 81 patches that hold a pixel, and the pixels that the first exit settles nee
 residual 3 x 3 blocks over a patch of stem features.
 
 A patch may be cut before the stem or after it: the stem answers 0 to a pixel whose spectrum is all zero, so the places
-beyond the edge of the scene, or hidden by a split, are 0 for the blocks either way. `spectral_net` lists stages and exits
-as `EarlyExit(stages, exits)` takes them; on features cut after the stem use `[nn.Identity(), *stages[1:]]`.
+beyond the edge of the scene, or hidden by a split, are 0 for the blocks either way. `spectral_net` lists stages and
+exits as `EarlyExit(stages, exits)` takes them; on features cut after the stem use `[nn.Identity(), *stages[1:]]`.
 """
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,9 +19,9 @@ from torch.nn import functional as F
 def spectral_net(
     bands: int,
     classes: int,
-    width: int = 40,
+    width: int = 48,
     hidden: int = 64,
-    blocks: Sequence[Sequence[tuple[int, int]]] = (((48, 2), (48, 1)), ((96, 2),)),
+    blocks: Sequence[Sequence[tuple[int, int]]] = (((64, 2), (64, 1)), ((64, 1),)),
 ) -> tuple[list[nn.Module], list[nn.Module]]:
     """Build the stages and exits; stage 0 is the stem.
 
@@ -53,12 +54,16 @@ class SpectralStem(nn.Module):
     def __init__(self, bands: int, width: int) -> None:
         super().__init__()
         self.project = nn.Conv2d(bands, width, 1, bias=False)
-        self.norm = nn.BatchNorm2d(width)
+        self.project_norm = nn.BatchNorm2d(width)
+        self.refine = nn.Conv2d(width, width, 1, bias=False)
+        self.refine_norm = nn.BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Project, normalise, rectify; keep what lies outside at 0 (the norm alone would lift it)."""
+        """Two layers, the second with a way past it; what lies outside stays 0 (the norms alone would lift it)."""
         inside = (x.amax(1, keepdim=True) != 0) | (x.amin(1, keepdim=True) != 0)  # far cheaper than (x != 0).any(1)
-        return F.relu(self.norm(self.project(x))) * inside.to(x.dtype)
+        y = F.relu(self.project_norm(self.project(x)))
+        y = y + F.relu(self.refine_norm(self.refine(y)))
+        return y * inside.to(y.dtype)
 
 
 class ResidualBlock(nn.Module):
@@ -103,9 +108,9 @@ class PatchExit(nn.Module):
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
-        self.classify_mean = nn.Linear(channels, classes)
-        self.classify_centre = nn.Linear(channels, classes, bias=False)
+        self.classify = nn.Linear(2 * channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """One linear layer on both, written as the sum of two."""
-        return self.classify_mean(x.mean((2, 3))) + self.classify_centre(x[:, :, x.shape[2] // 2, x.shape[3] // 2])
+        """Return the logits of the centre pixel."""
+        centre = x[:, :, x.shape[2] // 2, x.shape[3] // 2]
+        return self.classify(torch.cat([x.mean((2, 3)), centre], 1))

@@ -129,7 +129,7 @@ class Training(LightningModule):
             self._counts = exits_reached(trace)
         self._count_kept(trace)
         self.log("train/loss", loss.detach(), prog_bar=True)
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if (self.global_step + 1) % max(1, self.trainer.log_every_n_steps) == 0:
             self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
             self.log_dict({f"train/{name}": value for name, value in self._figures(answer, y, trace).items()})
         return loss
@@ -182,7 +182,7 @@ class Training(LightningModule):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another model's."""
-        check_same_model(self.state_dict(), checkpoint["state_dict"], "the checkpoint")
+        check_same_model(self.state_dict(), checkpoint["state_dict"], self.trainer.ckpt_path or "the checkpoint")
         self._restored = checkpoint.get("dynanet")
 
     def _go_on(self) -> None:
@@ -267,6 +267,7 @@ def fit(
     resume: bool = False,
     checkpoint_every: int | None = None,
     monitor: str = "val/accuracy",
+    lower_is_better: bool = False,
     callbacks: Sequence[Callback] = (),
     devices: int | str | list[int] = 1,
     accelerator: str = "auto",
@@ -279,12 +280,13 @@ def fit(
     Killed at any moment, the same call with `resume=True` goes on from the last checkpoint, on the CPU bit for bit.
 
     Args:
-        model: any module; trained in place.
+        model: any module; trained in place, and in train mode afterwards.
         train_loader: `Batches`, or a DataLoader over a map-style dataset, which is read as its parts.
         val_loader: the same, for the metrics of every epoch.
         objective: what is minimised.
         epochs: passes over the training data.
-        folder: `step-*.ckpt`, `best.ckpt`, `logs/version_*/metrics.csv`, and `tensorboard/` if that is installed.
+        folder: `step-*.ckpt`, `best.ckpt`, `logs/version_*/metrics.csv` (a version for every start), and
+            `tensorboard/` if that is installed.
         lr: of the default optimizer, 0.1 if None.
         optimizer: see `Training`; instead of lr.
         scheduler: see `Training`.
@@ -294,7 +296,8 @@ def fit(
         seed: of the order of a DataLoader's data, and of what training draws.
         resume: go on from the folder's last whole checkpoint, or begin if there is none.
         checkpoint_every: save every so many steps too, not only after every epoch.
-        monitor: the metric whose highest value makes the best epoch.
+        monitor: the metric whose highest value makes the best epoch, where there is a val_loader.
+        lower_is_better: for a monitor that is a loss.
         callbacks: more of Lightning's.
         devices: as in Lightning's Trainer.
         accelerator: as in Lightning's Trainer.
@@ -305,11 +308,14 @@ def fit(
     Raises:
         CheckpointError: the folder holds a run already and `resume` is off; none of its checkpoints is whole; they are
             of another model or run; the disk is full.
-        ConfigError: both lr and optimizer, or a loader that cannot be resumed.
+        ConfigError: both lr and optimizer, a loader that cannot be resumed, a monitor that nobody logs.
         TrainingError: the loss is NaN or infinite.
     """
     if lr is not None and optimizer is not None:
         raise ConfigError("got both lr and optimizer; the optimizer's learning rate is set where it is made: sgd(lr)")
+    taken = sorted(_OURS & set(trainer_options or {}))
+    if taken:
+        raise ConfigError(f"trainer_options set {taken}, which fit sets itself; use fit's own arguments for these")
     batches = Batches.of(train_loader, seed)
     held_out = [Batches.of(val_loader, seed)] if val_loader is not None else []
     folder = Path(folder)
@@ -324,30 +330,38 @@ def fit(
         equilibrium=equilibrium,
         seed=seed,
     )
-    saving = Checkpoints(folder, every_steps=checkpoint_every, monitor=monitor)
+    saving = Checkpoints(folder, every_steps=checkpoint_every, monitor=monitor, lower_is_better=lower_is_better)
     options = {
-        "max_epochs": epochs,
-        "devices": devices,
-        "accelerator": accelerator,
-        "strategy": strategy,
-        "callbacks": [*callbacks, saving],
-        "plugins": [AtomicCheckpointIO()],
         "logger": _loggers(folder),
-        "default_root_dir": folder,
-        "enable_progress_bar": progress,
         "enable_model_summary": False,
-        "use_distributed_sampler": False,
         "num_sanity_val_steps": 0,
         "limit_val_batches": None if held_out else 0,  # with an empty list: Lightning warns of a loader that is None
         "log_every_n_steps": min(50, len(batches)),
     }
     with _quiet():
-        trainer = Trainer(**{**options, **(trainer_options or {})})
+        trainer = Trainer(
+            max_epochs=epochs,
+            devices=devices,
+            accelerator=accelerator,
+            strategy=strategy,
+            callbacks=[*callbacks, saving],
+            plugins=[AtomicCheckpointIO()],
+            default_root_dir=folder,
+            enable_progress_bar=progress,
+            use_distributed_sampler=False,  # Batches shares the data out itself
+            **{**options, **(trainer_options or {})},
+        )
         model.train()
         trainer.fit(training, batches, held_out, ckpt_path=start)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     best = folder / "best.ckpt"
     return Run(model, newest(folder), best if best.exists() else None, metrics, trainer)
+
+
+_OURS = {
+    "max_epochs", "devices", "accelerator", "strategy", "callbacks", "plugins", "default_root_dir", "enable_progress_bar",
+    "enable_checkpointing", "use_distributed_sampler",
+}
 
 
 def _begin(folder: Path, resume: bool) -> Path | None:

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins import CheckpointIO
 from typing_extensions import override
 
-from dynanet.core.errors import CheckpointError, TrainingError
+from dynanet.core.errors import CheckpointError, ConfigError, TrainingError
 from dynanet.core.files import write_atomically
 from dynanet.train.checkpoint import load_checkpoint, newest, save_checkpoint, step_file, step_files
 
@@ -82,6 +82,9 @@ class Checkpoints(Checkpoint):
         if better:
             self.best = float(score)  # before saving: a resumed run must know it
         self._save(trainer, pl_module)
+        if score is None and trainer.val_dataloaders:
+            told = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
+            raise ConfigError(f"{self.monitor!r} was to make the best epoch, and there are {told}; monitor one of these")
         if better and trainer.is_global_zero:
             with open(step_file(self.folder, trainer.global_step), "rb") as saved:
                 _write_copy(saved, self.folder / "best.ckpt")

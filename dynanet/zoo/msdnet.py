@@ -88,7 +88,8 @@ def msdnet(
         )
     inner = tuple(bottleneck_factors) if bottleneck else (None,) * scales
     width, done = channels, 0  # width: channels of every scale, per unit of its growth factor
-    stages, exits = [], []
+    stages: list[nn.Module] = []
+    exits: list[nn.Module] = []
     for depth in depths:
         layers: list[nn.Module] = [] if stages else [Stem(in_channels, [width * f for f in growth_factors], head)]
         for n in range(done + 1, done + depth + 1):

@@ -54,9 +54,15 @@ def staged_resnet(
     _check(widths, depths, num_classes=num_classes, in_channels=in_channels, stem_stride=stem_stride)
     blocks = _blocks(in_channels, widths, depths, stem_stride)
     leave = range(len(blocks)) if exits == "all" else exits
-    if not leave or sorted(set(leave)) != list(leave) or leave[0] < 0 or leave[-1] != len(blocks) - 1:
+    if (
+        not leave
+        or isinstance(leave, str)
+        or sorted(set(leave)) != list(leave)
+        or leave[0] < 0
+        or leave[-1] != len(blocks) - 1
+    ):
         raise ConfigError(
-            f"staged_resnet: exits is {tuple(leave)}; expected ascending numbers of blocks from 0 to "
+            f"staged_resnet: exits is {exits!r}; expected ascending numbers of blocks from 0 to "
             f"{len(blocks) - 1}, the last included, or 'all'"
         )
     if context < 0:

@@ -20,6 +20,7 @@ from dynanet.data.indian_pines import (
     load_scene,
     split_pixels,
 )
+from dynanet.nets.spectral import SpectralStem
 
 pytest.importorskip("tensorly")
 pytest.importorskip("scipy")
@@ -145,14 +146,23 @@ def test_patches_are_centred_and_zero_beyond_the_edge():
     assert gather_patches(image, torch.zeros(0, 2, dtype=torch.long), 3).shape == (0, 1, 3, 3)
 
 
-def test_a_per_pixel_stem_may_run_before_the_gather(pines):
-    torch.manual_seed(0)
-    stem = torch.nn.Sequential(torch.nn.Conv2d(200, 8, 1, bias=False), torch.nn.ReLU()).double()
-    image, positions = pines.train_cube.double(), pines.positions("train")[::40]
+def test_the_spectral_stem_may_run_once_before_the_gather(pines):
+    """Also at the edge of the scene and where the split hides pixels, and whatever the norms have learnt."""
+    stem = SpectralStem(200, 8).double()
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        before = gather_patches(stem(image[None])[0], positions, 9)
-        after = stem(gather_patches(image, positions, 9))
-    torch.testing.assert_close(before, after, rtol=0, atol=1e-12)
+        for value in [*stem.parameters(), *(b for b in stem.buffers() if b.is_floating_point())]:
+            value.copy_(torch.rand(value.shape, generator=generator, dtype=torch.float64) + 0.1)
+    stem.eval()
+    for cube in (pines.train_cube, pines.cube):
+        edge = torch.tensor([[0, 0], [0, 144], [144, 70], [3, 1]])
+        positions = torch.cat([pines.positions("train")[::40], edge])
+        with torch.no_grad():
+            before = gather_patches(stem(cube.double()[None])[0], positions, 9)
+            after = stem(gather_patches(cube.double(), positions, 9))
+        torch.testing.assert_close(before, after, rtol=0, atol=1e-12)
+        outside = (gather_patches(cube, positions, 9) == 0).all(1, keepdim=True).expand_as(after)
+        assert (after[outside] == 0).all() and (after[~outside] > 0).any()
 
 
 def test_a_dataset_of_patches(pines):

@@ -67,7 +67,7 @@ def test_tied_scores_stay_together_rather_than_overshoot(saturated_logits):
 
 
 @given(FEW_VALUES, st.floats(0.05, 20))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_no_exit_gets_more_than_its_share(scores, ratio):
     asked = geometric(scores.shape[1] + 1, ratio)
     reached = shares(scores, thresholds_for_share(scores, asked))
@@ -84,7 +84,7 @@ def test_without_ties_every_exit_gets_its_share(seed, n, exits, ratio):
 
 
 @given(FEW_VALUES, st.lists(st.sampled_from([-np.inf, -2.0, -0.5, 0.0, 1.0, 2.5, np.inf]), min_size=4, max_size=4))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_settled_thresholds_let_the_same_samples_leave(scores, thresholds):
     thresholds = np.array(thresholds[: scores.shape[1]])
     better = settled(scores, thresholds)

@@ -83,6 +83,13 @@ def test_a_cap_and_a_mean_hold_together(draw):
         choose(table, Budget(macs=table.macs[3], cap_macs=table.macs[2]))
 
 
+@pytest.mark.parametrize("asked", [{"macs": 1e6}, {"risk": 0.9}, {"risk": 0.9, "macs": 1e6}])
+def test_a_cap_that_leaves_one_exit_leaves_no_choice(draw, asked):
+    table = draw(3, 800)
+    choice = choose(table, Budget(cap_macs=table.macs[0], **asked))
+    assert choice.limit == 1 and choice.share[0] == 1
+
+
 def test_a_cap_is_held_against_the_dearest_path_not_against_those_seen(draw):
     table = draw(3, 800)
     dearer = replace(table, worst=table.macs * 1.5)
@@ -93,7 +100,7 @@ def test_a_cap_is_held_against_the_dearest_path_not_against_those_seen(draw):
 @pytest.mark.parametrize("loss", [lost_answers, accuracy_gap])
 def test_the_promised_risk_is_kept_by_fresh_held_out_sets(draw, loss):
     population = draw(5, 40_000)
-    losses, rng, times, exceeded, saved = loss(population), np.random.default_rng(0), 120, 0, []
+    losses, rng, times, exceeded, saved = loss(population), np.random.default_rng(0), 100, 0, []
     for _ in range(times):
         rows = rng.choice(40_000, 500, replace=False)
         choice = choose(population.take(rows), Budget(risk=0.04, confidence=0.8), losses=losses[rows])

@@ -32,7 +32,7 @@ def best_geometric(table, bound):
     part=st.floats(0, 1),
     nested=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_the_budget_is_never_exceeded_on_the_held_out_samples(seed, n, exits, ties, part, nested):
     rng = np.random.default_rng(seed)
     scores = rng.normal(size=(n, exits - 1))
@@ -48,7 +48,7 @@ def test_the_budget_is_never_exceeded_on_the_held_out_samples(seed, n, exits, ti
 @pytest.mark.parametrize("ties", [None, 4])
 @pytest.mark.parametrize("part", [0.25, 0.5, 0.75])
 def test_at_least_the_papers_accuracy_is_reached(draw, part, ties):
-    for seed in range(3):
+    for seed in range(2):
         table = draw(seed, 1500, ties=ties)
         bound = part * table.macs[-1]
         reached = outcome(table, problem(table).best_within(bound)).accuracy
@@ -78,8 +78,8 @@ def test_an_exit_that_is_not_worth_its_place_is_switched_off(draw):
 
 def test_fresh_samples_cost_what_was_asked_and_gain_over_the_paper(draw):
     gains = []
-    for seed, part in itertools.product(range(4), (0.3, 0.5, 0.7)):
-        held_out, test = draw(seed, 2000), draw(100 + seed, 20_000)
+    for seed, part in itertools.product(range(2), (0.3, 0.5, 0.7)):
+        held_out, test = draw(seed, 2000), draw(100 + seed, 10_000)
         bound = part * held_out.macs[-1]
         thresholds = problem(held_out).best_within(bound)
         assert outcome(held_out, thresholds).macs >= 0.99 * bound

@@ -67,7 +67,7 @@ def test_most_of_the_risk_is_used_with_a_thousand_samples():
 
 def test_the_binomial_tail_is_exact():
     stats = pytest.importorskip("scipy.stats")
-    for n in (1, 2, 5, 37, 1000, 20_000):
+    for n in (1, 2, 5, 37, 1000, 5000):
         for p in (1e-4, 0.01, 0.05, 0.5, 0.77, 0.999):
             expected = stats.binom.cdf(np.arange(n + 1), n, p)
             np.testing.assert_allclose(binomial_cdf(n, p), expected, rtol=1e-9, atol=1e-12)
@@ -113,8 +113,8 @@ def test_the_family_runs_from_never_to_always(draw):
     table = draw(0, 400)
     family = common_levels(table.scores)
     assert 100 <= len(family) <= 101
-    assert (family[0] == np.inf).all() and (np.diff(family[:, 0])[1:] < 0).all()
-    assert (table.scores >= family[-1]).all()
+    assert (family[0] == np.inf).all() and (family[-1] == -np.inf).all()
+    assert (np.diff(family[1:-1], axis=0) < 0).all()
 
 
 def test_senseless_questions_are_refused():

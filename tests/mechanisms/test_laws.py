@@ -11,6 +11,7 @@ from dynanet.mechanisms.channel_skip import ChannelSkip
 from dynanet.mechanisms.early_exit import EarlyExit
 from dynanet.mechanisms.layer_skip import LayerSkip
 from dynanet.mechanisms.position_halting import PositionHalting
+from dynanet.mechanisms.scene_exit import SceneExit
 from dynanet.mechanisms.spatial_skip import SpatialSkip
 from dynanet.mechanisms.token_drop import TokenDrop
 from dynanet.mechanisms.update_skip import UpdateSkip
@@ -147,6 +148,23 @@ def spatial(height, width, tile, halo=1, branch=None):
     )
 
 
+class OfPatches(nn.Module):
+    """Flattens a patch, so that units from rows to rows fit behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.map = nn.Linear(C * 9, D)
+
+    def forward(self, x):
+        return self.map(x.flatten(1)).relu()
+
+
+def scene_exit(wrap):
+    rest = EarlyExit([nn.Sequential(OfPatches(), wrap(mlp())), wrap(mlp())], [nn.Linear(D, 3), nn.Linear(D, 3)])
+    rest.thresholds.fill_(0.1)
+    return SceneExit(nn.Sequential(conv(1), nn.ReLU()), nn.Linear(C, 3), rest, patch=3, threshold=0.0)
+
+
 def rows_to_rows(wrap):
     return LayerSkip(wrap(mlp()), row_gate())
 
@@ -184,6 +202,7 @@ LAYERS = {
         torch.randn(4, 7, D),
     ),
     "channel skip, in x out": (channels, images(6, 6)),
+    "scene exit": (scene_exit, images(4, 5, 3)),
     "update skip": (lambda wrap: UpdateSkip(nn.GRUCell(D, 6), D, 6), torch.randn(5, 6, D)),
 }
 

@@ -1,7 +1,7 @@
 """Kills a training run at random moments until it has finished, and compares its end with an undisturbed run's.
 
 A program of its own, for `test_resume.py`: it imports torch and Lightning once, trains only in forked children, and
-prints what happened as JSON.
+prints what happened as JSON. `python kill_and_resume.py FOLDER [KILLS]`.
 """
 
 import json
@@ -19,14 +19,14 @@ import torch
 torch.set_num_threads(1)
 warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
 
-from toys import run  # noqa: E402
+from train_toys import run  # noqa: E402
 
 from dynanet import train  # noqa: E402
 from dynanet.core.files import write_atomically  # noqa: E402
-from dynanet.train import checkpoint, saving  # noqa: E402, F401
+from dynanet.train import checkpoint, lightning, saving  # noqa: E402, F401
 
-OPTIONS = {"samples": 60, "epochs": 3, "checkpoint_every": 2}
-EPOCH_STEPS = 12
+SAMPLES, BATCHES = 60, 12
+KINDS = ("in a save", "after a save", "any time")
 
 
 class Slow:
@@ -42,7 +42,7 @@ class Slow:
             time.sleep(0.004)
 
 
-def child(folder: Path, slow: bool) -> int:
+def start(folder: Path, epochs: int, slow: bool) -> int:
     """Fork a process that trains to the end; answer its id."""
     process = os.fork()
     if process:
@@ -50,7 +50,7 @@ def child(folder: Path, slow: bool) -> int:
     try:
         if slow:
             checkpoint.write_atomically = lambda path, write: write_atomically(path, lambda file: write(Slow(file)))
-        run(folder, resume=True, **OPTIONS)
+        run(folder, samples=SAMPLES, epochs=epochs, checkpoint_every=2, resume=True)
         os._exit(0)
     except BaseException:
         traceback.print_exc()
@@ -64,44 +64,46 @@ def ended(process: int) -> bool:
     return found != 0
 
 
-def main(folder: Path) -> None:
-    dice = random.Random(int.from_bytes(os.urandom(4), "little"))
-    alone = child(folder / "alone", slow=False)
+def kill(process: int, folder: Path, kind: str) -> bool | None:
+    """Kill when the time has come; answer whether that was in a save, or None if the run ended first."""
+    saved_before, at = set(folder.glob("step-*.ckpt")), None
+    if kind == "any time":
+        at = time.monotonic() + random.uniform(0, 0.5)
+    while not ended(process):
+        now, half_written = time.monotonic(), any(folder.glob(".*.tmp"))
+        if at is None and set(folder.glob("step-*.ckpt")) != saved_before and (half_written or kind != "in a save"):
+            at = now + random.uniform(0, 0.01 if kind == "in a save" else 0.1)
+        if at is not None and now >= at:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            return any(folder.glob(".*.tmp"))
+        time.sleep(0.0005)
+    return None
+
+
+def main(folder: Path, wanted: int) -> None:
+    epochs = max(4, wanted // 3)
+    alone = start(folder / "alone", epochs, slow=False)
     while not ended(alone):
         time.sleep(0.05)
-    killed, kills, in_saves, after_a_save, corrupt = folder / "killed", 0, 0, 0, 0
-    finished = False
-    while not finished:
-        before = set(killed.glob("step-*.ckpt"))
-        process = child(killed, slow=kills < 14)
-        aim_at_save = kills % 2 == 0
-        deadline = None
-        while True:
-            if ended(process):
-                finished = True
-                break
-            now = time.monotonic()
-            saving_now = any(killed.glob(".*.tmp"))
-            progressed = set(killed.glob("step-*.ckpt")) != before
-            if deadline is None and progressed and (saving_now or not aim_at_save):
-                deadline = now + dice.uniform(0, 0.01 if aim_at_save else 0.15)
-            if kills < 14 and deadline is not None and now >= deadline:
-                in_saves += any(killed.glob(".*.tmp"))
-                os.kill(process, signal.SIGKILL)
-                os.waitpid(process, 0)
-                kills += 1
-                after_a_save += bool(progressed)
-                corrupt += sum(not checkpoint.is_whole(path) for path in killed.glob("*.ckpt"))
-                break
-            time.sleep(0.0005)
+    killed, kills, in_saves, corrupt = folder / "killed", 0, 0, 0
+    while kills < wanted:
+        in_save = kill(start(killed, epochs, slow=True), killed, KINDS[kills % 3])
+        if in_save is None:
+            sys.exit(f"the run finished after only {kills} kills; make it longer")
+        kills, in_saves = kills + 1, in_saves + in_save
+        corrupt += sum(not checkpoint.is_whole(path) for path in killed.glob("*.ckpt"))
+    last = start(killed, epochs, slow=False)
+    while not ended(last):
+        time.sleep(0.05)
     ends = [train.load_checkpoint(train.newest(folder / name)) for name in ("alone", "killed")]
     weights, momenta = [e["state_dict"] for e in ends], [e["optimizer_states"][0]["state"] for e in ends]
-    equal = ends[0]["global_step"] == ends[1]["global_step"] == 3 * EPOCH_STEPS
+    equal = ends[0]["global_step"] == ends[1]["global_step"] == epochs * BATCHES
     equal &= all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     equal &= all(torch.equal(momenta[0][i]["momentum_buffer"], momenta[1][i]["momentum_buffer"]) for i in momenta[0])
-    told = {"kills": kills, "kills_in_saves": in_saves, "kills_after_a_save": after_a_save, "corrupt": corrupt}
-    print(json.dumps({**told, "equal": bool(equal)}))
+    left = len(list(killed.glob(".*")))
+    print(json.dumps({"kills": kills, "in_saves": in_saves, "corrupt": corrupt, "left": left, "equal": bool(equal)}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 12)

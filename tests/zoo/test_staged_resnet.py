@@ -101,6 +101,7 @@ def test_he_initialisation():
         ({"exits": (0, 1)}, "the last included"),
         ({"exits": (3, 1)}, "ascending"),
         ({"exits": ()}, "exits is"),
+        ({"exits": "last"}, "exits is 'last'"),
         ({"exits": (-1, 3)}, "exits is"),
         ({"context": -1}, "context is -1"),
     ],

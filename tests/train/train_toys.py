@@ -47,8 +47,7 @@ def run(folder, *, model=None, samples=22, epochs=3, held_out=True, **options) -
         ],
         epochs=epochs,
         folder=folder,
-        progress=False,
-        **options,
+        **{"progress": False, **options},
     )
 
 

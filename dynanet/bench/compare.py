@@ -1,0 +1,256 @@
+"""A session against the same weights without skipping: equivalence first, then the four numbers, in one process."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dynanet.bench.paired import paired, ratio
+from dynanet.core.cost import CostModel
+from dynanet.core.dynamic import everything, execute, forced
+from dynanet.core.errors import InputError
+from dynanet.core.halt import Halt
+from dynanet.core.trace import record
+from dynanet.infer.engines import Eager, Engine, OnnxRuntime, folded, onnx_runtime
+from dynanet.infer.session import Session
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell of a comparison: a batch size on so many threads.
+
+    Attributes:
+        batch: samples per call.
+        threads: of torch and of ONNX Runtime.
+        samples: timed per round.
+        rounds: interleaved repetitions; the figures are medians.
+        session_ms: of the session, per sample.
+        stream_ms: of `session.stream` with this batch, per sample; NaN for a model without steps.
+        reference_ms: of the untouched model in eager torch: everything computed, thresholds applied afterwards.
+        best_dense_ms: of the quickest engine for the full network (last answer only).
+        best_dense: which engine that is.
+        over_reference: reference_ms / session_ms.
+        over_same_engine: the session with everything kept / session_ms. First of the four numbers.
+        over_best_dense: best_dense_ms / session_ms. Second.
+        over_flop_ratio: over_same_engine / (MACs with everything kept / MACs spent). Third.
+        over_latency_theory: the engines' own time for the same calls / session_ms. Fourth: 1 means that deciding,
+            gathering and scattering cost nothing.
+        stream_over_latency_theory: the same for the stream: the session's engine time / stream_ms.
+        macs_ratio: MACs with everything kept / MACs spent.
+        spread: interquartile range of the per-round over_reference, as "low-high".
+    """
+
+    batch: int
+    threads: int
+    samples: int
+    rounds: int
+    session_ms: float
+    stream_ms: float
+    reference_ms: float
+    best_dense_ms: float
+    best_dense: str
+    over_reference: float
+    over_same_engine: float
+    over_best_dense: float
+    over_flop_ratio: float
+    over_latency_theory: float
+    stream_over_latency_theory: float
+    macs_ratio: float
+    spread: str
+
+
+def compare(
+    model: nn.Module,
+    samples: Tensor,
+    *,
+    batches: Sequence[int] = (1, 8, 64, 256),
+    threads: Sequence[int] = (1,),
+    rounds: int = 7,
+    cache: Path | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> list[Row]:
+    """Time a model with its thresholds against the same weights without skipping.
+
+    Args:
+        model: as deployed: with the thresholds (or gates) that decide.
+        samples: real inputs; at least as many as the largest batch.
+        batches: samples per call.
+        threads: how many threads to try.
+        rounds: interleaved repetitions.
+        cache: of exported graphs.
+        tell: gets a line per cell as it is done.
+
+    Returns:
+        One row per batch and thread count.
+
+    Raises:
+        InputError: fewer samples than the largest batch, or answers that are not those of the dense model.
+    """
+    if len(samples) < max(batches):
+        raise InputError(f"{len(samples)} samples for a batch of {max(batches)}; give more samples or smaller batches")
+    before, rows = torch.get_num_threads(), []
+    try:
+        for n in threads:
+            torch.set_num_threads(n)
+            session = Session(model, samples[:1], threads=n, batches=sorted({*batches, 1, 4, 16}), cache=cache)
+            check_equivalent(model, session, samples)
+            for batch in batches:
+                rows.append(_row(model, session, samples, batch, rounds, cache))
+                tell(line(rows[-1]))
+    finally:
+        torch.set_num_threads(before)
+    return rows
+
+
+def line(row: Row) -> str:
+    """A row in a line of text."""
+    return (
+        f"batch {row.batch:>3} x {row.threads} thread(s): {row.session_ms:7.3f} ms/sample, {row.over_reference:5.2f}x the "
+        f"untouched model | {row.over_same_engine:5.2f}x same engine dense, {row.over_best_dense:5.2f}x best dense "
+        f"({row.best_dense}), {row.over_flop_ratio:4.2f} of the FLOP ratio, {row.over_latency_theory:4.2f} of the latency "
+        f"theory"
+    )
+
+
+def check_equivalent(model: nn.Module, session: Session, samples: Tensor, margin: float = 1e-3) -> None:
+    """The session answers what the dense model answers, decisions within `margin` of a threshold aside.
+
+    Raises:
+        InputError: it does not.
+    """
+    model = execute(folded(model), sparse=False)
+    with torch.no_grad(), record(model) as dense:
+        expected = model(samples)
+    with record(session) as sparse:
+        answer = session(samples)
+    wrong = ((answer - expected).abs() > 1e-3 + 1e-3 * expected.abs()).flatten(1).any(1)
+    for ours, theirs in zip(_by_layer(sparse), _by_layer(dense), strict=False):
+        wrong &= (ours == theirs).flatten(1).all(1)
+    allowed = max(1, round(margin * len(samples)))
+    if int(wrong.sum()) or int(((answer - expected).abs() > 1e-2).flatten(1).any(1).sum()) > allowed:
+        raise InputError(f"{int(wrong.sum())} of {len(samples)} answers of the session differ from the dense model's")
+
+
+def _by_layer(trace: Any) -> list[Tensor]:
+    return [keep for name in trace.keys() for keep in trace[name]]
+
+
+def _row(model: nn.Module, session: Session, samples: Tensor, batch: int, rounds: int, cache: Path | None) -> Row:
+    # Enough samples for a stable mean of where they exit, few enough that a round stays short.
+    count = max(batch, min(len(samples), 64 if batch == 1 else 256) // batch * batch)
+    groups = samples[:count].split(batch)
+    engines = _dense_engines(model, groups[0], cache)
+    calls = _engine_calls(session, groups)
+    contestants: dict[str, Callable[[], object]] = {
+        "session": lambda: [session(x) for x in groups],
+        "theory": lambda: [engine(inputs) for engine, inputs in calls],
+        "same": lambda: _all_kept(session, groups),
+        "reference": lambda: [_reference(model, x) for x in groups],
+        **{name: lambda engine=engine: [engine([x]) for x in groups] for name, engine in engines.items()},
+    }
+    if isinstance(session.model, Halt):
+        contestants["stream"] = lambda: list(session.stream(samples[:count], batch=batch))
+    with torch.no_grad():
+        seconds = paired(contestants, rounds=rounds)
+    best = min(engines, key=lambda name: np.median(seconds[name]))
+    ms = {name: 1e3 * float(np.median(s)) / count for name, s in seconds.items()}
+    over_reference, low, high = ratio(seconds["reference"], seconds["session"])
+    over_same = ratio(seconds["same"], seconds["session"])[0]
+    kept, spent = _macs(model, session, samples[:count])
+    streamed = "stream" in seconds
+    return Row(
+        batch=batch, threads=torch.get_num_threads(), samples=count, rounds=rounds,
+        session_ms=ms["session"], stream_ms=ms.get("stream", float("nan")), reference_ms=ms["reference"],
+        best_dense_ms=ms[best], best_dense=best,
+        over_reference=over_reference, over_same_engine=over_same,
+        over_best_dense=ratio(seconds[best], seconds["session"])[0],
+        over_flop_ratio=over_same / (kept / spent),
+        over_latency_theory=ratio(seconds["theory"], seconds["session"])[0],
+        stream_over_latency_theory=ratio(seconds["theory"], seconds["stream"])[0] if streamed else float("nan"),
+        macs_ratio=kept / spent, spread=f"{low:.2f}-{high:.2f}",
+    )  # fmt: skip
+
+
+def _reference(model: nn.Module, x: Tensor) -> object:
+    """What published code does: compute everything, then look where it would have stopped."""
+    if not isinstance(model, Halt):
+        return execute(model, sparse=False)(x)
+    answers = model.answers(x)
+    sure = torch.stack([answer.softmax(-1).amax(-1) for answer in answers])
+    return torch.stack(answers), sure
+
+
+def _all_kept(session: Session, groups: Sequence[Tensor]) -> None:
+    with forced(session, everything):
+        for x in groups:
+            session(x)
+
+
+def _macs(model: nn.Module, session: Session, samples: Tensor) -> tuple[float, float]:
+    """MACs per sample with everything kept, and spent."""
+    cost = CostModel(model, samples[:1])
+    with record(session) as trace:
+        session(samples)
+    return cost.worst, float(cost.spent(trace).mean())
+
+
+class _Last(nn.Module):
+    """The full network: every step, the last answer. What it does not need (earlier exits) drops out of the graph."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (self.model.answers(x)[-1] if isinstance(self.model, Halt) else self.model(x),)
+
+
+def _dense_engines(model: nn.Module, x: Tensor, cache: Path | None) -> dict[str, Engine]:
+    model = execute(folded(model), sparse=False)
+    example = x[:1].repeat(2, *[1] * (x.dim() - 1))
+    with torch.no_grad(), forced(model, everything):
+        batch = torch.export.Dim("batch")
+        graph = torch.export.export(_Last(model), (example,), dynamic_shapes=({0: batch},)).module()
+        engines: dict[str, Engine] = {"eager": Eager(graph)}
+        if x.dim() == 4:
+            engines["eager channels_last"] = _ChannelsLast(graph)
+        if onnx_runtime() is not None:
+            engines["onnxruntime"] = OnnxRuntime(
+                graph, [example], threads=torch.get_num_threads(), workspaces=True, cache=cache
+            )
+    return engines
+
+
+class _ChannelsLast(Eager):
+    """Eager on channels-last images; the weights follow the input."""
+
+    name = "eager channels_last"
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The unit's outputs."""
+        return super().__call__([t.contiguous(memory_format=torch.channels_last) for t in inputs])
+
+
+def _engine_calls(session: Session, groups: Sequence[Tensor]) -> list[tuple[Any, list[Tensor]]]:
+    """Every engine call that the session makes for these batches, in order, with its inputs."""
+    calls: list[tuple[Any, list[Tensor]]] = []
+    with _listening(session, calls):
+        for x in groups:
+            session(x)
+    return calls
+
+
+@contextmanager
+def _listening(session: Session, calls: list[tuple[Any, list[Tensor]]]) -> Iterator[None]:
+    for engine in session.engines():
+        engine.listener = lambda inputs, engine=engine: calls.append((engine, [t.clone() for t in inputs]))
+    try:
+        yield
+    finally:
+        for engine in session.engines():
+            engine.listener = None

@@ -1,0 +1,102 @@
+"""Colours that keep their order and their difference for eyes that tell few of them apart.
+
+Computed in Oklab (Ottosson 2020, https://bottosson.github.io/posts/oklab), where equal distances look equal. Dichromats
+are simulated with the matrices of Machado, Oliveira and Fernandes (2009), doi:10.1109/TVCG.2009.113.
+"""
+
+from functools import cache
+
+import numpy as np
+
+_TO_CONES = np.array([
+    [0.4122214708, 0.5363325363, 0.0514459929],
+    [0.2119034982, 0.6806995451, 0.1073969566],
+    [0.0883024619, 0.2817188376, 0.6299787005],
+])  # fmt: skip
+_TO_LAB = np.array([
+    [0.2104542553, 0.7936177850, -0.0040720468],
+    [1.9779984951, -2.4285922050, 0.4505937099],
+    [0.0259040371, 0.7827717662, -0.8086757660],
+])  # fmt: skip
+_EYES = np.array([
+    np.eye(3),
+    [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],  # no red cone
+    [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],  # no green cone
+])  # fmt: skip
+
+
+@cache
+def ramp(steps: int) -> np.ndarray:
+    """(steps, 3) uint8 from little (dark blue) to much (yellow): lightness rises evenly, the hue goes over green."""
+    way = np.linspace(0, 1, steps)
+    lightness = 0.28 + 0.62 * way
+    hue = np.radians(280 - 172 * way)
+    lab = np.stack([lightness, *_inside_gamut(lightness, 0.15, hue)], -1)
+    return np.round(255 * _encoded(_linear(lab))).clip(0, 255).astype(np.uint8)
+
+
+@cache
+def class_colours(classes: int) -> np.ndarray:
+    """(classes, 3) uint8, each as far as can be from all before it, for normal and for colour-blind eyes alike.
+
+    No colour is near grey: grey is for pixels without a class.
+    """
+    lightness, chroma, hue = (
+        axis.ravel()
+        for axis in np.meshgrid(np.linspace(0.3, 0.92, 11), [0.07, 0.12, 0.18, 0.24], np.radians(np.arange(0, 360, 12)))
+    )
+    rgb = _linear(np.stack([lightness, chroma * np.cos(hue), chroma * np.sin(hue)], -1))
+    fits = ((rgb > -1e-3) & (rgb < 1 + 1e-3)).all(-1)
+    rgb = rgb[fits].clip(0, 1)
+    seen = np.stack([_lab((rgb @ eye.T).clip(0, 1)) for eye in _EYES], 1)  # (candidates, eyes, 3)
+    chosen = [int(np.argmin(np.abs(seen[:, 0] - [0.5, -0.02, -0.16]).sum(-1)))]  # begins with a blue
+    nearest = np.full(len(rgb), np.inf)
+    while len(chosen) < classes:
+        nearest = np.minimum(nearest, np.linalg.norm(seen - seen[chosen[-1]], axis=-1).min(1))
+        chosen.append(int(nearest.argmax()))
+    return np.round(255 * _encoded(rgb[chosen])).astype(np.uint8)
+
+
+def distances(colours: np.ndarray) -> np.ndarray:
+    """(n, n) how different colours (n, 3) uint8 look to the eye that tells them apart worst; 0.02 is just visible."""
+    rgb = _decoded(colours / 255)
+    seen = np.stack([_lab((rgb @ eye.T).clip(0, 1)) for eye in _EYES], 1)
+    return np.linalg.norm(seen[:, None] - seen[None], axis=-1).min(-1)
+
+
+def css(colour: np.ndarray) -> str:
+    """A colour (3,) uint8 as style sheets write it."""
+    return "#" + "".join(f"{int(channel):02x}" for channel in colour)
+
+
+def ink(colour: np.ndarray) -> str:
+    """Black or white: what is readable on a colour (3,) uint8."""
+    return "#000000" if _decoded(colour / 255) @ [0.2126, 0.7152, 0.0722] > 0.18 else "#ffffff"
+
+
+def _inside_gamut(lightness: np.ndarray, chroma: float, hue: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both colour axes of Oklab at a chroma, or at the largest one that a screen can show."""
+    low, high = np.zeros_like(hue), np.full_like(hue, chroma)
+    for _ in range(20):
+        middle = (low + high) / 2
+        rgb = _linear(np.stack([lightness, middle * np.cos(hue), middle * np.sin(hue)], -1))
+        fits = ((rgb >= 0) & (rgb <= 1)).all(-1)
+        low, high = np.where(fits, middle, low), np.where(fits, high, middle)
+    return low * np.cos(hue), low * np.sin(hue)
+
+
+def _lab(rgb: np.ndarray) -> np.ndarray:
+    return np.cbrt(rgb @ _TO_CONES.T) @ _TO_LAB.T
+
+
+def _linear(lab: np.ndarray) -> np.ndarray:
+    return (lab @ np.linalg.inv(_TO_LAB).T) ** 3 @ np.linalg.inv(_TO_CONES).T
+
+
+def _encoded(rgb: np.ndarray) -> np.ndarray:
+    rgb = rgb.clip(0, 1)
+    return np.where(rgb <= 0.0031308, 12.92 * rgb, 1.055 * rgb ** (1 / 2.4) - 0.055)
+
+
+def _decoded(rgb: np.ndarray) -> np.ndarray:
+    return np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)

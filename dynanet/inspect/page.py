@@ -1,0 +1,62 @@
+"""The report: one HTML file that loads nothing, needs no script, and can be read in light, dark and on paper."""
+
+import os
+from pathlib import Path
+
+from dynanet.core.files import write_atomically
+from dynanet.inspect.findings import Findings
+from dynanet.inspect.maps import scene_section
+from dynanet.inspect.markup import Markup, join, tag
+from dynanet.inspect.sections import (
+    answer,
+    classes_section,
+    cost_section,
+    exits_section,
+    origin_section,
+    promise_section,
+    reading_section,
+    samples_section,
+)
+
+# Nothing is loaded and no script runs, whatever has found its way into the text.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+def page(findings: Findings) -> str:
+    """The report as HTML. All text from outside is escaped."""
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    head = [
+        tag("meta", at={"charset": "utf-8"}),
+        tag("meta", at={"http-equiv": "Content-Security-Policy", "content": _POLICY}),
+        tag("meta", at={"name": "viewport", "content": "width=device-width, initial-scale=1"}),
+        tag("meta", at={"name": "color-scheme", "content": "light dark"}),
+        tag("title", findings.title),
+        tag("style", Markup(style)),
+    ]
+    body = [
+        answer(findings),
+        cost_section(findings),
+        exits_section(findings),
+        classes_section(findings),
+        samples_section(findings),
+        promise_section(findings),
+        scene_section(findings),
+        reading_section(findings),
+        origin_section(findings),
+    ]
+    html = tag("html", tag("head", *head), tag("body", tag("main", *body)), at={"lang": "en"})
+    return join([Markup("<!doctype html>\n"), html, Markup("\n")])
+
+
+def write_report(findings: Findings, path: str | os.PathLike) -> None:
+    """Write the report, whole or not at all.
+
+    Args:
+        findings: what `find` answers.
+        path: of the HTML file; its folder must exist.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; an old report is untouched.
+    """
+    text = page(findings).encode()
+    write_atomically(path, lambda file: file.write(text))

@@ -1,0 +1,91 @@
+"""Arrays as PNG pictures inside the page: nothing to load, nothing to install."""
+
+import base64
+import struct
+import zlib
+
+import numpy as np
+
+LARGEST = 400  # pixels on the longer side; larger pictures are thinned, or the page would grow beyond 2 MB
+
+
+def data_uri(pixels: np.ndarray) -> str:
+    """A picture as a data URI.
+
+    Args:
+        pixels: (H, W) grey, (H, W, 3) colour or (H, W, 4) colour with opacity, uint8.
+    """
+    return "data:image/png;base64," + base64.b64encode(_png(pixels)).decode()
+
+
+def stride(height: int, width: int, largest: int = LARGEST) -> int:
+    """Every how many-th pixel of a picture is drawn."""
+    return -(-max(height, width) // largest)
+
+
+def coloured(index: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """(H, W, 4) uint8: pixels in the colour (n, 3) of their index (H, W), transparent where it is negative."""
+    rgba = np.zeros((*index.shape, 4), np.uint8)
+    rgba[index >= 0, :3] = colours[index[index >= 0]]
+    rgba[index >= 0, 3] = 255
+    return rgba
+
+
+def dimmed(rgba: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """The picture faint and hatched at (H, W) bool: what is there cannot be checked."""
+    rgba = rgba.copy()
+    rows, columns = np.indices(where.shape)
+    hatch = (rows + columns) % 4 == 0
+    rgba[where, 3] = 70
+    rgba[where & hatch, 3] = 0
+    return rgba
+
+
+def depth(labels: np.ndarray) -> np.ndarray:
+    """(H, W) int: how many steps a pixel lies from the edge of its field; 0 where the label (H, W) is negative."""
+    outside = np.pad(labels, 1, constant_values=-1)
+    shifts = [(slice(0, -2), slice(1, -1)), (slice(2, None), slice(1, -1)),
+              (slice(1, -1), slice(0, -2)), (slice(1, -1), slice(2, None))]  # fmt: skip
+    alike = [outside[shift] == labels for shift in shifts]
+    inside = labels >= 0
+    found = inside.astype(int)
+    while inside.any():
+        around = np.pad(inside, 1)
+        inside = np.logical_and.reduce(
+            [inside, *(same & around[shift] for same, shift in zip(alike, shifts, strict=True))]
+        )
+        found += inside
+    return found
+
+
+def places(labels: np.ndarray, apart: float, least: int = 3) -> list[tuple[int, int, int]]:
+    """Where the numbers of large fields are written: (row, column, label), the innermost pixels.
+
+    Args:
+        labels: (H, W), negative: no field.
+        apart: pixels between two numbers; three times as many between equal ones.
+        least: steps from the edge of the field.
+    """
+    inner = depth(labels)
+    rows, columns = np.nonzero(inner >= least)
+    chosen: list[tuple[int, int, int]] = []
+    for i in np.argsort(-inner[rows, columns], kind="stable"):
+        here = (int(rows[i]), int(columns[i]), int(labels[rows[i], columns[i]]))
+        far = (np.hypot(here[0] - r, here[1] - c) >= apart * (3 if label == here[2] else 1) for r, c, label in chosen)
+        if all(far):
+            chosen.append(here)
+    return chosen
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    """PNG (ISO 15948): eight bits per channel, every row with the filter that fits pictures of few colours, none."""
+    assert pixels.dtype == np.uint8 and pixels.size, "callers check"
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    height, width, channels = pixels.shape
+    kind = {1: 0, 3: 2, 4: 6}[channels]
+    rows = np.concatenate([np.zeros((height, 1), np.uint8), pixels.reshape(height, width * channels)], 1)
+    header = struct.pack(">IIBBBBB", width, height, 8, kind, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes(), 9)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
