@@ -5,7 +5,9 @@ from pathlib import Path
 from torch import nn
 
 from dynanet import zoo
-from dynanet.export import bundle
+from dynanet.export.bundle import Bundle
+from dynanet.export.bundle import load as load_bundle
+from dynanet.export.bundle import read as read_bundle
 
 
 def load(folder: str | Path) -> nn.Module:
@@ -14,4 +16,13 @@ def load(folder: str | Path) -> nn.Module:
     Raises:
         BundleError: a folder that is no bundle, or one that is damaged or altered.
     """
-    return bundle.load(folder, {name: getattr(zoo, name) for name in zoo.__all__ if name != "load_reference"})
+    return load_bundle(folder, zoo.MODELS)
+
+
+def read(folder: str | Path) -> Bundle:
+    """The model with its classes, inputs and measured cost.
+
+    Raises:
+        BundleError: as `load`.
+    """
+    return read_bundle(folder, zoo.MODELS)

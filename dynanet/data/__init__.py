@@ -1,0 +1,1 @@
+"""Real loaders of public formats, one per file, and splits that do not leak."""

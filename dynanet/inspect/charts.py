@@ -12,11 +12,17 @@ import numpy as np
 
 from dynanet.inspect.markup import Markup, tag
 
-WIDTH, HEIGHT = 460.0, 330.0
+WIDTH, HEIGHT = 420.0, 320.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 14.0, 26.0, 46.0
 FONT = 13.0
 LETTER = 0.56 * FONT  # mean width, for the boxes of labels
 SIDES = ((1, 0), (0, -1), (0, 1), (-1, 0), (1, -1), (1, 1), (-1, -1), (-1, 1))  # of a mark, where its label may stand
+
+CORNERS: dict[str, list[tuple[float, float]]] = {
+    "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
+    "diamond": [(0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)],
+    "triangle": [(0, -1.25), (1.2, 0.95), (-1.2, 0.95)],
+}
 
 
 @dataclass(frozen=True)
@@ -42,11 +48,12 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """What is on an axis; `log`: in powers of ten; `zero`: it begins at 0."""
+    """What is on an axis; `log`: in powers of ten; `zero`: it begins at 0; `most`: it ends there at the latest."""
 
     title: str
     log: bool = False
     zero: bool = False
+    most: float = math.inf
 
 
 def scatter(x: Axis, y: Axis, series: Sequence[Series], described: str) -> Markup:
@@ -62,8 +69,8 @@ def scatter(x: Axis, y: Axis, series: Sequence[Series], described: str) -> Marku
     everything = np.array([point for each in series for point in each.points])
     across = _Scale(x, everything[:, 0], LEFT, WIDTH - RIGHT)
     up = _Scale(y, everything[:, 1], HEIGHT - BOTTOM, TOP)
-    drawn = [_grid(across, up)]
-    taken = []
+    drawn: list[Markup | None] = [_grid(across, up)]
+    taken: list[tuple[float, float, float, float]] = []
     for each in series:
         places = [(across(a), up(b)) for a, b in each.points]
         taken += [(a - 6, b - 6, a + 6, b + 6) for a, b in places if each.mark]
@@ -72,9 +79,10 @@ def scatter(x: Axis, y: Axis, series: Sequence[Series], described: str) -> Marku
             drawn.append(tag(f"polyline.{each.look}", at={"points": path}))
         if each.mark:
             drawn += [mark(each.mark, each.look, a, b, said) for (a, b), said in zip(places, _said(each), strict=True)]
-    for each in reversed(series):
-        for (a, b), label in zip(each.points, each.labels, strict=False):
-            drawn.append(_label(across(a), up(b), label, each.look, taken))
+    for each in reversed(series):  # those drawn on top choose their places first
+        for (a, b), label in zip(each.points, each.labels, strict=bool(each.labels)):
+            if label:
+                drawn.append(_label(across(a), up(b), label, each.look, taken))
     box = {"viewBox": f"0 0 {WIDTH:g} {HEIGHT:g}", "role": "img", "aria-label": described}
     return tag("div.chart", _legend(series), tag("svg", *drawn, at=box))
 
@@ -84,12 +92,7 @@ def mark(shape: str, look: str, x: float, y: float, said: str = "", size: float 
     title = [tag("title", said)] if said else []
     if shape == "circle":
         return tag(f"circle.{look}", *title, at={"cx": float(x), "cy": float(y), "r": float(size)})
-    corners = {
-        "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
-        "diamond": [(0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)],
-        "triangle": [(0, -1.25), (1.2, 0.95), (-1.2, 0.95)],
-    }[shape]
-    points = " ".join(f"{x + size * a:.1f},{y + size * b:.1f}" for a, b in corners)
+    points = " ".join(f"{x + size * a:.1f},{y + size * b:.1f}" for a, b in CORNERS[shape])
     return tag(f"polygon.{look}", *title, at={"points": points})
 
 
@@ -104,7 +107,7 @@ def spectrum(nm: np.ndarray, values: np.ndarray, usual: np.ndarray, low: float, 
         high: the highest.
         described: in words.
     """
-    width, height, foot = 200.0, 92.0, 16.0
+    width, height, foot = 200.0, 128.0, 18.0
     xs = (nm - nm[0]) / (nm[-1] - nm[0]) * (width - 4) + 2
     gaps = np.flatnonzero(np.diff(nm) > 3 * np.median(np.diff(nm))) + 1
 
@@ -123,18 +126,6 @@ def spectrum(nm: np.ndarray, values: np.ndarray, usual: np.ndarray, low: float, 
     return tag("svg.spectrum", *ends, *lines(usual, "usual"), *lines(values, "sample"), at=box)
 
 
-def quantity(value: float) -> str:
-    """A count in three figures, with k, M, G or T.
-
-    >>> quantity(3976000.0)
-    '3.98 M'
-    """
-    power = min(max(math.floor(math.log10(abs(value)) / 3 + 1e-12), 0), 4) if value else 0
-    scaled = value / 1000**power
-    digits = 0 if power == 0 and value == int(value) else max(0, 2 - math.floor(math.log10(abs(scaled))))
-    return f"{scaled:.{digits}f} {' kMGT'[power]}".strip()
-
-
 class _Scale:
     """From values to places, with ticks at round numbers."""
 
@@ -149,10 +140,10 @@ class _Scale:
             return
         spread = (high - low) or abs(high) or 1.0
         self.low, self.high = (0.0 if axis.zero else low - 0.06 * spread), high + 0.08 * spread
-        step = _round_step((self.high - self.low) / 5)
-        self.ticks = [
-            step * i for i in range(math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1)
-        ]
+        self.high = min(self.high, axis.most)
+        step = _round_step((self.high - self.low) / 7)
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        self.ticks = [step * i for i in range(first, last + 1)]
 
     def __call__(self, value: float) -> float:
         value = math.log10(value) if self.axis.log else value
@@ -165,7 +156,7 @@ def _round_step(rough: float) -> float:
 
 
 def _grid(across: _Scale, up: _Scale) -> Markup:
-    left, right, bottom, top = across.start, across.end, up.start, up.end
+    left, right, bottom = across.start, across.end, up.start
     drawn = []
     for tick in up.ticks:
         y = up(tick)

@@ -11,17 +11,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dynanet.core.budget import Budget
 from dynanet.core.errors import ConfigError, DataError
 from dynanet.infer.anytime import anytime, at_random
-from dynanet.infer.budgeted import Outcome, leaving, outcome
+from dynanet.infer.budgeted import Outcome, outcome
 from dynanet.infer.choice import Choice
-from dynanet.infer.risk import GRID_SHARE, lost_answers
+from dynanet.infer.risk import GRID_SHARE
 from dynanet.infer.table import Table
+from dynanet.inspect.operation import ClassShare, ExitShare, Operation, class_shares, exit_shares, operate
 from dynanet.inspect.samples import Sample, Samples, easiest, hardest, surest_mistakes, usual_spectra
 from dynanet.inspect.scene import Scene, SceneShare, where_in_scene
-
-NORMAL_95 = 1.959964
+from dynanet.inspect.statistics import class_mean, kappa, wilson
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,13 @@ class Origin:
 
 @dataclass(frozen=True)
 class Point:
-    """Another network to compare with: its mean MACs and ms per sample, its accuracy on the same samples."""
+    """Another network to compare with: its mean MACs and ms per sample, its accuracy on the same samples.
+
+    `macs` is None for what has no MACs to count: a support vector machine, say.
+    """
 
     name: str
-    macs: float
+    macs: float | None
     accuracy: float
     ms: float | None = None
 
@@ -68,7 +70,7 @@ class Timing:
     """Measured milliseconds per sample.
 
     Attributes:
-        how: masked, sparse or exported; engine, batch size, threads: "sparse session, ONNX Runtime, batch 64, 1 thread".
+        how: masked, sparse or exported; engine, batch size, threads: "sparse, ONNX Runtime, batch 64, 1 thread".
         full: of the full model, run the same way.
         choices: of every choice, in their order; None where not measured.
     """
@@ -78,70 +80,9 @@ class Timing:
     choices: Sequence[float | None]
 
 
-@dataclass(frozen=True, eq=False)
-class Operation:
-    """A choice, and what it does on the test samples.
-
-    Attributes:
-        name: the budget in words.
-        choice: thresholds, and what they do on the held-out samples.
-        outcome: on the test samples.
-        ms: per sample, measured; None: not.
-        low, high: 95 % interval of the accuracy (Wilson), as if samples were independent.
-        change: accuracy minus that of the full model.
-        change_margin: half of its 95 % interval, from the samples on which the two differ.
-        class_mean: the mean of the accuracies of the classes.
-        kappa: Cohen's.
-        random: accuracy if as many samples left at every exit, but drawn by lot.
-        lost: share of the samples that are answered wrong here and right by the full model.
-        exits: (N,) where every sample leaves.
-    """
-
-    name: str
-    choice: Choice
-    outcome: Outcome
-    ms: float | None
-    low: float
-    high: float
-    change: float
-    change_margin: float
-    class_mean: float
-    kappa: float
-    random: float
-    lost: float
-    exits: np.ndarray
-
-
-@dataclass(frozen=True)
-class ExitShare:
-    """An exit at the explained budget: its MACs, the share of samples that leave there, and how these are answered.
-
-    `right` is None where nobody leaves; `full` is the full model's accuracy on the same samples, `alone` the exit's on
-    all samples.
-    """
-
-    macs: float
-    share: float
-    right: float | None
-    full: float | None
-    alone: float
-
-
-@dataclass(frozen=True, eq=False)
-class ClassShare:
-    """A class at the explained budget: samples, mean share of the full MACs, accuracies, share (K,) at every exit."""
-
-    name: str
-    samples: int
-    spent: float
-    right: float
-    full: float
-    share: np.ndarray
-
-
 @dataclass(frozen=True)
 class Promise:
-    """A risk that was asked for. `tested` samples were tested, others chose the thresholds; None: not given."""
+    """A risk that was asked for. `tested` samples were tested, others proposed the thresholds; None: not given."""
 
     operation: Operation
     risk: float
@@ -160,21 +101,26 @@ class Findings:
         class_names: by index.
         samples: number of test samples.
         full: all samples at the last exit.
-        full_low, full_high: 95 % interval of its accuracy.
-        full_class_mean, full_kappa: as in `Operation`.
+        full_ms: per sample, measured as a whole or else the time of the last exit; None: neither.
+        full_interval: 95 % interval of its accuracy.
+        full_class_mean: as in `Operation`.
+        full_kappa: as in `Operation`.
         unbalanced: classes differ so much in size that the mean of the classes says something of its own.
         operations: one per choice.
         explained: which of them is looked at in detail.
         line: outcomes along the frontier, on the test samples.
         random: the same shares drawn by lot.
-        alone: every exit alone.
+        alone: every exit but the last alone.
         static: other networks.
-        timing: measured; None: not.
-        exits, classes: of the explained operation; classes by falling cost.
+        timing: of whole runs; None: not measured.
+        exits: at the explained operation.
+        classes: at the explained operation, the dearest first.
         absent: names of the classes without a test sample.
-        easy, hard, mistakes: samples; see `samples`.
+        easy: samples; see `samples`.
+        hard: samples.
+        mistakes: samples.
         shown: what can be shown of samples; None: nothing.
-        usual_spectra: (C, bands), the mean of every class over the test samples, NaN where it has none; None: no spectra.
+        usual_spectra: (C, bands), the mean of every class, NaN where it has no test sample; None: no spectra.
         promises: of the choices with a risk.
         scene: maps; None: no scene.
         scene_shares: where in the scene the compute went.
@@ -185,8 +131,8 @@ class Findings:
     class_names: tuple[str, ...]
     samples: int
     full: Outcome
-    full_low: float
-    full_high: float
+    full_ms: float | None
+    full_interval: tuple[float, float]
     full_class_mean: float
     full_kappa: float
     unbalanced: bool
@@ -208,6 +154,18 @@ class Findings:
     promises: tuple[Promise, ...]
     scene: Scene | None
     scene_shares: tuple[SceneShare, ...]
+
+    @property
+    def operation(self) -> Operation:
+        """The explained one."""
+        return self.operations[self.explained]
+
+    @property
+    def how_timed(self) -> str:
+        """Where times come from; "": nowhere."""
+        if self.timing is not None:
+            return f"Measured: {self.timing.how}."
+        return "" if self.full.ms is None else "Times are sums of the measured times of the exits, not of whole runs."
 
 
 def find(
@@ -238,43 +196,38 @@ def find(
         timing: measured speed of the choices; without it the speeds follow from the table's `ms`, if it has them.
         shown: what can be shown of the test samples, in the table's order.
         scene: the maps of an image, at the explained choice.
-        explain: which choice is looked at in detail; None: the one without a risk that spends nearest to half.
+        explain: which choice is looked at in detail; None: see `half_way`.
 
     Raises:
         DataError: a table without labels, labels without a name, figures whose number does not fit.
         ConfigError: no choices, or `explain` is none of them.
     """
-    _check(test, choices, class_names, timing)
-    labels = test.labels
-    assert labels is not None, "checked"
-    operations = tuple(
-        _operation(test, choice, None if timing is None else timing.choices[i]) for i, choice in enumerate(choices)
-    )
-    if explain is None:
-        half = test.mean_macs[-1] / 2
-        explain = min(
-            range(len(choices)),
-            key=lambda i: (choices[i].asked.risk is not None, abs(operations[i].outcome.macs - half)),
+    labels = _checked_labels(test, class_names)
+    if timing is not None and len(timing.choices) != len(choices):
+        raise DataError(
+            f"{len(timing.choices)} times for {len(choices)} choices; give one for each, None: not measured"
         )
-    elif not 0 <= explain < len(choices):
-        raise ConfigError(f"explain={explain}, but there are {len(choices)} choices; give an index from 0")
     if shown is not None:
         shown.check(test.samples, scene)
     if scene is not None:
         scene.check(len(class_names))
+    explain = half_way(test, choices) if explain is None else explain
+    if not 0 <= explain < len(choices):
+        raise ConfigError(f"explain={explain}, but there are {len(choices)} choices; give an index from 0")
+    times = [None] * len(choices) if timing is None else timing.choices
+    operations = tuple(operate(test, choice, ms) for choice, ms in zip(choices, times, strict=True))
     exits = operations[explain].exits
     counts = np.bincount(labels, minlength=len(class_names))
-    full = at_random(test, np.eye(test.exits)[-1])
+    *alone, full = anytime(test)
     points = tuple(outcome(test, choice.thresholds) for choice in line)
-    low, high = wilson(full.accuracy, test.samples)
     return Findings(
         title=title,
         origin=origin,
         class_names=tuple(class_names),
         samples=test.samples,
         full=full,
-        full_low=low,
-        full_high=high,
+        full_ms=full.ms if timing is None else timing.full,
+        full_interval=wilson(full.accuracy, test.samples),
         full_class_mean=class_mean(labels, test.answers[:, -1]),
         full_kappa=kappa(labels, test.answers[:, -1]),
         unbalanced=bool(counts.max() > 1.5 * counts[counts > 0].min()),
@@ -282,110 +235,42 @@ def find(
         explained=explain,
         line=points,
         random=tuple(at_random(test, point.share) for point in points),
-        alone=tuple(anytime(test)),
+        alone=tuple(alone),
         static=tuple(static),
         timing=timing,
-        exits=_exits(test, exits),
-        classes=_classes(test, labels, exits, class_names),
+        exits=exit_shares(test, exits),
+        classes=class_shares(test, exits, class_names),
         absent=tuple(name for name, count in zip(class_names, counts, strict=True) if not count),
         easy=easiest(test, exits),
         hard=hardest(test, exits),
         mistakes=surest_mistakes(test, exits),
         shown=shown,
         usual_spectra=None if shown is None else usual_spectra(shown, labels, len(class_names)),
-        promises=tuple(_promise(each, origin.held_out_samples) for each in operations if each.choice.asked.risk),
+        promises=tuple(_promise(each, origin.held_out_samples) for each in operations if each.risky),
         scene=scene,
         scene_shares=() if scene is None else where_in_scene(scene),
     )
 
 
-def budget_name(budget: Budget, full_macs: float) -> str:
-    """A budget in words.
+def half_way(test: Table, choices: Sequence[Choice]) -> int:
+    """Which choice is explained: without a risk, if there is one, and spending nearest to half of the full MACs.
 
-    >>> budget_name(Budget(macs=5e5), full_macs=2e6)
-    '25 % of the MACs'
+    Raises:
+        ConfigError: no choices.
     """
-    words = []
-    if budget.macs is not None:
-        words.append(f"{_percent(budget.macs / full_macs)} of the MACs")
-    if budget.ms is not None:
-        words.append(f"{budget.ms:.3g} ms")
-    if budget.risk is not None:
-        words.append(f"risk at most {_percent(budget.risk)}")
-    if budget.cap_macs is not None:
-        words.append(f"no sample above {_percent(budget.cap_macs / full_macs)} of the MACs")
-    return ", ".join(words)
+    if not choices:
+        raise ConfigError("a report needs at least one choice; give frontier.choose(budget)")
+    spent = [outcome(test, choice.thresholds).macs / test.mean_macs[-1] for choice in choices]
+    return min(range(len(choices)), key=lambda i: (choices[i].asked.risk is not None, abs(spent[i] - 0.5)))
 
 
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share of n independent samples (Wilson 1927, doi:10.1080/01621459.1927.10502953)."""
-    z = NORMAL_95**2 / n
-    middle, half = (share + z / 2) / (1 + z), math.sqrt(share * (1 - share) * z + z * z / 4) / (1 + z)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def class_mean(labels: np.ndarray, answers: np.ndarray) -> float:
-    """The mean over the classes present of their accuracy ("average accuracy" in remote sensing)."""
-    return float(np.mean([(answers[labels == c] == c).mean() for c in np.unique(labels)]))
-
-
-def kappa(labels: np.ndarray, answers: np.ndarray) -> float:
-    """Cohen's kappa: agreement beyond that of answers which know the classes' shares only; NaN for a single class."""
-    classes = max(labels.max(), answers.max()) + 1
-    truth, said = (np.bincount(each, minlength=classes) / len(labels) for each in (labels, answers))
-    chance = float(truth @ said)
-    return float("nan") if chance == 1 else (float((labels == answers).mean()) - chance) / (1 - chance)
-
-
-def _operation(test: Table, choice: Choice, ms: float | None) -> Operation:
-    labels = test.labels
-    assert labels is not None, "checked"
-    exits, rows = leaving(test.scores, choice.thresholds), np.arange(test.samples)
-    done = outcome(test, choice.thresholds)
-    right, full = test.correct[rows, exits], test.correct[:, -1]
-    change = right.astype(float) - full
-    low, high = wilson(done.accuracy, test.samples)
-    return Operation(
-        name=budget_name(choice.asked, float(test.mean_macs[-1])),
-        choice=choice,
-        outcome=done,
-        ms=ms,
-        low=low,
-        high=high,
-        change=float(change.mean()),
-        change_margin=float(NORMAL_95 * change.std() / math.sqrt(test.samples)),
-        class_mean=class_mean(labels, test.answers[rows, exits]),
-        kappa=kappa(labels, test.answers[rows, exits]),
-        random=at_random(test, done.share).accuracy,
-        lost=float(lost_answers(test)[rows, exits].mean()),
-        exits=exits,
-    )
-
-
-def _exits(test: Table, exits: np.ndarray) -> tuple[ExitShare, ...]:
-    found = []
-    for k in range(test.exits):
-        here = exits == k
-        right = float(test.correct[here, k].mean()) if here.any() else None
-        full = float(test.correct[here, -1].mean()) if here.any() else None
-        found.append(ExitShare(float(test.mean_macs[k]), float(here.mean()), right, full, float(test.accuracy[k])))
-    return tuple(found)
-
-
-def _classes(test: Table, labels: np.ndarray, exits: np.ndarray, names: Sequence[str]) -> tuple[ClassShare, ...]:
-    rows = np.arange(test.samples)
-    right = test.correct[rows, exits]
-    spent = np.broadcast_to(test.macs, test.correct.shape)[rows, exits] / test.mean_macs[-1]
-    found = []
-    for c in np.unique(labels):
-        here = labels == c
-        share = np.bincount(exits[here], minlength=test.exits) / here.sum()
-        full = float(test.correct[here, -1].mean())
-        shares = ClassShare(
-            names[c], int(here.sum()), float(spent[here].mean()), float(right[here].mean()), full, share
-        )
-        found.append(shares)
-    return tuple(sorted(found, key=lambda each: -each.spent))
+def _checked_labels(test: Table, names: Sequence[str]) -> np.ndarray:
+    if test.labels is None:
+        raise DataError("a report needs the labels of the test samples; make the table with infer.tabulate")
+    low, high = int(test.labels.min()), max(int(test.labels.max()), int(test.answers.max()))
+    if low < 0 or high >= len(names):
+        raise DataError(f"classes from {low} to {high}, but {len(names)} class names; give one for each, from 0 on")
+    return test.labels
 
 
 def _promise(operation: Operation, held_out: int | None) -> Promise:
@@ -393,23 +278,3 @@ def _promise(operation: Operation, held_out: int | None) -> Promise:
     assert asked.risk is not None, "callers check"
     tested = None if held_out is None else held_out - math.ceil(GRID_SHARE * held_out)
     return Promise(operation, asked.risk, asked.confidence, bool(operation.choice.promised), tested)
-
-
-def _check(test: Table, choices: Sequence[Choice], names: Sequence[str], timing: Timing | None) -> None:
-    if not choices:
-        raise ConfigError("a report needs at least one choice; give frontier.choose(budget)")
-    if test.labels is None:
-        raise DataError("a report needs the labels of the test samples; make the table with infer.tabulate")
-    most = max(int(test.labels.max()), int(test.answers.max()))
-    if most >= len(names) or test.labels.min() < 0:
-        raise DataError(
-            f"labels from {test.labels.min()}, classes up to {most}, but {len(names)} class names from 0 on"
-        )
-    if timing is not None and len(timing.choices) != len(choices):
-        raise DataError(
-            f"{len(timing.choices)} times for {len(choices)} choices; give one for each, None if unmeasured"
-        )
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"

@@ -4,18 +4,18 @@ import os
 from pathlib import Path
 
 from dynanet.core.files import write_atomically
+from dynanet.inspect.cards import samples_section
+from dynanet.inspect.costs import cost_section
 from dynanet.inspect.findings import Findings
 from dynanet.inspect.maps import scene_section
 from dynanet.inspect.markup import Markup, join, tag
 from dynanet.inspect.sections import (
-    answer,
+    answer_section,
     classes_section,
-    cost_section,
     exits_section,
     origin_section,
     promise_section,
     reading_section,
-    samples_section,
 )
 
 # Nothing is loaded and no script runs, whatever has found its way into the text.
@@ -34,13 +34,13 @@ def page(findings: Findings) -> str:
         tag("style", Markup(style)),
     ]
     body = [
-        answer(findings),
+        answer_section(findings),
+        scene_section(findings),
         cost_section(findings),
         exits_section(findings),
         classes_section(findings),
         samples_section(findings),
         promise_section(findings),
-        scene_section(findings),
         reading_section(findings),
         origin_section(findings),
     ]

@@ -67,13 +67,15 @@ def places(labels: np.ndarray, apart: float, least: int = 3) -> list[tuple[int, 
         least: steps from the edge of the field.
     """
     inner = depth(labels)
-    rows, columns = np.nonzero(inner >= least)
-    chosen: list[tuple[int, int, int]] = []
-    for i in np.argsort(-inner[rows, columns], kind="stable"):
-        here = (int(rows[i]), int(columns[i]), int(labels[rows[i], columns[i]]))
-        far = (np.hypot(here[0] - r, here[1] - c) >= apart * (3 if label == here[2] else 1) for r, c, label in chosen)
-        if all(far):
-            chosen.append(here)
+    found = np.argwhere(inner >= least)
+    found = found[np.argsort(-inner[tuple(found.T)], kind="stable")]
+    chosen = []
+    while len(found):
+        row, column = found[0].tolist()
+        label = int(labels[row, column])
+        chosen.append((row, column, label))
+        far = np.where(labels[tuple(found.T)] == label, 3 * apart, apart)
+        found = found[np.hypot(*(found - found[0]).T) >= far]
     return chosen
 
 
@@ -85,7 +87,7 @@ def _png(pixels: np.ndarray) -> bytes:
     kind = {1: 0, 3: 2, 4: 6}[channels]
     rows = np.concatenate([np.zeros((height, 1), np.uint8), pixels.reshape(height, width * channels)], 1)
     header = struct.pack(">IIBBBBB", width, height, 8, kind, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes(), 9)), (b"IEND", b"")]
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes(), 6)), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
     )

@@ -15,13 +15,23 @@ PER_CLASS = 2
 
 @dataclass(frozen=True)
 class Sample:
-    """A test sample: its row in the table, where it left (from 0), what it cost as a share of the full MACs, classes."""
+    """A test sample.
+
+    Attributes:
+        row: in the table.
+        exit: where it left, from 0.
+        spent: as a share of the full MACs.
+        label: its class.
+        answer: the class it was given.
+        full: the class that the full model gives it.
+    """
 
     row: int
     exit: int
     spent: float
     label: int
     answer: int
+    full: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +73,10 @@ class Samples:
             raise DataError(f"pictures are {said}; give uint8 of shape (N, H, W) or (N, H, W, 3)")
         if self.spectra is not None:
             bands = self.spectra.shape[1:]
-            if self.wavelengths_nm is None or np.shape(self.wavelengths_nm) != bands:
-                raise DataError(f"spectra of {bands} bands with wavelengths of shape {np.shape(self.wavelengths_nm)}")
+            nm = None if self.wavelengths_nm is None else np.shape(self.wavelengths_nm)
+            if len(bands) != 1 or bands[0] < 2 or nm != bands:
+                said = f"spectra of shape {self.spectra.shape} with wavelengths of shape {nm}"
+                raise DataError(f"{said}; give (N, bands), two bands at least, and (bands,)")
         if self.positions is not None and scene is not None:
             height, width = scene.truth.shape
             if (self.positions < 0).any() or (self.positions >= [height, width]).any():
@@ -116,7 +128,8 @@ def _few(test: Table, exits: np.ndarray, order: np.ndarray) -> tuple[Sample, ...
         if seen[label] <= PER_CLASS:
             k = int(exits[row])
             spent = float((test.macs[k] if test.macs.ndim == 1 else test.macs[row, k]) / test.mean_macs[-1])
-            chosen.append(Sample(row, k, spent, label, int(test.answers[row, k])))
+            answers = test.answers[row]
+            chosen.append(Sample(row, k, spent, label, int(answers[k]), int(answers[-1])))
         if len(chosen) == SHOWN:
             break
     return tuple(chosen)

@@ -60,4 +60,5 @@ class EarlyExit(Halt):
         """Past step k while confidence is below the threshold; always in training."""
         if self.training:
             return torch.ones_like(score)
-        return (score < self.thresholds[k]).to(score.dtype)
+        # Compared in float32: a half-precision score would round the threshold and let out who is tied with it.
+        return (score.float() < self.thresholds[k].float()).to(score.dtype)

@@ -70,6 +70,6 @@ class SceneExit(Dynamic):
         pixels = features.permute(0, 2, 3, 1).reshape(batch * height * width, channels)
         logits = self.first(pixels).unflatten(0, (batch, height, width))
         score = self.confidence(logits, self.confidence.remember(logits, None))
-        keep = torch.ones_like(score) if self.training else (score < self.threshold).to(score.dtype)
+        keep = torch.ones_like(score) if self.training else (score.float() < self.threshold.float()).to(score.dtype)
         keep = self.tap(Decision(keep, score)).keep[..., 0]
         return self.run(0, self.rest, keep, features, otherwise=logits, rows=self.rows)

@@ -15,7 +15,8 @@ from dynanet.train.optimizers import adamw, cosine, one_cycle, sgd
 from dynanet.train.schedules import anneal_temperature, exponential, linear, tighten_budget
 
 if TYPE_CHECKING:
-    from dynanet.train.lightning import Run, Training, fit
+    from dynanet.train.fitting import Run, fit
+    from dynanet.train.lightning import Training
     from dynanet.train.saving import AtomicCheckpointIO, Checkpoints
 
 __all__ = [
@@ -50,9 +51,9 @@ __all__ = [
 _WITH_LIGHTNING = {
     "AtomicCheckpointIO": "dynanet.train.saving",
     "Checkpoints": "dynanet.train.saving",
-    "Run": "dynanet.train.lightning",
+    "Run": "dynanet.train.fitting",
     "Training": "dynanet.train.lightning",
-    "fit": "dynanet.train.lightning",
+    "fit": "dynanet.train.fitting",
 }
 
 

@@ -50,7 +50,7 @@ class Batches:
     ):
         self.dataset, self.batch_size, self.shuffle, self.seed = dataset, batch_size, shuffle, seed
         self.drop_last, self.collate, self.workers, self.pin_memory = drop_last, collate, workers, pin_memory
-        self.samples = len(dataset)  # type: ignore[arg-type]
+        self.samples = len(dataset)
         if batch_size < 1 or len(self) < 1:
             raise ConfigError(
                 f"batches of {batch_size} from {self.samples} samples (drop_last={drop_last}) come to none; expected a "

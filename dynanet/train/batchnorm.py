@@ -17,8 +17,8 @@ def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any], *, batches: i
 
     Everything else stays in eval mode, so gates decide as they will. In the dense form a norm sees every row; after
     `execute(model, sparse=True)` it sees only the rows that run its unit, as it will when deployed; where none
-    do, it keeps its statistics. Needed where widths or resolutions share a norm (Yu et al. 2019, arXiv:1903.05134,
-    section 3.3), and where training was soft.
+    do, it keeps its statistics. Needed where widths or resolutions share a norm (Yu and Huang 2019, US-Nets,
+    arXiv:1903.05134), and where training was soft.
 
     Args:
         model: its modes and the norms' momenta are left as they were; weights are not touched.

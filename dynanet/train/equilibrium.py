@@ -1,7 +1,7 @@
 """Gradient equilibrium: a weight that serves many exits is not torn by the sum of their gradients.
 
-Li, Zhang, Qi, Yang, Huang: Improved Techniques for Training Adaptive Deep Networks, ICCV 2019, arXiv:1908.06294,
-section 3.1: where exit i of K leaves the backbone, gradients from the exit are scaled by 1/(K-i+1) and those from the
+Li, Zhang, Qi, Yang, Huang: Improved Techniques for Training Adaptive Deep Networks, ICCV 2019, arXiv:1908.06294:
+where exit i of K leaves the backbone, gradients from the exit are scaled by 1/(K-i+1) and those from the
 rest by (K-i)/(K-i+1). Multiplied out along the backbone, every weight's gradient becomes the *mean* over the exits that
 depend on it, where plain training has their sum. That is how it is done here: count the exits that reach a weight, and
 divide its gradient by that. It needs no place to hook into, so it works for any Halt.

@@ -88,8 +88,8 @@ class MultiExit(Objective):
     """The weighted sum of every exit's cross-entropy; the last exit may teach the others.
 
     With `distill`, every exit but the last also pays distill * T^2 * KL(last || exit), both softened by the temperature
-    T, and no gradient reaches the teacher (Hinton et al. 2015, arXiv:1503.02531, section 2; one teacher for all exits
-    as in Li et al. 2019, arXiv:1908.06294, section 3.3).
+    T, and no gradient reaches the teacher (Hinton et al. 2015, arXiv:1503.02531; one teacher for all exits as in Li et
+    al. 2019, arXiv:1908.06294).
 
     Args:
         weights: one per exit; None for ones, as MSDNet (arXiv:1703.09844) trains.
@@ -187,7 +187,7 @@ class Within(Objective):
 class TargetRate(Objective):
     """The sum over layers of (mean keep - rate)^2: every layer is to run for that share of the batch.
 
-    Veit and Belongie 2018, ConvNet-AIG, arXiv:1711.11503, equation 7.
+    Veit and Belongie 2018, ConvNet-AIG, arXiv:1711.11503: the loss on target rates.
 
     Args:
         rate: one for all layers, or by layer name; layers without one are free.

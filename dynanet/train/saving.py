@@ -84,7 +84,7 @@ class Checkpoints(Checkpoint):
         self._save(trainer, pl_module)
         if score is None and trainer.val_dataloaders:
             told = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
-            raise ConfigError(f"{self.monitor!r} was to make the best epoch, and there are {told}; monitor one of these")
+            raise ConfigError(f"{self.monitor!r} was to make the best epoch, and logged are {told}; use one of these")
         if better and trainer.is_global_zero:
             with open(step_file(self.folder, trainer.global_step), "rb") as saved:
                 _write_copy(saved, self.folder / "best.ckpt")

@@ -13,10 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from dynanet.core.architecture import architecture
 from dynanet.core.errors import ConfigError
 from dynanet.mechanisms.early_exit import EarlyExit
 
 
+@architecture
 def msdnet(
     *,
     num_classes: int,
@@ -109,6 +111,7 @@ def msdnet(
     return EarlyExit(stages, exits)
 
 
+@architecture
 def msdnet_anytime(*, num_classes: int, in_channels: int = 3, blocks: int = 7) -> EarlyExit:
     """The authors' CIFAR net for anytime prediction: 4 layers, then 2 per block (`blocks` 7 in PyTorch, 10 in Lua)."""
     return msdnet(
@@ -116,6 +119,7 @@ def msdnet_anytime(*, num_classes: int, in_channels: int = 3, blocks: int = 7) -
     )
 
 
+@architecture
 def msdnet_imagenet(*, num_classes: int = 1000, in_channels: int = 3, step: int = 4) -> EarlyExit:
     """The authors' ImageNet nets: five blocks of `step` layers over four scales; they published step 4, 6 and 7."""
     return msdnet(

@@ -11,10 +11,12 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from dynanet.core.architecture import architecture
 from dynanet.core.errors import ConfigError
 from dynanet.mechanisms.early_exit import EarlyExit
 
 
+@architecture
 def staged_resnet(
     *,
     num_classes: int,
@@ -77,6 +79,7 @@ def staged_resnet(
     return EarlyExit(stages, heads)
 
 
+@architecture
 def static_resnet(
     *,
     num_classes: int,

@@ -23,7 +23,7 @@ from train_toys import run  # noqa: E402
 
 from dynanet import train  # noqa: E402
 from dynanet.core.files import write_atomically  # noqa: E402
-from dynanet.train import checkpoint, lightning, saving  # noqa: E402, F401
+from dynanet.train import checkpoint, fitting  # noqa: E402, F401
 
 SAMPLES, BATCHES = 60, 12
 KINDS = ("in a save", "after a save", "any time")

@@ -132,5 +132,5 @@ def test_weights_go_back_into_the_model_that_made_them_only(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(same.state_dict().values(), model.state_dict().values(), strict=True))
     with pytest.raises(CheckpointError, match=r"of another model: .*weight is \(16, 8\) .* and \(4, 8\).*and 8 more"):
         train.load_weights(toy(width=4), path)
-    with pytest.raises(CheckpointError, match="weight is not in the checkpoint; bias is not in the checkpoint; .*and 15 more"):
+    with pytest.raises(CheckpointError, match="weight is not in the checkpoint; bias is not in .*and 15 more"):
         train.load_weights(torch.nn.Linear(8, 16), path)

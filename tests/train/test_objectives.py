@@ -133,7 +133,7 @@ class Fork(torch.autograd.Function):
 
 
 def papers_gradients(model, x, y):
-    """Each fork rescaled by hand, as equation 3 of the paper has it."""
+    """Each fork rescaled by hand, as the paper has it."""
     features, loss, exits = x, 0.0, model.steps
     for i, (stage, head) in enumerate(zip(model.stages, model.exits, strict=True), 1):
         features = stage(features)

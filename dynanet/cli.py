@@ -1,0 +1,249 @@
+"""The command line: dynanet train | calibrate | evaluate | bench | predict | report | export-bundle | demo."""
+
+import json as json_
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+
+from dynanet.core.errors import DynanetError
+from dynanet.experiment import Data, Experiment, Model, Recipe
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command. Answers the exit code: 0, or 2 for what the user can mend."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        jsonargparse.auto_cli(
+            {
+                "train": train,
+                "calibrate": calibrate,
+                "evaluate": evaluate,
+                "bench": bench,
+                "predict": predict,
+                "report": report,
+                "export-bundle": export_bundle,
+                "demo": demo,
+            },
+            args=arguments,
+            prog="dynanet",
+            description="Networks that decide, input by input, how much to compute, and really skip the rest.",
+        )
+    except DynanetError as error:
+        print(f"dynanet: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"dynanet: {error.strerror or error}: {error.filename or ''}".rstrip(": "), file=sys.stderr)
+        return 2
+    return 0
+
+
+def train(
+    out: Path,
+    data: Data | None = None,
+    model: Model | None = None,
+    recipe: Recipe | None = None,
+    resume: bool = False,
+    json: bool = False,
+) -> None:
+    """Train a network and save it in a run folder.
+
+    Without more it trains the hyperspectral pixel classifier on Indian Pines. `--config file.yaml` takes data, model and
+    recipe from a file; single values can be set beside it: `--recipe.epochs 5`.
+
+    Args:
+        out: the run folder; new, unless you resume.
+        data: where the data comes from.
+        model: which network of the zoo, and its arguments.
+        recipe: how it is trained.
+        resume: go on where a run in this folder was stopped.
+        json: print the result as JSON.
+    """
+    from dynanet.runs import Run
+
+    run = Run(out, Experiment(data or Data(), model or Model(), recipe or Recipe()))
+    metrics = run.train(resume=resume, progress=not json)
+    _say(json, metrics, [f"{name}: {value:.4g}" for name, value in metrics.items()] + [f"saved in {out}/model"])
+
+
+def calibrate(
+    run: Path,
+    shares: list[float] = [0.75, 0.5, 0.25],  # noqa: B006  (jsonargparse shows it; nobody changes it)
+    risk: float | None = 0.05,
+    confidence: float = 0.9,
+    json: bool = False,
+) -> None:
+    """Find the thresholds for budgets, in one pass over held-out data.
+
+    Args:
+        run: a trained run.
+        shares: mean budgets, as shares of the full model's MACs.
+        risk: the share of samples that may lose the full model's right answer, promised with `confidence`.
+        confidence: of that promise.
+        json: print the result as JSON.
+    """
+    from dynanet.runs import Asked, Run
+
+    choices = Run(run).calibrate(Asked(shares, risk, confidence))
+    rows = [
+        {"asked": str(c.asked), "macs": c.macs, "held_out_accuracy": c.accuracy, "thresholds": c.thresholds.tolist(),
+         "shares": c.share.tolist(), "note": c.note}
+        for c in choices
+    ]  # fmt: skip
+    _say(json, {"choices": rows}, [str(choice) for choice in choices])
+
+
+def evaluate(run: Path, json: bool = False) -> None:
+    """Measure every exit and every calibrated budget on test data.
+
+    Args:
+        run: a calibrated run.
+        json: print the result as JSON.
+    """
+    from dynanet.runs import Run
+
+    results = Run(run).evaluate()
+    lines = [f"{results['data']}: {results['test_samples']} test samples"]
+    for k, (macs, right) in enumerate(zip(results["macs_per_exit"], results["accuracy_per_exit"], strict=True)):
+        lines.append(f"  all at exit {k + 1}: {macs:14,.0f} MACs  accuracy {right:7.2%}")
+    for row in results["choices"]:
+        lines.append(
+            f"  {row['asked']}: {row['test_macs']:14,.0f} MACs ({row['test_macs_share']:.0%})  accuracy "
+            f"{row['test_accuracy']:7.2%}  (lost {100 * row['lost']:.2f} points; random exits of the same rates "
+            f"{row['random_exits_accuracy']:.2%})"
+        )
+    _say(json, results, lines)
+
+
+def bench(
+    run: Path,
+    share: float = 0.5,
+    batches: list[int] = [1, 8, 64, 256],  # noqa: B006
+    threads: list[int] | None = None,
+    rounds: int = 7,
+    json: bool = False,
+) -> None:
+    """Time a model at a budget against the same weights without skipping, equivalence asserted first.
+
+    Args:
+        run: a calibrated run.
+        share: the budget, as a share of the full model's MACs.
+        batches: samples per call.
+        threads: how many threads to try; 1 and all of them, if not given.
+        rounds: interleaved repetitions; figures are medians.
+        json: print the result as JSON.
+    """
+    from dataclasses import asdict
+
+    from dynanet.runs import Run
+
+    counts = threads if threads else sorted({1, os.cpu_count() or 1})
+    rows = Run(run).bench(
+        share=share, batches=batches, threads=counts, rounds=rounds, tell=(lambda line: None) if json else print
+    )
+    _say(json, {"rows": [asdict(row) for row in rows]}, [f"rows added to {run}/bench.csv"])
+
+
+def predict(model: Path, inputs: Path, out: Path | None = None, json: bool = False) -> None:
+    """Classify inputs with a saved model, really skipping.
+
+    Args:
+        model: a bundle (or a run, whose full model is taken).
+        inputs: an .npy file of one input (C, H, W) or several (N, C, H, W), as the model takes them; or an image file
+            or a folder of images.
+        out: a CSV file for the answers; printed if not given.
+        json: print the result as JSON.
+    """
+    from dynanet.prediction import predict as answers
+
+    rows = answers(model, inputs)
+    if out is not None:
+        from dynanet.prediction import save
+
+        save(out, rows)
+    shown = [f"{r['input']}: {r['class']} (exit {r['exit']}, {r['macs']:,.0f} MACs)" for r in rows]
+    _say(json, {"answers": rows}, [f"{len(rows)} answers in {out}"] if out is not None else shown)
+
+
+def report(run: Path, out: Path | None = None, json: bool = False) -> None:
+    """Write the report: one HTML file that shows where the compute went.
+
+    Args:
+        run: a calibrated run.
+        out: the file; report.html in the run folder, if not given.
+        json: print the result as JSON.
+    """
+    from dynanet.runs import Run
+
+    path = Run(run).report(out)
+    _say(json, {"report": str(path)}, [f"report: {path}"])
+
+
+def export_bundle(run: Path, out: Path, share: float | None = None, json: bool = False) -> None:
+    """Save a model to hand on: weights, configuration, checksums and a model card. No code, no pickle.
+
+    Args:
+        run: a run.
+        out: the folder of the bundle.
+        share: calibrated for this share of the full model's MACs; the full model, if not given.
+        json: print the result as JSON.
+    """
+    from dynanet.runs import Run
+
+    fingerprint = Run(run).export(out, share)
+    _say(json, {"bundle": str(out), "fingerprint": fingerprint}, [f"bundle: {out}", f"fingerprint: {fingerprint}"])
+
+
+def demo(out: Path = Path("runs/demo"), seed: int = 0, json: bool = False) -> None:
+    """The whole job on a real scene, in two minutes: train, calibrate, measure, time, and write the report.
+
+    Indian Pines: 145 x 145 pixels, 200 bands, 16 classes; fields are cut, so that train and test do not share pixels.
+
+    Args:
+        out: the run folder; what an earlier demo left there is replaced.
+        seed: of the split and of training.
+        json: print the result as JSON.
+    """
+    import shutil
+    import time
+
+    from dynanet.runs import Asked, Run
+
+    start = time.monotonic()
+
+    def step(title: str) -> None:
+        if not json:
+            print(f"\n[{time.monotonic() - start:4.0f} s] {title}", flush=True)
+
+    if out.exists():
+        if not (out / "config.yaml").exists() and any(out.iterdir()):
+            raise DynanetError(f"{out} holds something that is no run; choose another folder with --out")
+        shutil.rmtree(out)
+    run = Run(out, Experiment(data=Data(seed=seed), recipe=Recipe(seed=seed)))
+    step("Training a classifier of hyperspectral pixels, with three exits")
+    run.train(progress=not json)
+    step("Calibrating three budgets and one promised risk, in one pass over held-out pixels")
+    for choice in run.calibrate(Asked()):
+        if not json:
+            print("  " + str(choice))
+    step("Test pixels, looked at once")
+    evaluate(out, json=False) if not json else None
+    results = run.evaluate() if json else None
+    step("Timing, interleaved in one process: the session against the same weights without skipping")
+    rows = run.bench(batches=(1, 64), rounds=5, tell=(lambda line: None) if json else (lambda line: print("  " + line)))
+    step("Report, with the whole scene classified")
+    path = run.report()
+    if not json:
+        print(f"\nOpen {path} in a browser. {time.monotonic() - start:.0f} s in all.")
+    else:
+        from dataclasses import asdict
+
+        _say(json, {"report": str(path), "results": results, "bench": [asdict(row) for row in rows]}, [])
+
+
+def _say(json: bool, content: dict[str, Any], lines: list[str]) -> None:
+    print(json_.dumps(content, default=float, indent=2) if json else "\n".join(lines))
+

@@ -1,0 +1,228 @@
+"""What the command line trains and measures: data, model and recipe, as one plain configuration."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from torch import nn
+
+from dynanet import zoo
+from dynanet.core.errors import ConfigError
+from dynanet.data.augment import CropFlip, channel_stats
+from dynanet.data.digits import load_digits
+from dynanet.data.folder import load_folder
+from dynanet.data.images import Images, ImageTensors
+from dynanet.data.indian_pines import CLASS_NAMES, IndianPines
+from dynanet.data.parquet import load_parquet
+from dynanet.data.patch_augment import TurnPaste
+from dynanet.data.splits import hold_out
+from dynanet.train.batches import Batches
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the data comes from.
+
+    Attributes:
+        name: indian_pines and digits come in packages; parquet is the Hugging Face hub's schema for image
+            classification; folder is root/split/class/image.
+        place: the folder (or file, or hf://datasets/owner/name) of parquet and folder.
+        split: of Indian Pines: field_cut, whole_fields (harder), or random_pixels_leaky (which leaks, and says so).
+        seed: of the split.
+        held_out: images held out of the training split for calibration, where the data has no validation split.
+        size: side that images of a folder are resized to.
+    """
+
+    name: Literal["indian_pines", "parquet", "folder", "digits"] = "indian_pines"
+    place: str | None = None
+    split: str = "field_cut"
+    seed: int = 0
+    held_out: int = 5000
+    size: int | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """Which network.
+
+    Attributes:
+        name: a function of `dynanet.zoo`.
+        arguments: its arguments; classes and channels are filled in from the data.
+    """
+
+    name: str = "spectral_exit"
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How it is trained: SGD with Nesterov momentum and one cycle of the learning rate.
+
+    Attributes:
+        epochs: passes over the training data.
+        batch: samples per step.
+        lr: the highest learning rate.
+        weight_decay: of kernels and matrices.
+        warmup: share of training in which the rate rises.
+        exit_weights: of the exits' losses; equal, summing to 1, if None.
+        distill: how much the last exit teaches the others.
+        label_smoothing: spoils confidences; 0 is a good value where exits are calibrated.
+        seed: of weights, order and augmentation.
+    """
+
+    epochs: int = 18
+    batch: int = 128
+    lr: float = 0.05
+    weight_decay: float = 2e-3
+    warmup: float = 0.25
+    exit_weights: list[float] | None = None
+    distill: float = 0.0
+    label_smoothing: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Data, model and recipe: all that a run depends on."""
+
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    recipe: Recipe = field(default_factory=Recipe)
+
+    def save(self, path: Path) -> None:
+        """As YAML, readable by `read`."""
+        path.write_text(yaml.safe_dump(asdict(self), sort_keys=False))
+
+    @classmethod
+    def read(cls, path: Path) -> "Experiment":
+        """From YAML.
+
+        Raises:
+            ConfigError: no such file, no YAML, or unknown keys.
+        """
+        try:
+            raw = yaml.safe_load(path.read_text())
+            return cls(Data(**raw["data"]), Model(**raw["model"]), Recipe(**raw["recipe"]))
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read ({error.strerror}); a run folder has a config.yaml") from error
+        except (yaml.YAMLError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"{path} is not the configuration of a run: {reason}") from error
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Opened data.
+
+    Attributes:
+        title: what it is, split included: the words that stand beside every accuracy.
+        classes: their names, in the order of the labels.
+        channels: of an input.
+        size: (height, width) of an input.
+        mean: per channel, already subtracted from what the loaders give; None: nothing was.
+        std: per channel, already divided by.
+        train: augmented, shuffled.
+        held_out: for calibration: not augmented, never trained on.
+        test: not augmented, looked at once.
+        scene: the hyperspectral scene that the samples are pixels of; None for images.
+    """
+
+    title: str
+    classes: Sequence[str]
+    channels: int
+    size: tuple[int, int]
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    train: Batches
+    held_out: Batches
+    test: Batches
+    scene: IndianPines | None = None
+
+    def example(self, rows: int = 1) -> torch.Tensor:
+        """A random input of the right shape."""
+        return torch.randn(rows, self.channels, *self.size, generator=torch.Generator().manual_seed(0))
+
+
+def open_problem(data: Data, batch: int = 128, seed: int = 0) -> Problem:
+    """Load the data of an experiment.
+
+    Raises:
+        ConfigError: parquet or folder without a place.
+        DataError: the data cannot be used.
+    """
+    if data.name == "indian_pines":
+        return _scene(data, batch, seed)
+    if data.name == "digits":
+        train, held_out, test = (load_digits(part) for part in ("train", "val", "test"))
+        return _images("scikit-learn digits, fixed stratified split", train, held_out, test, batch, seed, crop=0, flip=0)
+    if data.place is None:
+        raise ConfigError(f"data.place is missing: where is the {data.name} data? Give --data.place FOLDER")
+    parts = [_load(data, split).to_memory() for split in ("train", "test")]
+    train, held_out = hold_out(parts[0], data.held_out, seed=data.seed)
+    title = f"{Path(data.place).name} ({data.name}), {data.held_out} training images held out, seed {data.seed}"
+    return _images(title, train, held_out, parts[1], batch, seed, crop=max(1, parts[1].images.shape[-1] // 8), flip=0.5)
+
+
+def build(model: Model, problem: Problem) -> nn.Module:
+    """The network of an experiment, with fresh weights.
+
+    Raises:
+        ConfigError: no such model, or arguments it does not take.
+    """
+    if model.name not in zoo.MODELS:
+        raise ConfigError(f"there is no model {model.name!r}; the zoo has {', '.join(zoo.MODELS)}")
+    given = {"num_classes": len(problem.classes), "in_channels": problem.channels}
+    for name, value in model.arguments.items():
+        if name in given and value != given[name]:
+            raise ConfigError(f"model.arguments has {name} = {value}, but the data has {given[name]}; leave it out")
+    try:
+        return zoo.MODELS[model.name](**{**model.arguments, **given})
+    except TypeError as error:
+        raise ConfigError(f"model {model.name}: {error}") from error
+
+
+def _load(data: Data, split: str) -> Images:
+    size = None if data.size is None else (data.size, data.size)
+    assert data.place is not None
+    if data.name == "parquet":
+        return load_parquet(data.place, split, size=size)
+    return load_folder(data.place, split, size=size)
+
+
+def _images(
+    title: str, train: ImageTensors, held_out: ImageTensors, test: ImageTensors, batch: int, seed: int, *,
+    crop: int, flip: float,
+) -> Problem:  # fmt: skip
+    mean, std = channel_stats(train.images)
+    augment, plain = CropFlip(mean, std, padding=crop, flip=flip), CropFlip(mean, std, padding=0, flip=0.0)
+    return Problem(
+        title=title,
+        classes=train.classes,
+        channels=train.images.shape[1],
+        size=(train.images.shape[2], train.images.shape[3]),
+        mean=tuple(mean.tolist()),
+        std=tuple(std.tolist()),
+        train=Batches(train, batch, shuffle=True, drop_last=True, seed=seed, collate=augment.collate),
+        held_out=Batches(held_out, 256, collate=plain.collate),
+        test=Batches(test, 256, collate=plain.collate),
+    )
+
+
+def _scene(data: Data, batch: int, seed: int) -> Problem:
+    scene = IndianPines(data.split, data.seed)
+    parts = {part: scene.patches(part) for part in ("train", "val", "test")}
+    return Problem(
+        title=f"Indian Pines, {data.split} split, seed {data.seed}",
+        classes=CLASS_NAMES,
+        channels=scene.cube.shape[0],
+        size=(scene.patch, scene.patch),
+        mean=None,
+        std=None,
+        train=Batches(parts["train"], batch, shuffle=True, drop_last=True, seed=seed, collate=TurnPaste().collate),
+        held_out=Batches(parts["val"], 512),
+        test=Batches(parts["test"], 512),
+        scene=scene,
+    )

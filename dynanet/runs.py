@@ -1,0 +1,412 @@
+"""A run is a folder: what was trained, at which budgets it can work, what that reaches, how fast it is.
+
+    config.yaml       the experiment
+    step-*.ckpt       training checkpoints, logs/ beside them
+    model/            the trained model, never exiting early
+    frontier/         its table of held-out data
+    choices.json      the budgets asked for, and the thresholds found
+    results.json      what they reach on test data
+    bench.csv         what they are worth in milliseconds
+    report.html       all of it, to read
+"""
+
+import copy
+import csv
+import io
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dynanet import inspect, zoo
+from dynanet.bench.compare import Row, compare
+from dynanet.bench.machine import facts
+from dynanet.core.budget import Budget
+from dynanet.core.cost import CostModel
+from dynanet.core.errors import ConfigError, InputError
+from dynanet.core.files import write_atomically
+from dynanet.core.trace import record
+from dynanet.experiment import Experiment, Problem, build, open_problem
+from dynanet.export.bundle import bundle
+from dynanet.export.card import Card
+from dynanet.export.config import Inputs
+from dynanet.infer.anytime import at_random
+from dynanet.infer.budgeted import outcome
+from dynanet.infer.calibrate import Frontier, apply, calibrate
+from dynanet.infer.choice import Choice
+from dynanet.infer.session import Session
+from dynanet.infer.table import Table, tabulate
+from dynanet.loading import load
+from dynanet.mechanisms.early_exit import EarlyExit
+from dynanet.train.objectives import CrossEntropy, MultiExit, Objective
+from dynanet.train.optimizers import one_cycle, sgd
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The budgets of a run.
+
+    Attributes:
+        shares: of the full model's MACs.
+        risk: share of samples that may lose the full model's right answer; None: no such budget.
+        confidence: with which the risk is promised.
+    """
+
+    shares: Sequence[float] = (0.75, 0.5, 0.25)
+    risk: float | None = 0.05
+    confidence: float = 0.9
+
+
+class Run:
+    """A run folder, opened.
+
+    Args:
+        folder: of the run.
+        experiment: what it is about; read from the folder's config.yaml if None.
+
+    Raises:
+        ConfigError: no run there, or a configuration that cannot be read.
+    """
+
+    def __init__(self, folder: Path, experiment: Experiment | None = None):
+        self.folder = folder
+        self.experiment = experiment if experiment is not None else Experiment.read(folder / "config.yaml")
+        self._problem: Problem | None = None
+
+    @property
+    def problem(self) -> Problem:
+        """The data, opened when first asked for."""
+        if self._problem is None:
+            recipe = self.experiment.recipe
+            self._problem = open_problem(self.experiment.data, recipe.batch, recipe.seed)
+        return self._problem
+
+    def train(self, *, resume: bool = False, progress: bool = True) -> dict[str, float]:
+        """Train, and save the model. Answers the last metrics.
+
+        Raises:
+            CheckpointError: the folder holds a run already and `resume` is off.
+            TrainingError: the loss is NaN or infinite.
+        """
+        from dynanet.train.fitting import fit                     # Lightning takes seconds to import: only who trains pays
+
+        recipe, problem = self.experiment.recipe, self.problem
+        torch.manual_seed(recipe.seed)
+        model = build(self.experiment.model, problem)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.experiment.save(self.folder / "config.yaml")
+        done = fit(
+            model,
+            problem.train,
+            problem.held_out,
+            objective=_objective(model, recipe.exit_weights, recipe.distill, recipe.label_smoothing),
+            epochs=recipe.epochs,
+            folder=self.folder,
+            optimizer=sgd(recipe.lr, weight_decay=recipe.weight_decay),
+            scheduler=one_cycle(warmup=recipe.warmup),
+            seed=recipe.seed,
+            resume=resume,
+            progress=progress and sys.stderr.isatty(),
+            callbacks=[_lines(recipe.epochs)] if progress and not sys.stderr.isatty() else [],
+        )
+        self._save(model.eval(), self.folder / "model", Card(data=problem.title))
+        return done.metrics
+
+    def calibrate(self, asked: Asked) -> list[Choice]:
+        """One pass over the held-out data; then thresholds for every budget."""
+        model = load(self.folder / "model")
+        problem = self.problem
+        frontier = calibrate(model, problem.held_out, CostModel(model, problem.example()))
+        frontier = self._as_used(frontier)
+        choices = [frontier.choose(Budget(macs=share * _full(frontier))) for share in asked.shares]
+        if asked.risk is not None:
+            choices.append(frontier.choose(Budget(risk=asked.risk, confidence=asked.confidence)))
+        frontier.save(self.folder / "frontier")
+        _write_json(self.folder / "choices.json", {"asked": asdict(asked)})
+        return choices
+
+    def choices(self) -> list[Choice]:
+        """The choices of the last calibration, made again from its table."""
+        frontier = self.frontier()
+        try:
+            asked = Asked(**json.loads((self.folder / "choices.json").read_text())["asked"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{self.folder} was not calibrated yet; run: dynanet calibrate {self.folder}") from error
+        choices = [frontier.choose(Budget(macs=share * _full(frontier))) for share in asked.shares]
+        if asked.risk is not None:
+            choices.append(frontier.choose(Budget(risk=asked.risk, confidence=asked.confidence)))
+        return choices
+
+    def frontier(self) -> Frontier:
+        """The table of the last calibration, with the model."""
+        if not (self.folder / "frontier").is_dir():
+            raise ConfigError(f"{self.folder} was not calibrated yet; run: dynanet calibrate {self.folder}")
+        return Frontier.load(self.folder / "frontier", load(self.folder / "model"))
+
+    def evaluate(self) -> dict[str, Any]:
+        """Test accuracy of every exit and every choice, beside random exits of the same rates."""
+        table, frontier = self.test_table(), self.frontier()
+        full = table.accuracy[-1]
+        rows = []
+        for choice in self.choices():
+            reached = outcome(table, choice.thresholds)
+            rows.append(
+                {
+                    "asked": str(choice.asked),
+                    "asked_macs": choice.asked.macs,
+                    "held_out_macs": choice.macs,
+                    "test_macs": reached.macs,
+                    "test_macs_share": reached.macs / _full(frontier),
+                    "test_accuracy": reached.accuracy,
+                    "lost": full - reached.accuracy,
+                    "random_exits_accuracy": at_random(table, reached.share).accuracy,
+                    "shares": reached.share.tolist(),
+                    "note": choice.note,
+                }
+            )
+        results = {
+            "data": self.problem.title,
+            "test_samples": table.samples,
+            "full_macs": _full(frontier),
+            "macs_per_exit": table.mean_macs.tolist(),
+            "accuracy_per_exit": table.accuracy.tolist(),
+            "choices": rows,
+            **facts(),
+        }
+        _write_json(self.folder / "results.json", results)
+        return results
+
+    def test_table(self) -> Table:
+        """Scores, answers and correctness on test data, at every exit."""
+        model = load(self.folder / "model")
+        table = tabulate(model, self.problem.test, CostModel(model, self.problem.example()))
+        return self._as_used(Frontier(model, table)).table
+
+    def bench(
+        self, *, share: float = 0.5, batches: Sequence[int] = (1, 8, 64, 256), threads: Sequence[int] = (1,),
+        rounds: int = 7, tell: Tell = print,
+    ) -> list[Row]:  # fmt: skip
+        """Time the model at a budget, on test samples; rows go to bench.csv."""
+        frontier = self.frontier()
+        model = frontier.at(Budget(macs=share * _full(frontier)))
+        samples = _some(self.problem.test, max(256, *batches))
+        rows = compare(model, samples, batches=batches, threads=threads, rounds=rounds, tell=tell)
+        save_rows(self.folder / "bench.csv", rows, {"data": self.problem.title, "budget": f"{share:.0%} of the MACs"})
+        return rows
+
+    def scene(self, share: float = 0.5) -> tuple[inspect.Scene, dict[str, float]]:
+        """Classify the whole scene at a budget: maps, and seconds beside those of the full model run the same way.
+
+        Raises:
+            InputError: the data is no scene.
+        """
+        pines = self.problem.scene
+        if pines is None:
+            raise InputError(f"{self.problem.title} is no scene: there is no map to make")
+        frontier = self.frontier()
+        model = frontier.at(Budget(macs=share * _full(frontier)))
+        cube = pines.cube[None]
+        form = zoo.scene_form(model, pines.patch)
+        cost = CostModel(form, cube[..., :16, :16])
+        session = Session(form, cube, batches=(256,))
+        full = Session(zoo.scene_form(_never(model), pines.patch), cube, batches=(256,))
+        seconds = _interleaved({"seconds": lambda: session(cube), "full_seconds": lambda: full(cube)}, rounds=3)
+        with record(session) as trace:
+            logits = session(cube)
+        spent = _spent_per_pixel(trace, cost, cube)
+        dearest = _spent_per_pixel(_trace_of(full, cube), cost, cube)
+        seconds["speed_up"] = seconds["full_seconds"] / seconds["seconds"]
+        seconds["macs_share"] = float(spent.mean() / dearest.mean())
+        maps = inspect.Scene(
+            colour=(255 * pines.rgb()).round().byte().numpy(),
+            predicted=logits[0].argmax(-1).numpy(),
+            spent=(spent / dearest.mean()).numpy(),
+            truth=pines.labels.numpy(),
+            tested=pines.mask("test").numpy(),
+            about="AVIRIS, Indiana, 145 x 145 pixels of 20 m, 200 bands",
+        )
+        return maps, seconds
+
+    def report(self, path: Path | None = None, *, static: Sequence[inspect.Point] = ()) -> Path:
+        """Write report.html."""
+        frontier, table, problem = self.frontier(), self.test_table(), self.problem
+        model = frontier.model
+        session = Session(model, problem.example(), batches=(64,))
+        ms = np.cumsum([min(unit[64].values()) / 64 if unit else np.nan for unit in _measured(session)])
+        if len(ms) == table.exits and np.isfinite(ms).all():
+            table, frontier = replace(table, ms=ms), frontier.timed(ms)
+        versions = facts()
+        origin = inspect.Origin(
+            data=problem.title,
+            test="test split, looked at once",
+            held_out="held-out split, not augmented",
+            held_out_samples=frontier.table.samples,
+            model=f"{self.experiment.model.name} {self.experiment.model.arguments or ''}".strip(),
+            device=f"{versions['device']}, {torch.get_num_threads()} thread(s)",
+            versions={name: versions[name] for name in ("dynanet", "torch", "onnxruntime")},
+            commit=versions["commit"],
+            date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            more={"load": versions["load"]},
+        )
+        shown, scene = None, None
+        if problem.scene is not None:
+            scene, seconds = self.scene()
+            origin.more["whole scene"] = (
+                f"{seconds['seconds']:.2f} s at {seconds['macs_share']:.0%} of the MACs, {seconds['full_seconds']:.2f} s in "
+                f"full: {seconds['speed_up']:.2f} times faster"
+            )
+            pines = problem.scene
+            positions = pines.positions("test")
+            shown = inspect.Samples(
+                spectra=pines.cube[:, positions[:, 0], positions[:, 1]].T.numpy(),
+                wavelengths_nm=np.asarray(pines.wavelengths_nm),
+                unit="standardised reflectance",
+                positions=positions.numpy(),
+            )
+        elif problem.channels in (1, 3):
+            shown = inspect.Samples(pictures=_pictures(problem))
+        findings = inspect.find(
+            table, self.choices(), origin, problem.classes, title=problem.title, line=frontier.curve(), static=static,
+            shown=shown, scene=scene,
+        )  # fmt: skip
+        path = path if path is not None else self.folder / "report.html"
+        inspect.write_report(findings, path)
+        return path
+
+    def export(self, folder: Path, share: float | None) -> str:
+        """Save the model as a bundle, at a budget if one is given. Answers its fingerprint."""
+        frontier = self.frontier() if share is not None else None
+        if frontier is None or share is None:
+            return self._save(load(self.folder / "model"), folder, Card(data=self.problem.title))
+        choice = frontier.choose(Budget(macs=share * _full(frontier)))
+        reached = outcome(self.test_table(), choice.thresholds)
+        rows = [{"budget (share of the MACs)": share, "mean MACs, test": reached.macs, "accuracy, test": reached.accuracy}]
+        card = Card(data=self.problem.title, results=rows)
+        return self._save(apply(frontier.model, choice), folder, card, mean_macs=reached.macs)
+
+    def _save(self, model: nn.Module, folder: Path, card: Card, mean_macs: float | None = None) -> str:
+        problem = self.problem
+        cost = CostModel(model, problem.example())
+        return bundle(
+            model, folder, classes=list(problem.classes),
+            inputs=Inputs(problem.channels, problem.size, problem.mean, problem.std),
+            mean_macs=mean_macs, worst_macs=cost.worst, card=card,
+        )  # fmt: skip
+
+    def _as_used(self, frontier: Frontier) -> Frontier:
+        """Prices of the job: over a scene the stem runs once per pixel, not once per patch."""
+        pines = self.problem.scene
+        if pines is None or not isinstance(frontier.model, EarlyExit) or frontier.model.steps < 2:
+            return frontier
+        macs = zoo.scene_macs(frontier.model, pines.cube[None, :, :16, :16], pines.patch)
+        return Frontier(frontier.model, replace(frontier.table, macs=macs, worst=macs))
+
+
+def save_rows(path: Path, rows: Sequence[Row], more: dict[str, str]) -> None:
+    """Append rows to a CSV file, with what they were measured on."""
+    columns = {**more, **facts(), "measured": time.strftime("%Y-%m-%d %H:%M")}
+    known: list[dict[str, Any]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            known = list(csv.DictReader(file))
+    known += [{**asdict(row), **columns} for row in rows]
+    names = list(dict.fromkeys(name for row in known for name in row))
+
+    def write(file: Any) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(known)
+        file.write(text.getvalue().encode())
+
+    write_atomically(path, write)
+
+
+def _full(frontier: Frontier) -> float:
+    """MACs per sample of the full model: what shares are shares of."""
+    return float(frontier.table.dearest[-1])
+
+
+def _objective(model: nn.Module, weights: list[float] | None, distill: float, smoothing: float) -> Objective:
+    if not isinstance(model, EarlyExit):
+        return CrossEntropy(smoothing)
+    weights = weights if weights is not None else [1 / model.steps] * model.steps
+    return MultiExit(weights, distill=distill, label_smoothing=smoothing)
+
+
+def _lines(epochs: int) -> Any:
+    """A line per epoch, for those who do not watch a terminal."""
+    from lightning.pytorch.callbacks import Callback
+
+    class Lines(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+            shown = [f"{name} {metrics[name]:.3f}" for name in ("train/loss", "val/accuracy") if name in metrics]
+            print(f"  epoch {trainer.current_epoch + 1}/{epochs}  {'  '.join(shown)}", file=sys.stderr, flush=True)
+
+    return Lines()
+
+
+def _never(model: EarlyExit) -> EarlyExit:
+    model = copy.deepcopy(model)
+    model.thresholds.fill_(torch.inf)
+    return model
+
+
+def _measured(session: Session) -> list[dict[int, dict[str, float]]]:
+    return list(session.units.values())
+
+
+def _some(batches: Any, count: int) -> Tensor:
+    taken: list[Tensor] = []
+    for x, _ in batches:
+        taken.append(x)
+        if sum(len(t) for t in taken) >= count:
+            break
+    return torch.cat(taken)[:count].contiguous()
+
+
+def _interleaved(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    from dynanet.bench.paired import paired
+
+    return {name: float(np.median(seconds)) for name, seconds in paired(contestants, rounds=rounds).items()}
+
+
+def _trace_of(session: Session, x: Tensor) -> Any:
+    with record(session) as trace:
+        session(x)
+    return trace
+
+
+def _spent_per_pixel(trace: Any, cost: CostModel, cube: Tensor) -> Tensor:
+    """(H, W) MACs: the stem and first exit everywhere, the later stages where they ran."""
+    height, width = cube.shape[2:]
+    spent = torch.full((height, width), cost.always / 256, dtype=torch.float64)                   # priced on 16 x 16 pixels
+    for call in trace.calls:
+        prices = cost.unit[call.name][call.first : call.first + call.keep.shape[-1]]
+        spent += (call.keep[0].double() * prices).sum(-1)
+    return spent
+
+
+def _pictures(problem: Problem) -> np.ndarray:
+    """The test images as they were, uint8."""
+    x = torch.cat([x for x, _ in problem.test])
+    if problem.mean is not None and problem.std is not None:
+        x = x * torch.tensor(problem.std)[:, None, None] + torch.tensor(problem.mean)[:, None, None]
+    pictures = (255 * x).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    return pictures[..., 0] if pictures.shape[-1] == 1 else pictures
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=2, default=float)
+    write_atomically(path, lambda file: file.write(text.encode()))

@@ -1,0 +1,188 @@
+"""A training run: `fit` sets it up so that it survives being killed, and answers with a `Run`."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from torch import nn
+from torch.utils.data import DataLoader
+
+from dynanet.core.cost import CostModel
+from dynanet.core.errors import CheckpointError, ConfigError
+from dynanet.train.batches import Batches
+from dynanet.train.checkpoint import newest, step_files, sweep
+from dynanet.train.lightning import Training
+from dynanet.train.objectives import Objective
+from dynanet.train.optimizers import OptimizerFactory, SchedulerFactory, sgd
+from dynanet.train.saving import AtomicCheckpointIO, Checkpoints
+from dynanet.train.schedules import Setting
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        model: trained, as it was after the last step; `load_weights(model, run.best)` goes back to the best epoch.
+        last: the last checkpoint.
+        best: the checkpoint of the best epoch; None without a validation set.
+        metrics: the last values of all that was logged.
+        trainer: Lightning's.
+    """
+
+    model: nn.Module
+    last: Path | None
+    best: Path | None
+    metrics: dict[str, float]
+    trainer: Trainer
+
+
+def fit(
+    model: nn.Module,
+    train_loader: Batches | DataLoader,
+    val_loader: Batches | DataLoader | None = None,
+    *,
+    objective: Objective,
+    epochs: int,
+    folder: str | Path,
+    lr: float | None = None,
+    optimizer: OptimizerFactory | None = None,
+    scheduler: SchedulerFactory | None = None,
+    schedules: Sequence[Setting] = (),
+    cost: CostModel | None = None,
+    equilibrium: bool = False,
+    seed: int = 0,
+    resume: bool = False,
+    checkpoint_every: int | None = None,
+    monitor: str = "val/accuracy",
+    lower_is_better: bool = False,
+    callbacks: Sequence[Callback] = (),
+    devices: int | str | list[int] = 1,
+    accelerator: str = "auto",
+    strategy: Any = "auto",
+    progress: bool = True,
+    trainer_options: Mapping[str, Any] | None = None,
+) -> Run:
+    """Train a model, in a folder that holds its checkpoints and logs.
+
+    Killed at any moment, the same call with `resume=True` goes on from the last checkpoint, on the CPU bit for bit.
+
+    Args:
+        model: any module; trained in place, and in train mode afterwards.
+        train_loader: `Batches`, or a DataLoader over a map-style dataset, which is read as its parts.
+        val_loader: the same, for the metrics of every epoch.
+        objective: what is minimised.
+        epochs: passes over the training data.
+        folder: `step-*.ckpt`, `best.ckpt`, `logs/version_*/metrics.csv` (a version for every start), and
+            `tensorboard/` if that is installed.
+        lr: of the default optimizer, 0.1 if None.
+        optimizer: see `Training`; instead of lr.
+        scheduler: see `Training`.
+        schedules: see `Training`.
+        cost: see `Training`.
+        equilibrium: see `Training`.
+        seed: of the order of a DataLoader's data, and of what training draws.
+        resume: go on from the folder's last whole checkpoint, or begin if there is none.
+        checkpoint_every: save every so many steps too, not only after every epoch.
+        monitor: the metric whose highest value makes the best epoch, where there is a val_loader.
+        lower_is_better: for a monitor that is a loss.
+        callbacks: more of Lightning's.
+        devices: as in Lightning's Trainer.
+        accelerator: as in Lightning's Trainer.
+        strategy: as in Lightning's Trainer: "ddp" for one process per device.
+        progress: show a progress bar.
+        trainer_options: any other of the Trainer's arguments.
+
+    Raises:
+        CheckpointError: the folder holds a run already and `resume` is off; none of its checkpoints is whole; they are
+            of another model or run; the disk is full.
+        ConfigError: both lr and optimizer, a loader that cannot be resumed, a monitor that nobody logs.
+        TrainingError: the loss is NaN or infinite.
+    """
+    if lr is not None and optimizer is not None:
+        raise ConfigError("got both lr and optimizer; the optimizer's learning rate is set where it is made: sgd(lr)")
+    taken = sorted(_OURS & set(trainer_options or {}))
+    if taken:
+        raise ConfigError(f"trainer_options set {taken}, which fit sets itself; use fit's own arguments for these")
+    batches = Batches.of(train_loader, seed)
+    held_out = [Batches.of(val_loader, seed)] if val_loader is not None else []
+    folder = Path(folder)
+    start = _begin(folder, resume)
+    training = Training(
+        model,
+        objective,
+        optimizer=optimizer if optimizer is not None else sgd(0.1 if lr is None else lr),
+        scheduler=scheduler,
+        schedules=schedules,
+        cost=cost,
+        equilibrium=equilibrium,
+        seed=seed,
+    )
+    saving = Checkpoints(folder, every_steps=checkpoint_every, monitor=monitor, lower_is_better=lower_is_better)
+    options = {
+        "logger": _loggers(folder),
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "limit_val_batches": None if held_out else 0,  # with an empty list: Lightning warns of a loader that is None
+        "log_every_n_steps": min(10, len(batches)),
+    }
+    with _quiet():
+        trainer = Trainer(
+            max_epochs=epochs,
+            devices=devices,
+            accelerator=accelerator,
+            strategy=strategy,
+            callbacks=[*callbacks, saving],
+            plugins=[AtomicCheckpointIO()],
+            default_root_dir=folder,
+            enable_progress_bar=progress,
+            use_distributed_sampler=False,  # Batches shares the data out itself
+            **{**options, **(trainer_options or {})},
+        )
+        model.train()
+        trainer.fit(training, batches, held_out, ckpt_path=start)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    best = folder / "best.ckpt"
+    return Run(model, newest(folder), best if best.exists() else None, metrics, trainer)
+
+
+_OURS = {
+    *("max_epochs", "devices", "accelerator", "strategy", "callbacks", "plugins", "default_root_dir"),
+    *("enable_progress_bar", "enable_checkpointing", "use_distributed_sampler"),
+}
+
+
+def _begin(folder: Path, resume: bool) -> Path | None:
+    """The checkpoint to go on from; a folder fit to save in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not resume and step_files(folder):
+        raise CheckpointError(
+            f"{folder} holds a run already, up to step {max(step_files(folder))}; resume it, or choose another folder"
+        )
+    sweep(folder)
+    return newest(folder) if resume else None
+
+
+def _loggers(folder: Path) -> list[Logger]:
+    loggers: list[Logger] = [CSVLogger(folder, name="logs")]
+    if find_spec("tensorboard") is not None:
+        loggers.append(TensorBoardLogger(folder, name="tensorboard"))
+    return loggers
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Lightning's remarks on hardware it has not found, and its advertisements, kept back; its warnings are not."""
+    log = logging.getLogger("lightning.pytorch")
+    before = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(before)

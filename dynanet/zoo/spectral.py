@@ -1,0 +1,103 @@
+"""The pixel classifier for hyperspectral scenes, as a patch network with exits and as a scene network.
+
+The first exit looks at the pixel's own spectrum; those that need more get their neighbourhood. See `nets.spectral` for
+the layers. Exits as in BranchyNet (arXiv:1709.01686).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dynanet.core.architecture import architecture
+from dynanet.core.cost import CostModel
+from dynanet.core.errors import StructureError
+from dynanet.mechanisms.early_exit import EarlyExit
+from dynanet.mechanisms.scene_exit import SceneExit
+from dynanet.nets.spectral import PixelExit, spectral_net
+
+
+@architecture
+def spectral_exit(
+    *,
+    num_classes: int,
+    in_channels: int = 200,
+    width: int = 48,
+    hidden: int = 64,
+    blocks: Sequence[Sequence[Sequence[int]]] = (((64, 2), (64, 1)), ((64, 1),)),
+) -> EarlyExit:
+    """A classifier of pixel patches (B, bands, P, P), P odd, with an exit per stage.
+
+    Args:
+        num_classes: width of every exit's logits.
+        in_channels: bands.
+        width: channels of the per-pixel stem.
+        hidden: units of the first exit's hidden layer.
+        blocks: per later stage its residual blocks, each (channels, stride).
+
+    Returns:
+        An EarlyExit; logits are (B, num_classes).
+    """
+    shapes = [[(channels, stride) for channels, stride in stage] for stage in blocks]
+    return EarlyExit(*spectral_net(in_channels, num_classes, width, hidden, shapes))
+
+
+@architecture
+def spectral_static(
+    *,
+    num_classes: int,
+    in_channels: int = 200,
+    width: int = 48,
+    blocks: Sequence[Sequence[Sequence[int]]] = (((64, 2), (64, 1)), ((64, 1),)),
+) -> nn.Sequential:
+    """The same backbone with its last exit only: what the exits have to be compared with."""
+    shapes = [[(channels, stride) for channels, stride in stage] for stage in blocks]
+    stages, exits = spectral_net(in_channels, num_classes, width, 1, shapes)
+    return nn.Sequential(*stages, exits[-1])
+
+
+def scene_form(model: EarlyExit, patch: int = 9) -> SceneExit:
+    """A trained `spectral_exit`, run over whole images: (B, bands, H, W) to logits (B, H, W, classes).
+
+    The stem runs once over the image, and patches of its features are cut for the pixels that go on. Weights are
+    shared with the model; thresholds are copied.
+
+    Args:
+        model: made by `spectral_exit`.
+        patch: the side of the patches it was trained on.
+
+    Raises:
+        StructureError: another kind of model.
+    """
+    first = model.exits[0] if isinstance(model, EarlyExit) else None
+    if not isinstance(first, PixelExit):
+        raise StructureError("a scene form needs a model of spectral_exit, whose first exit looks at single pixels")
+    return SceneExit.of(model, OfPixels(first), patch)
+
+
+@torch.no_grad()
+def scene_macs(model: EarlyExit, image: Tensor, patch: int = 9) -> list[float]:
+    """MACs per pixel of a scene that leaves at each exit, the stem run once per pixel.
+
+    Args:
+        model: made by `spectral_exit`.
+        image: (1, bands, H, W), any small piece of a scene.
+        patch: the side of the patches.
+    """
+    cost = CostModel(scene_form(model, patch), image)
+    pixels = image.shape[2] * image.shape[3]
+    later = [cost.unit[""][0].item(), *cost.unit.get("rest", torch.zeros(0)).tolist()]
+    return (cost.always / pixels + torch.tensor([0.0, *later], dtype=torch.float64).cumsum(0)).tolist()
+
+
+class OfPixels(nn.Module):
+    """A pixel exit, on features (pixels, C) instead of patches."""
+
+    def __init__(self, exit_: PixelExit):
+        super().__init__()
+        self.exit = exit_
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits (pixels, classes)."""
+        return self.exit.of_pixels(features)
+
