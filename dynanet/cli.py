@@ -246,4 +246,3 @@ def demo(out: Path = Path("runs/demo"), seed: int = 0, json: bool = False) -> No
 
 def _say(json: bool, content: dict[str, Any], lines: list[str]) -> None:
     print(json_.dumps(content, default=float, indent=2) if json else "\n".join(lines))
-

@@ -157,7 +157,9 @@ def open_problem(data: Data, batch: int = 128, seed: int = 0) -> Problem:
         return _scene(data, batch, seed)
     if data.name == "digits":
         train, held_out, test = (load_digits(part) for part in ("train", "val", "test"))
-        return _images("scikit-learn digits, fixed stratified split", train, held_out, test, batch, seed, crop=0, flip=0)
+        return _images(
+            "scikit-learn digits, fixed stratified split", train, held_out, test, batch, seed, crop=0, flip=0
+        )
     if data.place is None:
         raise ConfigError(f"data.place is missing: where is the {data.name} data? Give --data.place FOLDER")
     parts = [_load(data, split).to_memory() for split in ("train", "test")]

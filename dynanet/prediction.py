@@ -44,7 +44,9 @@ def predict(model: Path, inputs: Path) -> list[dict[str, Any]]:
         with record(session) as trace:
             logits = session(group)
         spent = cost.spent(trace).tolist() if trace.calls else [cost.full] * len(group)
-        exits = sum((keep[:, 0] for keep in trace[""]), torch.zeros(len(group))) if trace.calls else torch.zeros(len(group))
+        exits = (
+            sum((keep[:, 0] for keep in trace[""]), torch.zeros(len(group))) if trace.calls else torch.zeros(len(group))
+        )
         chance, index = logits.softmax(-1).max(-1)
         for i in range(len(group)):
             number = int(index[i])
@@ -79,7 +81,9 @@ def _read_inputs(place: Path, bundle: Bundle) -> tuple[Tensor, list[str]]:
     else:
         files = [place] if place.suffix.lower() in PICTURES else []
     if not files:
-        raise InputError(f"{place} holds no inputs; expected an .npy file, an image ({', '.join(PICTURES)}) or a folder")
+        raise InputError(
+            f"{place} holds no inputs; expected an .npy file, an image ({', '.join(PICTURES)}) or a folder"
+        )
     return torch.stack([_picture(file, bundle) for file in files]), [str(f) for f in files]
 
 
@@ -89,12 +93,16 @@ def _array(place: Path, bundle: Bundle) -> Tensor:
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{place} cannot be read as an .npy array ({error}); save it with numpy.save") from error
     if array.dtype.kind not in "fiu" or array.ndim not in (3, 4):
-        raise InputError(f"{place} holds {array.dtype} of shape {array.shape}; expected numbers (N, C, H, W) or (C, H, W)")
+        raise InputError(
+            f"{place} holds {array.dtype} of shape {array.shape}; expected numbers (N, C, H, W) or (C, H, W)"
+        )
     x = torch.from_numpy(array.astype(np.float32))
     x = x[None] if x.dim() == 3 else x
     wanted = bundle.inputs
     if wanted is not None and (x.shape[1] != wanted.channels or wanted.size not in (None, tuple(x.shape[2:]))):
-        raise InputError(f"{place} holds inputs of {tuple(x.shape[1:])}; the model takes {wanted.channels} channels of {wanted.size}")
+        raise InputError(
+            f"{place} holds inputs of {tuple(x.shape[1:])}; the model takes {wanted.channels} channels of {wanted.size}"
+        )
     if not torch.isfinite(x).all():
         raise InputError(f"{place} holds NaN or infinite values; mend or leave out those inputs")
     return x

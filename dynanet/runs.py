@@ -1,16 +1,15 @@
 """A run is a folder: what was trained, at which budgets it can work, what that reaches, how fast it is.
 
-    config.yaml       the experiment
-    step-*.ckpt       training checkpoints, logs/ beside them
-    model/            the trained model, never exiting early
-    frontier/         its table of held-out data
-    choices.json      the budgets asked for, and the thresholds found
-    results.json      what they reach on test data
-    bench.csv         what they are worth in milliseconds
-    report.html       all of it, to read
+config.yaml       the experiment
+step-*.ckpt       training checkpoints, logs/ beside them
+model/            the trained model, never exiting early
+frontier/         its table of held-out data
+choices.json      the budgets asked for, and the thresholds found
+results.json      what they reach on test data
+bench.csv         what they are worth in milliseconds
+report.html       all of it, to read
 """
 
-import copy
 import csv
 import io
 import json
@@ -29,8 +28,10 @@ from torch import Tensor, nn
 from dynanet import inspect, zoo
 from dynanet.bench.compare import Row, compare
 from dynanet.bench.machine import facts
+from dynanet.bench.paired import paired
 from dynanet.core.budget import Budget
 from dynanet.core.cost import CostModel
+from dynanet.core.dynamic import everything, forced
 from dynanet.core.errors import ConfigError, InputError
 from dynanet.core.files import write_atomically
 from dynanet.core.trace import record
@@ -98,7 +99,7 @@ class Run:
             CheckpointError: the folder holds a run already and `resume` is off.
             TrainingError: the loss is NaN or infinite.
         """
-        from dynanet.train.fitting import fit                     # Lightning takes seconds to import: only who trains pays
+        from dynanet.train.fitting import fit  # Lightning takes seconds to import: only who trains pays
 
         recipe, problem = self.experiment.recipe, self.problem
         torch.manual_seed(recipe.seed)
@@ -218,13 +219,19 @@ class Run:
         cube = pines.cube[None]
         form = zoo.scene_form(model, pines.patch)
         cost = CostModel(form, cube[..., :16, :16])
-        session = Session(form, cube, batches=(256,))
-        full = Session(zoo.scene_form(_never(model), pines.patch), cube, batches=(256,))
-        seconds = _interleaved({"seconds": lambda: session(cube), "full_seconds": lambda: full(cube)}, rounds=3)
+        session = Session(form, cube, batches=(1,))
+
+        def in_full() -> None:
+            with forced(session, everything):
+                session(cube)
+
+        seconds = _interleaved({"seconds": lambda: session(cube), "full_seconds": in_full}, rounds=3)
         with record(session) as trace:
             logits = session(cube)
         spent = _spent_per_pixel(trace, cost, cube)
-        dearest = _spent_per_pixel(_trace_of(full, cube), cost, cube)
+        with forced(session, everything), record(session) as trace:
+            session(cube)
+        dearest = _spent_per_pixel(trace, cost, cube)
         seconds["speed_up"] = seconds["full_seconds"] / seconds["seconds"]
         seconds["macs_share"] = float(spent.mean() / dearest.mean())
         maps = inspect.Scene(
@@ -290,7 +297,9 @@ class Run:
             return self._save(load(self.folder / "model"), folder, Card(data=self.problem.title))
         choice = frontier.choose(Budget(macs=share * _full(frontier)))
         reached = outcome(self.test_table(), choice.thresholds)
-        rows = [{"budget (share of the MACs)": share, "mean MACs, test": reached.macs, "accuracy, test": reached.accuracy}]
+        rows = [
+            {"budget (share of the MACs)": share, "mean MACs, test": reached.macs, "accuracy, test": reached.accuracy}
+        ]
         card = Card(data=self.problem.title, results=rows)
         return self._save(apply(frontier.model, choice), folder, card, mean_macs=reached.macs)
 
@@ -357,12 +366,6 @@ def _lines(epochs: int) -> Any:
     return Lines()
 
 
-def _never(model: EarlyExit) -> EarlyExit:
-    model = copy.deepcopy(model)
-    model.thresholds.fill_(torch.inf)
-    return model
-
-
 def _measured(session: Session) -> list[dict[int, dict[str, float]]]:
     return list(session.units.values())
 
@@ -377,21 +380,13 @@ def _some(batches: Any, count: int) -> Tensor:
 
 
 def _interleaved(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    from dynanet.bench.paired import paired
-
     return {name: float(np.median(seconds)) for name, seconds in paired(contestants, rounds=rounds).items()}
-
-
-def _trace_of(session: Session, x: Tensor) -> Any:
-    with record(session) as trace:
-        session(x)
-    return trace
 
 
 def _spent_per_pixel(trace: Any, cost: CostModel, cube: Tensor) -> Tensor:
     """(H, W) MACs: the stem and first exit everywhere, the later stages where they ran."""
     height, width = cube.shape[2:]
-    spent = torch.full((height, width), cost.always / 256, dtype=torch.float64)                   # priced on 16 x 16 pixels
+    spent = torch.full((height, width), cost.always / 256, dtype=torch.float64)  # priced on 16 x 16 pixels
     for call in trace.calls:
         prices = cost.unit[call.name][call.first : call.first + call.keep.shape[-1]]
         spent += (call.keep[0].double() * prices).sum(-1)

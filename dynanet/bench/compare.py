@@ -144,7 +144,7 @@ def _row(model: nn.Module, session: Session, samples: Tensor, batch: int, rounds
     # Enough samples for a stable mean of where they exit, few enough that a round stays short.
     count = max(batch, min(len(samples), 64 if batch == 1 else 256) // batch * batch)
     groups = samples[:count].split(batch)
-    engines = _dense_engines(model, groups[0], cache)
+    engines = dense_engines(model, groups[0], cache)
     calls = _engine_calls(session, groups)
     contestants: dict[str, Callable[[], object]] = {
         "session": lambda: [session(x) for x in groups],
@@ -210,7 +210,8 @@ class _Last(nn.Module):
         return (self.model.answers(x)[-1] if isinstance(self.model, Halt) else self.model(x),)
 
 
-def _dense_engines(model: nn.Module, x: Tensor, cache: Path | None) -> dict[str, Engine]:
+def dense_engines(model: nn.Module, x: Tensor, cache: Path | None = None) -> dict[str, Engine]:
+    """The ways to run a full network without skipping: eager in both memory formats, ONNX Runtime."""
     model = execute(folded(model), sparse=False)
     example = x[:1].repeat(2, *[1] * (x.dim() - 1))
     with torch.no_grad(), forced(model, everything):

@@ -206,15 +206,19 @@ class StagedHalt(Halt):
 class Unit(nn.Module):
     """A static part of a model, run by an engine in the model's place."""
 
-    def __init__(self, engine: "ByBatch", structure: Any):
+    def __init__(self, module: nn.Module, engine: "ByBatch", inputs: Sequence[Tensor], structure: Any):
         super().__init__()
         self.engine, self._structure = engine, structure
+        self._takes = [(t.shape[1:], t.dtype) for t in inputs]
+        vars(self)["module"] = module  # not registered: its weights are in the engine
 
     def forward(self, *args: Any) -> Any:
-        """As the part it stands for."""
+        """As the part it stands for; that itself runs what comes in another size."""
         inputs = _tensors(args)
+        if [(t.shape[1:], t.dtype) for t in inputs] != self._takes:
+            return self.module(*args)
         if inputs[0].shape[0] == 0:
-            return self.engine.empty(inputs, self._structure)
+            return self.engine.empty(self._structure)
         return tree_unflatten(self.engine(inputs), self._structure)
 
 
@@ -230,7 +234,7 @@ class ByBatch:
         self.engines = engines
         self.listener: Callable[[Sequence[Tensor]], None] | None = None
         self._sizes = sorted(engines)
-        self._outputs = [t[:0].clone() for t in outputs]
+        self._empty = list(outputs)
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         if self.listener is not None:
@@ -242,11 +246,13 @@ class ByBatch:
                 nearest = size
         return self.engines[nearest](inputs)
 
-    def empty(self, inputs: Sequence[Tensor], structure: Any) -> Any:
-        return tree_unflatten(list(self._outputs), structure)
+    def empty(self, structure: Any) -> Any:
+        """The answer for no rows."""
+        return tree_unflatten(self._empty, structure)
 
 
 _CHUNKS = (4, 16)
+_MOST_ROWS, _MOST_BYTES = 256, 32 * 2**20  # beyond these a row costs what it costs at them
 
 
 class _Plan:
@@ -259,20 +265,21 @@ class _Plan:
         self.measured: dict[str, dict[int, dict[str, float]]] = {}
 
     def engine(self, name: str, unit: nn.Module, inputs: Sequence[Tensor], *, workspaces: bool) -> ByBatch:
-        rows = [t.repeat(2, *[1] * (t.dim() - 1)) if t.shape[0] == 1 else t for t in inputs]
-        engines: list[Engine] = [Eager(unit)] if self.eager else []
-        if self.onnx:
-            engines.append(OnnxRuntime(unit, rows, threads=self.threads, workspaces=workspaces, cache=self.cache))
-        outputs = engines[0](rows)
+        """Engines for a unit, from the rows that one sample sends through it."""
+        per_sample, few = inputs[0].shape[0], [t[:2] for t in inputs]
+        few = [t.repeat(2, *[1] * (t.dim() - 1)) if t.shape[0] == 1 else t for t in few]
+        eager, outputs = Eager(unit), [t[:0] for t in unit(*few)]
         if not self.onnx:
-            return ByBatch({1: engines[0]}, outputs)
+            return ByBatch({1: eager}, outputs)
+        onnx = OnnxRuntime(unit, few, threads=self.threads, workspaces=workspaces, cache=self.cache)
         best, self.measured[name] = {}, {}
+        row_bytes = sum(t[:1].numel() * t.element_size() for t in few)
         for batch in self.batches:
-            many = [t[:1].repeat(batch, *[1] * (t.dim() - 1)) for t in inputs]
-            chunks = (
-                [engines[-1].chunked(n) for n in _CHUNKS if n < batch] if isinstance(engines[-1], OnnxRuntime) else []
-            )
-            best[batch], self.measured[name][batch] = fastest([*engines, *chunks], many, threads=self.threads)
+            rows = max(1, min(batch * per_sample, _MOST_ROWS, _MOST_BYTES // row_bytes))
+            engines = [*([eager] if self.eager else []), onnx, *(onnx.chunked(n) for n in _CHUNKS if n < rows)]
+            many = [t[:1].repeat(rows, *[1] * (t.dim() - 1)) for t in few]
+            best[rows], ms = fastest(engines, many, threads=self.threads)
+            self.measured[name][batch] = {engine: time * batch * per_sample / rows for engine, time in ms.items()}
         return ByBatch(best, outputs)
 
 
@@ -322,7 +329,7 @@ def _deploy(model: nn.Module, example: Any, plan: _Plan) -> nn.Module:
         handle.remove()
     for name, halt in halts.items():
         if name in seen:
-            staged = _staged(name, halt, seen[name][0], plan)
+            staged = _staged(name, halt, over_tensors(lambda t: t[:_MOST_ROWS], seen[name][0]), plan)
             if not name:
                 return staged
             model.set_submodule(name, staged)
@@ -355,9 +362,9 @@ def _units(model: Any, parts: dict[str, tuple[Any, ...]], plan: _Plan) -> Any:
             continue
         engine = plan.engine(name, _Part(module, structure), flat, workspaces=False)
         if name:
-            model.set_submodule(name, Unit(engine, layout))
+            model.set_submodule(name, Unit(module, engine, flat, layout))
         else:
-            model[""] = Unit(engine, layout)
+            model[""] = Unit(module, engine, flat, layout)
     return model
 
 

@@ -1,0 +1,98 @@
+"""Indian Pines: the pixel classifier with exits on fresh splits, beside an SVM and a static network of the same recipe.
+
+    python recipes/indian_pines.py --seeds 20 21 22 23 24 --results results
+
+Per split seed: train, calibrate on held-out pixels, look at the test pixels once. MACs are those of the job, a whole
+scene with the stem run once per pixel. Every seed is a row of results/indian_pines.csv, whatever it says.
+"""
+
+import argparse
+import csv
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.svm import SVC
+from torch import nn
+
+from dynanet.bench.machine import facts
+from dynanet.experiment import Data, Experiment, Model, Recipe
+from dynanet.runs import Asked, Run
+
+
+def svm(scene):
+    """Test accuracy of an RBF SVM on the spectra."""
+    machine = SVC(C=100, gamma=1 / 200)
+    spectra = {part: scene.cube[:, scene.mask(part)].T.numpy() for part in ("train", "test")}
+    machine.fit(spectra["train"], scene.targets("train").numpy())
+    return float((machine.predict(spectra["test"]) == scene.targets("test").numpy()).mean())
+
+
+def static_accuracy(run):
+    """Test accuracy of a network with one exit."""
+    from dynanet.loading import load
+
+    model, right, count = load(run.folder / "model"), 0, 0
+    assert isinstance(model, nn.Sequential)
+    with torch.no_grad():
+        for x, y in run.problem.test:
+            right, count = right + int((model(x).argmax(1) == y).sum()), count + len(y)
+    return right / count
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[20, 21, 22, 23, 24])
+    parser.add_argument("--runs", type=Path, default=Path("runs/indian_pines"))
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--no-static", action="store_true")
+    parser.add_argument("--scene", action="store_true", help="time the whole scene too")
+    args = parser.parse_args()
+    args.results.mkdir(exist_ok=True)
+    path = args.results / "indian_pines.csv"
+    for seed in args.seeds:
+        run = Run(args.runs / str(seed), Experiment(data=Data(seed=seed), recipe=Recipe(seed=seed)))
+        start = time.monotonic()
+        run.train(progress=False)
+        seconds = time.monotonic() - start
+        run.calibrate(Asked(shares=(0.75, 0.5, 0.35, 0.25), risk=0.05))
+        found = run.evaluate()
+        row = {
+            "seed": seed,
+            "svm": svm(run.problem.scene),
+            "full": found["accuracy_per_exit"][-1],
+            "exits": " ".join(f"{a:.4f}" for a in found["accuracy_per_exit"]),
+            "train_seconds": round(seconds, 1),
+        }
+        for choice, share in zip(found["choices"], ("75", "50", "35", "25", "risk"), strict=True):
+            row[f"at_{share}"] = choice["test_accuracy"]
+            row[f"random_{share}"] = choice["random_exits_accuracy"]
+            row[f"macs_{share}"] = choice["test_macs_share"]
+        if not args.no_static:
+            other = Run(
+                args.runs / f"{seed}-static", Experiment(Data(seed=seed), Model("spectral_static"), Recipe(seed=seed))
+            )
+            other.train(progress=False)
+            row["static"] = static_accuracy(other)
+        if args.scene:
+            for share in (0.5, 0.25):
+                _, timed = run.scene(share)
+                row[f"scene_times_{share:.0%}"] = timed["speed_up"]
+                row[f"scene_macs_{share:.0%}"] = timed["macs_share"]
+        row |= {**facts(), "threads": torch.get_num_threads()}
+        known = list(csv.DictReader(path.open())) if path.exists() else []
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(n for r in [*known, row] for n in r)), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows([*known, row])
+        print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+    rows = list(csv.DictReader(path.open()))
+    for name in ("svm", "full", "static", "at_50", "random_50", "at_25", "macs_50", "macs_25"):
+        values = [float(r[name]) for r in rows if r.get(name)]
+        if values:
+            print(f"median {name}: {np.median(values):.4f}  ({min(values):.4f} to {max(values):.4f})")
+
+
+if __name__ == "__main__":
+    main()
