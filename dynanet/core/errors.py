@@ -5,6 +5,9 @@ They also derive from `ValueError`, so that code which knows nothing of dynanet 
 `assert`s.
 """
 
+from importlib import import_module
+from types import ModuleType
+
 
 class DynanetError(ValueError):
     """Something a user can mend. The message says what came, what was expected, and what to do."""
@@ -46,13 +49,11 @@ class MissingExtraError(DynanetError, ImportError):
     """An optional dependency that is not installed, with the command that installs it."""
 
 
-def require(module: str, extra: str):
+def require(module: str, extra: str) -> ModuleType:
     """Import an optional dependency, or say how to install it.
 
     A broken install (torchvision's CUDA wheel over CPU torch) raises RuntimeError, not ImportError, hence the breadth.
     """
-    from importlib import import_module
-
     try:
         return import_module(module)
     except Exception as error:

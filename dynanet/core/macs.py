@@ -2,13 +2,17 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from dynanet.core.errors import StructureError
 from dynanet.core.trace import Trace
 
 aten = torch.ops.aten
@@ -17,8 +21,9 @@ aten = torch.ops.aten
 class CountMacs(TorchDispatchMode):
     """Counts the multiply-accumulates of convolutions, linears, matmuls and attention that torch executes.
 
-    torch's own formulas, and those it lacks: on the CPU its registry has none for scaled dot product attention, for
-    the fused LSTM, and for products with a vector, and would count them as 0.
+    torch's own formulas, and those it lacks: its registry has none for scaled dot product attention on the CPU, for
+    fused recurrent layers, for the fast path of nn.MultiheadAttention and nn.TransformerEncoderLayer in eval mode, for
+    nn.Bilinear, and for products with a vector, and would count them as 0.
 
     Attributes:
         macs: MACs by the innermost unit that was running, as (layer's name, first unit of the frame); None for what
@@ -27,6 +32,8 @@ class CountMacs(TorchDispatchMode):
     Args:
         trace: of the recording that is open; without it all counts lie under None.
     """
+
+    supports_higher_order_operators = True
 
     def __init__(self, trace: Trace | None = None):
         super().__init__()
@@ -40,8 +47,11 @@ class CountMacs(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            return self._inside(func)(*args, **kwargs)
         packet = func._overloadpacket
-        if packet not in flop_registry and packet not in _MACS:
+        # A fake tensor asks for its device through an operator that cannot even be looked into.
+        if packet not in flop_registry and packet not in _MACS and func is not torch.ops.prim.device.default:
             # Composite operators (linear under inference mode) arrive whole: look inside.
             with self:
                 out = func.decompose(*args, **kwargs)
@@ -54,11 +64,29 @@ class CountMacs(TorchDispatchMode):
             self.macs[self._unit()] += flop_registry[packet](*args, **kwargs, out_val=out) // 2
         return out
 
+    def _inside(self, func: HigherOrderOperator) -> Callable:
+        """An operator on functions (a condition, a loop) as the plain operators it runs, counted one by one."""
+        kernel = _branch if func is torch.ops.higher_order.cond else func.py_kernels.get(DispatchKey.CompositeExplicitAutograd)
+        if kernel is None:
+            raise StructureError(
+                f"MACs cannot be counted inside the higher-order operator {func.name()}; count the model without it"
+            )
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return kernel(*args, **kwargs)
+
+        return counted
+
     def _unit(self) -> tuple[str, range] | None:
         if self.trace is None or not self.trace.frames:
             return None
         frame = self.trace.frames[-1]
         return self.trace.names[frame.layer], frame.units
+
+
+def _branch(condition: Any, yes: Callable, no: Callable, operands: Any) -> Any:
+    return (yes if condition else no)(*operands)
 
 
 def _attention(args: Any, out: Any) -> int:
@@ -71,15 +99,65 @@ def _fused_rnn(args: Any, out: Any) -> int:
     return x.shape[0] * x.shape[1] * (w_input.numel() + w_hidden.numel())
 
 
+def _cudnn_rnn(args: Any, out: Any) -> int:
+    x, weights = args[:2]  # (T, B, I), (B, T, I) or packed (N, I); the weights and biases of all layers and directions
+    return math.prod(x.shape[:-1]) * sum(w.numel() for w in weights if w.dim() == 2)
+
+
+def _native_attention(args: Any, out: Any) -> int:
+    """Linears on the tokens that are there; attention on their padded rectangle, as the operator computes it."""
+    tokens, longest, attended = _tokens(args[0])
+    embed = args[3]
+    return tokens * 4 * embed * embed + attended * longest * 2 * embed
+
+
+def _encoder_layer(args: Any, out: Any) -> int:
+    tokens, longest, attended = _tokens(args[0])
+    embed, feed_forward = args[1], args[14].numel() + args[16].numel()
+    return tokens * (4 * embed * embed + feed_forward) + attended * longest * 2 * embed
+
+
+def _tokens(x: Tensor) -> tuple[int, int, int]:
+    """(tokens, the longest sample's, samples times that) of (B, T, D), or of a nested tensor, which the fast path makes
+    where padding is masked."""
+    if not x.is_nested:
+        return x.shape[0] * x.shape[1], x.shape[1], x.shape[0] * x.shape[1]
+    lengths = x._nested_tensor_size()[:, 0]
+    longest = int(lengths.max())
+    return int(lengths.sum()), longest, lengths.shape[0] * longest
+
+
 def _vector(args: Any, out: Any) -> int:
     matrices = [a for a in args if isinstance(a, Tensor)][-2:]
     return max(a.numel() for a in matrices)
 
 
+def _summed_bmm(args: Any, out: Any) -> int:
+    return math.prod(args[1].shape) * args[2].shape[-1]
+
+
+def _bilinear(args: Any, out: Any) -> int:
+    return args[0].shape[0] * args[1].numel()  # (rows, I1), (O, I1, I2), (rows, I2)
+
+
+def _grouped_mm(args: Any, out: Any) -> int:
+    """Both (groups, ., .), or one of them with the groups side by side in one matrix."""
+    left, right = args[:2]
+    both = left.dim() == right.dim() == 3
+    return math.prod(left.shape if both else left.shape[-2:]) * right.shape[-1]
+
+
 _MACS = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_fused_attention_overrideable: _attention,
+    aten._native_multi_head_attention: _native_attention,
+    aten._transformer_encoder_layer_fwd: _encoder_layer,
     aten.mkldnn_rnn_layer: _fused_rnn,
+    aten._cudnn_rnn: _cudnn_rnn,
+    aten.miopen_rnn: _cudnn_rnn,
+    aten._grouped_mm: _grouped_mm,
+    aten._trilinear: _bilinear,
+    aten.addbmm: _summed_bmm,
     aten.mv: _vector,
     aten.addmv: _vector,
     aten.dot: _vector,

@@ -20,7 +20,7 @@ class Frame(NamedTuple):
         layer: the layer whose unit runs.
         units: the units that run together; nearly always one.
         lead: the shape of the layer's keep without its unit axis.
-        index: sparse form: flat positions of the rows that were taken. None in the dense form.
+        taken: sparse form: flat positions of the rows that were taken. None in the dense form.
         keep: dense form: the flat mask over all rows. None in the sparse form.
         flat: the unit sees its rows along one axis in the dense form too (`Rows.flat`).
     """
@@ -28,14 +28,14 @@ class Frame(NamedTuple):
     layer: "Dynamic"
     units: range
     lead: tuple[int, ...]
-    index: Tensor | None
+    taken: Tensor | None
     keep: Tensor | None
     flat: bool
 
     def home(self, keep: Tensor) -> Tensor:
         """A child's keep, from the rows its unit saw to all rows of the layer; 0 where the unit did not run."""
-        if self.index is not None:
-            everywhere = keep.new_zeros(math.prod(self.lead), *keep.shape[1:]).index_copy(0, self.index, keep)
+        if self.taken is not None:
+            everywhere = keep.new_zeros(math.prod(self.lead), *keep.shape[1:]).index_copy(0, self.taken, keep)
             return everywhere.reshape(*self.lead, *keep.shape[1:])
         assert self.keep is not None
         inner = keep.shape[1:] if self.flat else keep.shape[len(self.lead) :]

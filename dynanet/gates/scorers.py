@@ -16,12 +16,9 @@ class PooledScorer(nn.Module):
 
     def __init__(self, channels: int, units: int = 1, hidden: int = 16, bias: float = 2.0):
         super().__init__()
-        if hidden:
-            self.map: nn.Module = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, units))
-            last = self.map[2]
-        else:
-            self.map = last = nn.Linear(channels, units)
+        last = nn.Linear(hidden or channels, units)
         nn.init.constant_(last.bias, bias)
+        self.map = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), last) if hidden else last
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Scores (B, units)."""

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -86,50 +86,64 @@ class OnnxRuntime(Engine):
         self._runtime = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self._inputs = [node.name for node in self._runtime.get_inputs()]
         self._outputs = [
-            (node.name, tuple(t.shape[1:]), t.dtype, _NUMPY[t.dtype])
+            (node.name, tuple(t.shape[1:]), t.dtype)
             for node, t in zip(self._runtime.get_outputs(), outputs, strict=True)
         ]
         # The exporter drops inputs that the unit does not read.
         self._used = [int(name.removeprefix("input_")) for name in self._inputs]
+        self._row_bytes = [inputs[which][:1].numel() * inputs[which].element_size() for which in self._used]
         self._workspaces, self._chunk = workspaces, 0
         self._buffers: list[Tensor] = []
-        self._bindings: dict[tuple[int, int], tuple[Any, dict[str, int]]] = {}
+        self._plans: dict[int, _Plan] = {}
 
     def chunked(self, rows: int) -> "OnnxRuntime":
         """The same graph, fed so many rows at a time: activations of a small chunk stay in the cache."""
         other = copy.copy(self)
-        other.name, other._chunk, other._buffers, other._bindings = f"{self.name}, {rows} at a time", rows, [], {}
+        other.name, other._chunk, other._buffers, other._plans = f"{self.name}, {rows} at a time", rows, [], {}
         return other
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         """The unit's outputs, bound without a copy."""
         rows = inputs[0].shape[0]
-        inputs, outputs = [t if t.is_contiguous() else t.contiguous() for t in inputs], self._room(rows)
-        step = self._chunk or rows
-        for first in range(0, rows, step):
-            n = min(step, rows - first)
-            # With workspaces most addresses are those of the last call with so many rows: only what changed is bound.
-            binding, bound = self._bindings.setdefault((first, n), (self._runtime.io_binding(), {}))
-            for name, which in zip(self._inputs, self._used, strict=True):
+        inputs = [t if t.is_contiguous() else t.contiguous() for t in inputs]
+        plan = self._plans.get(rows) or self._plan(rows)
+        for first, n, binding, bound in plan.runs:
+            for i, (name, which) in enumerate(zip(self._inputs, self._used, strict=True)):
                 t = inputs[which]
-                address = t.data_ptr() + first * t.stride(0) * t.element_size()
-                if bound.get(name) != address:
+                address = t.data_ptr() + first * self._row_bytes[i]
+                if bound[i] != address:              # with workspaces most addresses are those of the last such call
                     binding.bind_input(name, "cpu", 0, _NUMPY[t.dtype], (n, *t.shape[1:]), address)
-                    bound[name] = address
-            for (name, shape, _, kind), out in zip(self._outputs, outputs, strict=True):
-                address = out.data_ptr() + first * out.stride(0) * out.element_size()
-                if bound.get(name) != address:
-                    binding.bind_output(name, "cpu", 0, kind, (n, *shape), address)
-                    bound[name] = address
+                    bound[i] = address
             self._runtime.run_with_iobinding(binding)
-        return outputs
+        return plan.outputs
 
-    def _room(self, rows: int) -> list[Tensor]:
+    def _plan(self, rows: int) -> "_Plan":
+        """Where so many rows go: outputs bound once, kept for the next call if they lie in workspaces."""
         if not self._workspaces:
-            return [torch.empty(rows, *shape, dtype=dtype) for _, shape, dtype, _ in self._outputs]
-        if not self._buffers or self._buffers[0].shape[0] < rows:
-            self._buffers = [torch.empty(rows, *shape, dtype=dtype) for _, shape, dtype, _ in self._outputs]
-        return [buffer[:rows] for buffer in self._buffers]
+            outputs = [torch.empty(rows, *shape, dtype=dtype) for _, shape, dtype in self._outputs]
+        else:
+            if not self._buffers or self._buffers[0].shape[0] < rows:
+                self._buffers = [torch.empty(rows, *shape, dtype=dtype) for _, shape, dtype in self._outputs]
+                self._plans.clear()
+            outputs = [buffer[:rows] for buffer in self._buffers]
+        runs, step = [], self._chunk or rows
+        for first in range(0, rows, step):
+            n, binding = min(step, rows - first), self._runtime.io_binding()
+            for (name, shape, dtype), out in zip(self._outputs, outputs, strict=True):
+                address = out.data_ptr() + first * out.stride(0) * out.element_size()
+                binding.bind_output(name, "cpu", 0, _NUMPY[dtype], (n, *shape), address)
+            runs.append((first, n, binding, [0] * len(self._inputs)))
+        plan = _Plan(outputs, runs)
+        if self._workspaces:
+            self._plans[rows] = plan
+        return plan
+
+
+class _Plan(NamedTuple):
+    """The outputs of a call, and its runs: (first row, rows, binding, addresses of the bound inputs)."""
+
+    outputs: list[Tensor]
+    runs: list[tuple[int, int, Any, list[int]]]
 
 
 def fastest(

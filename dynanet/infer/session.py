@@ -183,6 +183,18 @@ class StagedHalt(Halt):
         self.engines, self._layouts = engines, layouts
         self.steps, self.limit, self.rows = source.steps, source.limit, Workspaces()
 
+    def forward(self, x: Any) -> Any:
+        """Every row's answer. One row alone either leaves or goes on: there is nothing to gather or put back."""
+        state = self.start(x)
+        if state[0].shape[0] != 1 or self.trace is not None or self.force is not None:
+            return super().forward(x)
+        last = (self.steps if self.limit is None else min(self.limit, self.steps)) - 1
+        for k in range(last):
+            state, answer = self.step(k, state)
+            if not self.source.goes_on(k, self.score(k, state, answer)).item():
+                return answer
+        return self.step(last, state)[1]
+
     def start(self, x: Any) -> list[Tensor]:
         """The tensors of the source's first state."""
         return _tensors(self.source.start(x))
@@ -313,7 +325,7 @@ class _Part(nn.Module):
 def _deploy(model: nn.Module, example: Any, plan: _Plan) -> nn.Module:
     """The model with its static parts replaced by engines."""
     if not _dynamic_inside(model):
-        return _units(nn.ModuleDict({"": model}), {"": (example,)}, plan)[""]
+        return _unit("", model, (example,), plan) or model
     seen: dict[str, tuple[Any, ...]] = {}
     parts = dict(_static_parts(model))
     halts = {
@@ -334,8 +346,12 @@ def _deploy(model: nn.Module, example: Any, plan: _Plan) -> nn.Module:
                 return staged
             model.set_submodule(name, staged)
     inside = tuple(f"{name}." for name in halts)
-    loose = {name: args for name, args in seen.items() if name in parts and not name.startswith(inside)}
-    return _units(model, loose, plan)
+    for name, args in seen.items():
+        if name in parts and not name.startswith(inside):
+            unit = _unit(name, model.get_submodule(name), args, plan)
+            if unit is not None:
+                model.set_submodule(name, unit)
+    return model
 
 
 def _staged(name: str, halt: Halt, x: Any, plan: _Plan) -> StagedHalt:
@@ -350,22 +366,16 @@ def _staged(name: str, halt: Halt, x: Any, plan: _Plan) -> StagedHalt:
     return StagedHalt(halt, engines, layouts)
 
 
-def _units(model: Any, parts: dict[str, tuple[Any, ...]], plan: _Plan) -> Any:
-    for name, args in parts.items():
-        module = model.get_submodule(name) if name else model[""]
-        flat, structure = tree_flatten(args)
-        if not flat or not all(isinstance(leaf, Tensor) and leaf.shape[0] for leaf in flat):
-            continue  # it takes something else than rows: leave it
-        answer, layout = tree_flatten(module(*args))
-        rows = flat[0].shape[0]
-        if not all(isinstance(t, Tensor) and t.dim() and t.shape[0] == rows for t in (*flat, *answer)):
-            continue
-        engine = plan.engine(name, _Part(module, structure), flat, workspaces=False)
-        if name:
-            model.set_submodule(name, Unit(module, engine, flat, layout))
-        else:
-            model[""] = Unit(module, engine, flat, layout)
-    return model
+def _unit(name: str, module: nn.Module, args: tuple[Any, ...], plan: _Plan) -> Unit | None:
+    """The part with its engines; None if it takes or answers something else than rows, and has to stay as it is."""
+    flat, structure = tree_flatten(args)
+    if not flat or not all(isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] for leaf in flat):
+        return None
+    answer, layout = tree_flatten(module(*args))
+    rows = flat[0].shape[0]
+    if not all(isinstance(t, Tensor) and t.dim() and t.shape[0] == rows for t in (*flat, *answer)):
+        return None
+    return Unit(module, plan.engine(name, _Part(module, structure), flat, workspaces=False), flat, layout)
 
 
 def _static_parts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -31,8 +31,8 @@ class Tokens(NamedTuple):
             mark[:, 0] = 1
             return mark
         mark = torch.zeros_like(self.x[:, 0])
-        starts = torch.tensor((0, *self.lengths[:-1]), device=mark.device).cumsum(0)
-        mark[starts[torch.tensor(self.lengths, device=mark.device) > 0]] = 1
+        lengths = torch.tensor(self.lengths, dtype=torch.long, device=mark.device)
+        mark[(lengths.cumsum(0) - lengths)[lengths > 0]] = 1
         return mark
 
 
@@ -93,8 +93,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, heads: int
         mask = None if tokens.alive is None else (tokens.alive > 0)[:, None, None, :]
         return _heads_attend(query, key, value, heads, mask)
     if len(set(tokens.lengths)) == 1 and tokens.lengths[0] > 0:
-        rectangle = (z.unflatten(0, (len(tokens.lengths), -1)) for z in (query, key, value))
-        return _heads_attend(*rectangle, heads).flatten(0, 1)
+        q, k, v = (z.unflatten(0, (len(tokens.lengths), -1)) for z in (query, key, value))
+        return _heads_attend(q, k, v, heads).flatten(0, 1)
     samples = zip(*(z.split(tokens.lengths) for z in (query, key, value)), strict=True)
     parts = [_heads_attend(q[None], k[None], v[None], heads)[0] for q, k, v in samples if q.shape[0]]
     return torch.cat(parts) if parts else torch.zeros_like(query)
