@@ -26,9 +26,19 @@ from dynanet.core.halt import Halt
 from dynanet.core.trace import Trace, record
 
 if TYPE_CHECKING:
-    from dynanet import bench, export, gates, infer, inspect, mechanisms, nets, ops, train, zoo
-    from dynanet.convert import convert
-    from dynanet.loading import load
+    from dynanet import bench as bench
+    from dynanet import data as data
+    from dynanet import export as export
+    from dynanet import gates as gates
+    from dynanet import infer as infer
+    from dynanet import inspect as inspect
+    from dynanet import mechanisms as mechanisms
+    from dynanet import nets as nets
+    from dynanet import ops as ops
+    from dynanet import train as train
+    from dynanet import zoo as zoo
+    from dynanet.convert import convert as convert
+    from dynanet.loading import load as load
 
 __version__ = "0.1.0"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonargparse
+import torch
 
 from dynanet.core.errors import DynanetError
 from dynanet.experiment import Data, Experiment, Model, Recipe
@@ -51,8 +52,8 @@ def train(
 ) -> None:
     """Train a network and save it in a run folder.
 
-    Without more it trains the hyperspectral pixel classifier on Indian Pines. `--config file.yaml` takes data, model and
-    recipe from a file; single values can be set beside it: `--recipe.epochs 5`.
+    Without more it trains the hyperspectral pixel classifier on Indian Pines. `--config file.yaml` takes data, model
+    and recipe from a file; single values can be set beside it: `--recipe.epochs 5`.
 
     Args:
         out: the run folder; new, unless you resume.
@@ -213,6 +214,8 @@ def demo(out: Path = Path("runs/demo"), seed: int = 0, json: bool = False) -> No
     from dynanet.runs import Asked, Run
 
     start = time.monotonic()
+    # One thread trains this small network in well under a minute, and a busy machine does not slow it tenfold.
+    torch.set_num_threads(1)
 
     def step(title: str) -> None:
         if not json:

@@ -269,8 +269,8 @@ class Run:
         if problem.scene is not None:
             scene, seconds = self.scene()
             origin.more["whole scene"] = (
-                f"{seconds['seconds']:.2f} s at {seconds['macs_share']:.0%} of the MACs, {seconds['full_seconds']:.2f} s in "
-                f"full: {seconds['speed_up']:.2f} times faster"
+                f"{seconds['seconds']:.2f} s at {seconds['macs_share']:.0%} of the MACs, "
+                f"{seconds['full_seconds']:.2f} s in full: {seconds['speed_up']:.2f} times faster"
             )
             pines = problem.scene
             positions = pines.positions("test")

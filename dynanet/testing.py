@@ -5,7 +5,8 @@
 
 1. The sparse form answers what the dense form answers.
 2. A row's answer does not depend on its neighbours.
-3. The price is true: what the cost model says was spent is what ran, counted at dispatch, sample by sample.
+3. The price is true: what the cost model says was spent is what ran, counted at dispatch, sample by sample. And there
+   is one: units that cost nothing cannot be skipped (a layer that multiplies by a mask has only those).
 4. The dense and the sparse trace agree.
 5. Gradients reach the gates, from the answer and from what was spent.
 6. It saves, loads, exports, compiles and runs in bfloat16.
@@ -22,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dynanet.core.cost import CostModel
 from dynanet.core.decision import Decision
-from dynanet.core.dynamic import execute, forced
+from dynanet.core.dynamic import everything, execute, forced
 from dynanet.core.gate import Gate
 from dynanet.core.macs import CountMacs
 from dynanet.core.trace import Trace, record
@@ -51,8 +52,8 @@ def check_dynamic(
     Raises:
         AssertionError: with the law that is broken and the figures.
     """
+    check_neighbours(model, example)  # first: a gate that looks at the whole batch breaks laws 1 and 3 too
     check_equal(model, example, draws=draws)
-    check_neighbours(model, example)
     check_gradients(model, example, gates)
     check_saving(model, example)
     if portable:
@@ -87,6 +88,7 @@ def check_equal(model: nn.Module, example: Tensor, *, draws: int = 6) -> None:
     exact, close = copy.deepcopy(model).double().eval(), copy.deepcopy(model).float().eval()
     decisions = [None, *_forcings(draws)]
     cost = CostModel(exact, example.double())
+    _priced(cost, _both(exact, example.double(), everything)[1].trace)
     for decide in decisions:
         for x in (example, example[:1], example[:0]):
             dense, sparse = _both(exact, x.double(), decide)
@@ -195,6 +197,16 @@ def _alone_macs(model: nn.Module, x: Tensor, decide: Callable[[Decision], Tensor
             model(x[i : i + 1])
         ran.append(count.total)
     return torch.tensor(ran, dtype=torch.float64)
+
+
+def _priced(cost: CostModel, trace: Trace) -> None:
+    """Law 3: what can be skipped costs something, in the layer's own units or in layers inside them."""
+    around = {name for call in trace.calls for name, _ in call.within}
+    for name, prices in cost.unit.items():
+        assert prices.any() or name in around, (
+            f"law 3: the units of the layer {name!r} cost nothing, so skipping them saves nothing; call them through "
+            f"`run`, or inside `within`"
+        )
 
 
 def _agree(dense: Trace, sparse: Trace, decide: Any) -> None:

@@ -38,7 +38,7 @@ def objective_for(args):
     from dynanet.train.objectives import MultiExit
 
     exits = 5
-    return MultiExit([1 / exits] * exits, distill=0.5)              # the sum, at this rate, is a rate five times too high
+    return MultiExit([1 / exits] * exits, distill=0.5)  # their sum would be five times the rate
 
 
 def accuracy(model, x, y, mean, std):

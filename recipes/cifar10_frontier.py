@@ -10,6 +10,7 @@ images in their own order. All cells are written, whatever they say.
 import argparse
 import csv
 import io
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,14 @@ WIDTHS = {"static-0.5": 0.5, "static-0.7": 0.7, "static-1.0": 1.0}
 
 def static_right(model, x, y):
     with torch.no_grad():
-        return float(np.mean([(model(b).argmax(1) == t).float().mean() for b, t in zip(x.split(500), y.split(500))]))
+        return float(
+            np.mean([(model(b).argmax(1) == t).float().mean() for b, t in zip(x.split(500), y.split(500), strict=True)])
+        )
+
+
+def each(run, groups):
+    for group in groups:
+        run(group)
 
 
 def write(path, rows):
@@ -104,8 +112,8 @@ def main():
             check_equivalent(deployed, session, x[:256])
             groups = x[:count_].split(batch)
             engines = dense_engines(static, groups[0])
-            runs = {"session": lambda: [session(b) for b in groups]}
-            runs |= {n: (lambda engine=e: [engine([b]) for b in groups]) for n, e in engines.items()}
+            runs = {"session": partial(each, session, groups)}
+            runs |= {n: partial(each, lambda b, engine=e: engine([b]), groups) for n, e in engines.items()}
             with torch.no_grad():
                 seconds = paired(runs, rounds=args.rounds)
             best = min(engines, key=lambda n: np.median(seconds[n]))

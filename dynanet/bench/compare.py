@@ -110,10 +110,10 @@ def compare(
 def line(row: Row) -> str:
     """A row in a line of text."""
     return (
-        f"batch {row.batch:>3} x {row.threads} thread(s): {row.session_ms:7.3f} ms/sample, {row.over_reference:5.2f}x the "
-        f"untouched model | {row.over_same_engine:5.2f}x same engine dense, {row.over_best_dense:5.2f}x best dense "
-        f"({row.best_dense}), {row.over_flop_ratio:4.2f} of the FLOP ratio, {row.over_latency_theory:4.2f} of the latency "
-        f"theory"
+        f"batch {row.batch:>3}, {row.threads} thread(s): {row.session_ms:.3f} ms/sample, {row.over_reference:.2f} "
+        f"times the untouched model; {row.over_same_engine:.2f} the same engine dense, {row.over_best_dense:.2f} the best "
+        f"dense engine ({row.best_dense}); {row.over_flop_ratio:.2f} of the FLOP ratio, {row.over_latency_theory:.2f} of the "
+        f"latency theory"
     )
 
 

@@ -36,12 +36,12 @@ class CostModel:
         example: an input batch; one sample suffices.
 
     Raises:
-        StructureError: an example without samples.
+        StructureError: an example without samples, or (where attention is priced) of one row per sample only.
     """
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, example: Any):
-        samples = tree_leaves(example)[0].shape[0]
+        samples = next(leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor)).shape[0]
         if samples == 0:
             raise StructureError("a cost model needs an example with at least one sample; this batch is empty")
         found = layers(model)
@@ -66,15 +66,11 @@ class CostModel:
         In training it is the expected cost, with gradients to every gate that a unit hung on.
 
         Raises:
-            StructureError: the trace is of another model.
+            StructureError: the trace is empty, or of a model with other units.
         """
-        spent: Tensor | float = self.always
+        spent = _zeros(trace) + self.always
         for call in trace.calls:
             spent = spent + self._call(call)
-        if not isinstance(spent, Tensor):
-            raise StructureError(
-                "nothing was decided in this trace: run the model inside `with record(model) as trace`"
-            )
         return spent
 
     def steps(self, trace: Trace, name: str = "") -> Tensor:
@@ -82,37 +78,45 @@ class CostModel:
 
         Read off a trace in which every step ran (`forced(model, everything)`, or no threshold); decisions of layers
         inside the steps count as they were made.
+
+        Raises:
+            StructureError: the trace is empty, of a model with other units, or has no layer of that name.
         """
+        if name not in trace.names.values():
+            raise StructureError(f"{name!r} is no layer of this trace; there are {sorted(trace.names.values())}")
+        zeros = _zeros(trace)
         depth = 1 + max((call.first + 1 for call in trace.calls if call.name == name), default=0)
-        spent: list[Tensor | float] = [0.0] * depth
+        spent = [zeros] * depth
         for call in trace.calls:
             if call.name == name:
                 arrived = call.first + 1
             else:
                 arrived = 1 + max((unit for layer, unit in call.within if layer == name), default=-1)
             spent[arrived] = spent[arrived] + self._call(call)
-        batch = next((call.keep for call in trace.calls), None)
-        if batch is None:
-            raise StructureError(f"no decision of {name!r} in this trace: record a pass of the model first")
-        column = [torch.as_tensor(s, dtype=torch.float64, device=batch.device).expand(batch.shape[0]) for s in spent]
-        return self.always + torch.stack(column, 1).cumsum(1)
+        return self.always + torch.stack(spent, 1).cumsum(1)
 
     def _call(self, call: Call) -> Tensor:
         if call.name not in self.unit:
             raise StructureError(f"the trace has a layer {call.name!r} that this cost model never saw; make one for it")
-        prices = self.unit[call.name].to(call.keep.device)
-        return self._price[call.name](call.keep, prices[call.first : call.first + call.keep.shape[-1]])
+        prices = self.unit[call.name].to(call.keep.device)[call.first : call.first + call.keep.shape[-1]]
+        if prices.shape[0] != call.keep.shape[-1]:
+            raise StructureError(
+                f"{call.name!r} decided on unit {call.first + call.keep.shape[-1] - 1}, which did not run when this "
+                f"cost model was made (has a limit been raised since?); make one for the model as it is"
+            )
+        return self._price[call.name](call.keep, prices)
 
     def __str__(self) -> str:
+        full = self.full or 1.0  # a model without a product has nothing to share out
         lines = [f"{'layer':32} {'unit':>5} {'MACs per row':>16} {'share':>7}"]
-        lines.append(f"{'(always)':32} {'':>5} {self.always:>16,.0f} {self.always / self.full:>7.1%}")
+        lines.append(f"{'(always)':32} {'':>5} {self.always:>16,.0f} {self.always / full:>7.1%}")
         for name, prices in self.unit.items():
             for u, price in enumerate(prices):
                 shown = f"{price.item():,.0f}" if price.dim() == 0 else " + ".join(f"{p:,.0f}" for p in price.tolist())
-                share = f"{price.item() / self.full:.1%}" if price.dim() == 0 else ""
+                share = f"{price.item() / full:.1%}" if price.dim() == 0 else ""
                 lines.append(f"{name or '(model)':32} {u:>5} {shown:>16} {share:>7}")
-        lines.append(f"{'full (dense, all computed)':38} {self.full:>16,.0f} {'100.0%':>7}")
-        lines.append(f"{'worst case (sparse, all kept)':38} {self.worst:>16,.0f} {self.worst / self.full:>7.1%}")
+        lines.append(f"{'full (dense, all computed)':38} {self.full:>16,.0f} {self.full / full:>7.1%}")
+        lines.append(f"{'worst case (sparse, all kept)':38} {self.worst:>16,.0f} {self.worst / full:>7.1%}")
         return "\n".join(lines)
 
 
@@ -135,6 +139,18 @@ def _counted(model: nn.Module, example: Any, keep: Callable[[Decision], Tensor])
     with record(model) as trace, forced(model, keep), CountMacs(trace) as count:
         model(example)
     return trace, count.macs
+
+
+def _zeros(trace: Trace) -> Tensor:
+    """A zero for every sample of a trace, (B,) float64."""
+    heard = [call.keep for call in trace.calls[:1]]
+    if not heard:  # a Halt that may take one step only decides nothing, but it answers
+        heard = [leaf for leaf in tree_leaves(trace.answers) if isinstance(leaf, Tensor)]
+    if heard:
+        return torch.zeros(heard[0].shape[0], dtype=torch.float64, device=heard[0].device)
+    if not trace.names:
+        raise StructureError("this trace is of a model without dynamic layers: every sample costs `cost.always`")
+    raise StructureError("nothing was decided in this trace: run the model inside `with record(model) as trace`")
 
 
 def _one_in(n: int) -> Callable[[Decision], Tensor]:
@@ -163,6 +179,11 @@ def _prices(name: str, layer: Dynamic, passes: list[tuple[Trace, Any]]) -> Tenso
         spent = torch.tensor(macs, dtype=torch.float64)
         if layer.degree == 1:
             prices[list(frame[1])] = spent / rows[:, 0].clamp(min=1)
+        elif torch.linalg.matrix_rank(rows) < layer.degree:
+            raise StructureError(
+                f"{name!r} has a price of degree {layer.degree} in its rows, and this example is too small to tell the "
+                f"degrees apart; give samples of at least {layer.degree} rows"
+            )
         else:
             prices[list(frame[1])] = torch.linalg.solve(rows, spent)
     return prices[:, 0] if layer.degree == 1 else prices

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic
+from dynanet.core.errors import StructureError
 from dynanet.core.rows import LEADING, Rows
 
 
@@ -48,7 +49,13 @@ class Halt(Dynamic):
         """
 
     def forward(self, x: Any) -> Any:
-        """Every row's answer from the step at which it left."""
+        """Every row's answer from the step at which it left.
+
+        Raises:
+            StructureError: a limit below 1.
+        """
+        if self.limit is not None and self.limit < 1:
+            raise StructureError(f"limit is {self.limit}, but the first step always runs; set it to 1 or more, or None")
         state, before = self.start(x), []
         last = (self.steps if self.limit is None else min(self.limit, self.steps)) - 1
         with ExitStack() as frames:

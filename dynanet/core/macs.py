@@ -66,7 +66,9 @@ class CountMacs(TorchDispatchMode):
 
     def _inside(self, func: HigherOrderOperator) -> Callable:
         """An operator on functions (a condition, a loop) as the plain operators it runs, counted one by one."""
-        kernel = _branch if func is torch.ops.higher_order.cond else func.py_kernels.get(DispatchKey.CompositeExplicitAutograd)
+        kernel = func.py_kernels.get(DispatchKey.CompositeExplicitAutograd)
+        if func is torch.ops.higher_order.cond:  # its own kernel refuses to run under a mode
+            kernel = _branch
         if kernel is None:
             raise StructureError(
                 f"MACs cannot be counted inside the higher-order operator {func.name()}; count the model without it"

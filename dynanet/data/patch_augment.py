@@ -11,7 +11,7 @@ class TurnPaste:
     """Every patch is turned or mirrored at random; some get a half-plane of another patch of the batch.
 
     Pasting leaves the centre pixel, and so the label, alone: the network learns that what lies across a field's edge
-    says little about the pixel. (Cut and paste of labels' context as in CutMix, arXiv:1905.04899, without mixing labels.)
+    says little about the pixel. (CutMix, arXiv:1905.04899, without mixing labels.)
 
     Draws from torch's global generator, which `train.Batches` seeds batch by batch.
 

@@ -46,9 +46,11 @@ class Entropy(Confidence):
         """-log H, summed in logarithms: sum over classes of exp(log p + log(-log p))."""
         log_p = logits.log_softmax(-1)
         log_p = torch.where(log_p.isneginf(), torch.finfo(log_p.dtype).min, log_p)
-        # -log p of the top class underflows long before the others do; from the log-odds s it is softplus(-s) ~ e^-s.
+        # -log p of the top class underflows long before the others do; from the log-odds s it is softplus(-s),
+        # and the logarithm of that is -s - e^-s / 2 + O(e^-2s).
         odds = _log_odds(logits)
-        top = torch.where(odds > 15, -odds, nn.functional.softplus(-odds.clamp(max=15)).log())
+        far, near = odds.clamp(min=15), odds.clamp(max=15)
+        top = torch.where(odds > 15, -far - (-far).exp() / 2, nn.functional.softplus(-near).log())
         terms = log_p + torch.where(log_p == log_p.amax(-1, keepdim=True), top, (-log_p).clamp(min=1e-30).log())
         return -terms.logsumexp(-1, keepdim=True)
 
@@ -63,9 +65,10 @@ class Margin(Confidence):
 
 
 class Patience(Confidence):
-    """How many exits before this one, without a break, gave the same answer (PABEE: Zhou et al. 2020, arXiv:2006.04152).
+    """How many exits before this one, without a break, gave the same answer.
 
-    A threshold of p exits once p exits in a row have agreed with the one before them.
+    A threshold of p exits once p exits in a row have agreed with the one before them (PABEE: Zhou et al. 2020,
+    arXiv:2006.04152).
     """
 
     def remember(self, logits: Tensor, memory: Any) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,7 @@ class StraightThrough(Rule):
         if not self.training:
             return hard
         soft = ((score - self.at) / self.temperature).sigmoid()
-        return hard + soft - soft.detach()
+        return hard + (soft - soft.detach())
 
 
 class Gumbel(Rule):
@@ -97,7 +97,7 @@ class Gumbel(Rule):
         uniform = torch.rand_like(score).clamp(1e-6, 1 - 1e-6)
         soft = ((score + uniform.logit()) / self.temperature).sigmoid()
         hard = (soft > 0.5).to(score.dtype)
-        return hard + soft - soft.detach()
+        return hard + (soft - soft.detach())
 
 
 class Bernoulli(Rule):

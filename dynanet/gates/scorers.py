@@ -16,9 +16,10 @@ class PooledScorer(nn.Module):
 
     def __init__(self, channels: int, units: int = 1, hidden: int = 16, bias: float = 2.0):
         super().__init__()
+        before = [nn.Linear(channels, hidden), nn.ReLU()] if hidden else []
         last = nn.Linear(hidden or channels, units)
         nn.init.constant_(last.bias, bias)
-        self.map = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), last) if hidden else last
+        self.map = nn.Sequential(*before, last) if before else last
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Scores (B, units)."""

@@ -1,7 +1,7 @@
 """Engines run one static unit: eager torch, or an ONNX Runtime graph with a dynamic batch. Flat tensors in and out.
 
-A unit here is a function of tensors whose first axis is the rows, with nothing dynamic inside. Which engine is faster depends on the unit, the batch and the machine, so a session
-measures (`fastest`) and does not guess.
+A unit here is a function of tensors whose first axis is the rows, with nothing dynamic inside. Which engine is faster
+depends on the unit, the batch and the machine, so a session measures (`fastest`) and does not guess.
 """
 
 import copy

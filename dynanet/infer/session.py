@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,9 @@ class Session(nn.Module):
         # Not registered: the layers of a session have the names they have in the model.
         vars(self)["model"] = execute(deployed.eval(), sparse=True)
 
+    if TYPE_CHECKING:
+        model: nn.Module
+
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         """The deployed model's modules, under the names they have in the model."""
         return self.model.named_modules(*args, **kwargs)
@@ -96,8 +99,7 @@ class Session(nn.Module):
             x = tree_map(lambda t: t.to(self.device), x)
         if (x if isinstance(x, Tensor) else tree_flatten(x)[0][0]).shape[0] == 0:
             return self._empty
-        # Answers may lie in a workspace that the next call overwrites.
-        return over_tensors(torch.clone, self.model(x))
+        return self.model(x)
 
     @torch.no_grad()
     def stream(self, samples: Iterable[Any], batch: int = 64) -> Iterator[Any]:
@@ -146,13 +148,19 @@ class Session(nn.Module):
 
 
 class Workspaces(Leading):
-    """Leading rows, gathered into buffers that are allocated once and written again at every call."""
+    """Leading rows, gathered into buffers that are allocated once and written again in every pass."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[int, torch.Size, torch.dtype], Tensor] = {}
+        self._buffers: dict[tuple[int, int, torch.Size, torch.dtype], Tensor] = {}
+        self._takes = 0
+
+    def begin(self) -> None:
+        """A new pass: what the last one took may be overwritten."""
+        self._takes = 0
 
     def take(self, x: Any, lead: tuple[int, ...], index: Tensor) -> Any:
-        """The rows at `index`. Valid until the next step takes."""
+        """The rows at `index`. Valid until the next pass: what a step hands on as it came is gathered again."""
+        self._takes += 1
         if isinstance(x, list):  # the state of a StagedHalt: no tree to flatten
             return [self._row(i, t, index) for i, t in enumerate(x)]
         leaves, structure = tree_flatten(x)
@@ -163,7 +171,7 @@ class Workspaces(Leading):
             return t
         if not t.is_contiguous() or t.device.type != "cpu":
             return take_rows(t, index)
-        key = (place, t.shape[1:], t.dtype)
+        key = (self._takes, place, t.shape[1:], t.dtype)
         if key not in self._buffers or self._buffers[key].shape[0] < index.numel():
             self._buffers[key] = t.new_empty(t.shape[0], *t.shape[1:])
         return torch.index_select(t, 0, index, out=self._buffers[key][: index.numel()])
@@ -177,17 +185,25 @@ class StagedHalt(Halt):
         source: the Halt it runs; asked for its rule, so that thresholds stay where they are.
     """
 
-    def __init__(self, source: Halt, engines: "list[ByBatch]", layouts: list[Any]):
+    if TYPE_CHECKING:
+        source: Halt
+
+    def __init__(self, source: Halt, engines: "list[ByBatch]", states: "list[_Layout]", answers: "list[_Layout]"):
         super().__init__()
         vars(self)["source"] = source  # not registered: there is one layer here, not two
-        self.engines, self._layouts = engines, layouts
-        self.steps, self.limit, self.rows = source.steps, source.limit, Workspaces()
+        self.engines, self._states, self._answers = engines, states, answers
+        self.steps, self.limit, self._workspaces = source.steps, source.limit, Workspaces()
+        self.rows = self._workspaces
 
     def forward(self, x: Any) -> Any:
-        """Every row's answer. One row alone either leaves or goes on: there is nothing to gather or put back."""
+        """Every row's answer, in memory of its own: what engines write lies in workspaces."""
+        alone = (x if isinstance(x, Tensor) else _tensors(x)[0]).shape[0] == 1
+        answer = self._alone(x) if alone and self.trace is None and self.force is None else super().forward(x)
+        return over_tensors(torch.clone, answer)
+
+    def _alone(self, x: Any) -> Any:
+        """One row either leaves or goes on: there is nothing to gather or put back."""
         state = self.start(x)
-        if state[0].shape[0] != 1 or self.trace is not None or self.force is not None:
-            return super().forward(x)
         last = (self.steps if self.limit is None else min(self.limit, self.steps)) - 1
         for k in range(last):
             state, answer = self.step(k, state)
@@ -197,13 +213,16 @@ class StagedHalt(Halt):
 
     def start(self, x: Any) -> list[Tensor]:
         """The tensors of the source's first state."""
+        self._workspaces.begin()
         return _tensors(self.source.start(x))
 
     def step(self, k: int, state: list[Tensor]) -> tuple[list[Tensor], Any]:
         """One engine call: state, answer and score."""
         outputs = self.engines[k](state)
-        states, answers, structure = self._layouts[k]
-        answer = tree_unflatten(outputs[states : states + answers], structure)
+        if self.trace is not None:  # a trace outlives the pass
+            outputs = [t.clone() for t in outputs]
+        states, answers = self._states[k].tensors, self._answers[k].tensors
+        answer = self._answers[k].filled(outputs[states : states + answers])
         return [*outputs[:states], *outputs[states + answers :]], answer
 
     def score(self, k: int, state: list[Tensor], answer: Any) -> Tensor:
@@ -217,6 +236,9 @@ class StagedHalt(Halt):
 
 class Unit(nn.Module):
     """A static part of a model, run by an engine in the model's place."""
+
+    if TYPE_CHECKING:
+        module: nn.Module
 
     def __init__(self, module: nn.Module, engine: "ByBatch", inputs: Sequence[Tensor], structure: Any):
         super().__init__()
@@ -249,6 +271,7 @@ class ByBatch:
         self._empty = list(outputs)
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The unit's outputs."""
         if self.listener is not None:
             self.listener(inputs)
         rows = inputs[0].shape[0]
@@ -296,19 +319,40 @@ class _Plan:
 
 
 class _Step(nn.Module):
-    """Step k of a Halt as a function of flat tensors: (state..., answer..., score); the last step answers only."""
+    """Step k of a Halt as a function of flat tensors: (state..., answer..., score); the last step answers only.
 
-    def __init__(self, halt: Halt, k: int, structure: Any, tensors: list[bool]):
+    What is no tensor in the state (a size, None) stays as it was when the step was made.
+    """
+
+    def __init__(self, halt: Halt, k: int, state: "_Layout"):
         super().__init__()
-        self.halt, self.k, self._structure, self._tensors = halt, k, structure, tensors
+        self.halt, self.k, self._state = halt, k, state
 
     def forward(self, *flat: Tensor) -> tuple[Tensor, ...]:
-        tensors = iter(flat)
-        leaves = [next(tensors) if is_tensor else None for is_tensor in self._tensors]
-        state, answer = self.halt.step(self.k, tree_unflatten(leaves, self._structure))
+        state, answer = self.halt.step(self.k, self._state.filled(flat))
         if self.k + 1 == self.halt.steps:
             return tuple(_tensors(answer))
         return (*_tensors(state), *_tensors(answer), self.halt.score(self.k, state, answer))
+
+
+class _Layout:
+    """A pytree without its tensors; what else it holds stays in its place.
+
+    Attributes:
+        tensors: how many there are.
+    """
+
+    def __init__(self, tree: Any):
+        leaves, self._structure = tree_flatten(tree)
+        self._others = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
+        self.tensors = len(leaves) - len(self._others)
+
+    def filled(self, tensors: Sequence[Tensor]) -> Any:
+        """The pytree with these tensors."""
+        leaves: list[Any] = list(tensors)
+        for i, other in self._others.items():
+            leaves.insert(i, other)
+        return tree_unflatten(leaves, self._structure)
 
 
 class _Part(nn.Module):
@@ -327,27 +371,34 @@ def _deploy(model: nn.Module, example: Any, plan: _Plan) -> nn.Module:
     if not _dynamic_inside(model):
         return _unit("", model, (example,), plan) or model
     seen: dict[str, tuple[Any, ...]] = {}
+    named: set[str] = set()  # called with arguments by name, which engines do not take
+
+    def see(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.setdefault(name, args)
+        if kwargs:
+            named.add(name)
+
     parts = dict(_static_parts(model))
     halts = {
         name: m for name, m in model.named_modules() if isinstance(m, Halt) and not _dynamic_inside(m, itself=False)
     }
     handles = [
-        module.register_forward_pre_hook(lambda m, args, name=name: seen.setdefault(name, args) and None)
+        module.register_forward_pre_hook(lambda m, args, kwargs, name=name: see(name, args, kwargs), with_kwargs=True)
         for name, module in {**parts, **halts}.items()
     ]
     with forced(model, everything):
         execute(model, sparse=True)(example)
     for handle in handles:
         handle.remove()
+    halts = {name: halt for name, halt in halts.items() if name in seen and name not in named}
     for name, halt in halts.items():
-        if name in seen:
-            staged = _staged(name, halt, over_tensors(lambda t: t[:_MOST_ROWS], seen[name][0]), plan)
-            if not name:
-                return staged
-            model.set_submodule(name, staged)
+        staged = _staged(name, halt, over_tensors(lambda t: t[:_MOST_ROWS], seen[name][0]), plan)
+        if not name:
+            return staged
+        model.set_submodule(name, staged)
     inside = tuple(f"{name}." for name in halts)
     for name, args in seen.items():
-        if name in parts and not name.startswith(inside):
+        if name in parts and name not in named and not name.startswith(inside):
             unit = _unit(name, model.get_submodule(name), args, plan)
             if unit is not None:
                 model.set_submodule(name, unit)
@@ -355,15 +406,14 @@ def _deploy(model: nn.Module, example: Any, plan: _Plan) -> nn.Module:
 
 
 def _staged(name: str, halt: Halt, x: Any, plan: _Plan) -> StagedHalt:
-    engines, layouts, state = [], [], halt.start(x)
+    engines, states, answers, state = [], [], [], halt.start(x)
     for k in range(halt.steps):
-        leaves, structure = tree_flatten(state)
-        unit = _Step(halt, k, structure, [isinstance(leaf, Tensor) for leaf in leaves])
+        unit = _Step(halt, k, _Layout(state))
         engines.append(plan.engine(f"{name}.step{k}".strip("."), unit, _tensors(state), workspaces=True))
         state, answer = halt.step(k, state)
-        answers, layout = tree_flatten(answer)
-        layouts.append((len(_tensors(state)) if k + 1 < halt.steps else 0, len(answers), layout))
-    return StagedHalt(halt, engines, layouts)
+        states.append(_Layout(state if k + 1 < halt.steps else ()))
+        answers.append(_Layout(answer))
+    return StagedHalt(halt, engines, states, answers)
 
 
 def _unit(name: str, module: nn.Module, args: tuple[Any, ...], plan: _Plan) -> Unit | None:

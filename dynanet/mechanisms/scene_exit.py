@@ -61,7 +61,8 @@ class SceneExit(Dynamic):
             raise StructureError("a scene form needs a stem and at least one later stage; this model has one stage")
         rest = EarlyExit(list(model.stages)[1:], list(model.exits)[1:], model.confidence)
         rest.thresholds.copy_(model.thresholds[1:])
-        return cls(model.stages[0], first, rest, patch, model.thresholds[0].item(), model.confidence).train(model.training)
+        scene = cls(model.stages[0], first, rest, patch, model.thresholds[0].item(), model.confidence)
+        return scene.train(model.training)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         """Logits for every pixel, (B, H, W, classes)."""

@@ -9,10 +9,11 @@ from dynanet.ops.tokens import TOKEN_ROWS, Tokens
 
 
 class TokenDrop(Dynamic):
-    """The unit is the rest: blocks that run for the kept tokens only, and may drop again (DynamicViT, arXiv:2106.02034).
+    """The unit is the rest: blocks that run for the kept tokens only, and may drop again.
 
-    Around a single block it is Mixture-of-Depths (arXiv:2404.02258) with a threshold instead of a capacity. The first
-    token of every sample (CLS) always stays. Counts may differ from sample to sample.
+    DynamicViT (Rao et al. 2021, arXiv:2106.02034) with counts that may differ from sample to sample. Around a single
+    block it is Mixture-of-Depths (arXiv:2404.02258) with a threshold instead of a capacity. The first token of every
+    sample (CLS) always stays.
 
     Args:
         rest: maps Tokens to Tokens.

@@ -31,7 +31,7 @@ class UpdateSkip(Dynamic):
         h, u, du = x_BTD.new_zeros(batch, self.hidden), x_BTD.new_ones(batch, 1), x_BTD.new_zeros(batch, 1)
         for t in range(x_BTD.shape[1]):
             hard = (u > 0.5).to(u.dtype)
-            keep = self.tap(Decision(hard + u - u.detach() if self.training else hard, u)).keep
+            keep = self.tap(Decision(hard + (u - u.detach()) if self.training else hard, u)).keep
             h, du = self.run(0, self._update, keep[:, 0], (x_BTD[:, t], h), otherwise=(h, du))
             u = keep * du + (1 - keep) * (u + torch.minimum(du, 1 - u))
         return h

@@ -53,13 +53,13 @@ class Tiles(Rows):
                 reads += _padding(layer)[0]
             elif isinstance(layer, Dynamic):
                 raise StructureError(
-                    f"{type(layer).__name__} lies inside a spatial unit, where a row would belong to its tile and to the "
-                    f"halos around it; put it around the spatial layer instead"
+                    f"{type(layer).__name__} lies inside a spatial unit, where a row would belong to its tile and to "
+                    f"the halos around it; put it around the spatial layer instead"
                 )
             elif not isinstance(layer, _POSITION_WISE):
                 raise StructureError(
-                    f"{type(layer).__name__} cannot run on tiles: a unit is a Sequential of stride-1 'same' convolutions, "
-                    f"batch norms and activations"
+                    f"{type(layer).__name__} cannot run on tiles: a unit is a Sequential of stride-1 'same' "
+                    f"convolutions, batch norms and activations"
                 )
         if reads > self.halo:
             raise StructureError(
@@ -151,6 +151,8 @@ def _chain(unit: nn.Module) -> list[nn.Module]:
 
 
 def _padding(layer: nn.Conv2d) -> tuple[int, ...]:
+    if layer.padding == "valid":
+        return 0, 0
     if isinstance(layer.padding, str):
         return tuple(d * (k - 1) // 2 for d, k in zip(layer.dilation, layer.kernel_size, strict=True))
     return layer.padding

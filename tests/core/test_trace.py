@@ -1,0 +1,182 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from dynanet.core.decision import Decision
+from dynanet.core.dynamic import Dynamic, execute
+from dynanet.core.gate import Gate
+from dynanet.core.rows import Leading
+from dynanet.core.trace import Frame, record
+from dynanet.gates.rules import Soft, Threshold
+from dynanet.mechanisms.layer_skip import LayerSkip
+
+
+def skip(block, rule=None):
+    return LayerSkip(block, Gate(nn.Linear(4, 1), rule or Threshold()))
+
+
+class Nest(nn.Module):
+    """A layer in a layer: the inner one speaks of the rows that the outer one kept."""
+
+    def __init__(self, rule=None):
+        super().__init__()
+        self.outer = skip(nn.Sequential(nn.Linear(4, 4), skip(nn.Linear(4, 4), rule)), rule)
+
+    def forward(self, x):
+        return self.outer(x)
+
+
+def keeps(lead, seed):
+    return (torch.rand(lead, generator=torch.Generator().manual_seed(seed)) < 0.5).double()
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=3).map(tuple), st.integers(0, 99), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_a_frame_takes_home_the_same_keep_from_dense_and_sparse_rows(lead, seed, flat):
+    """Dense: the unit sees all rows, along one axis or in their layout. Sparse: those that were taken."""
+    outer = keeps(lead, seed)
+    everywhere = keeps((*lead, 3), seed + 1)
+    taken = outer.flatten().nonzero().squeeze(1)
+    sparse = Frame(None, range(1), lead, taken, None, flat)
+    dense = Frame(None, range(1), lead, None, outer.flatten(), flat)
+    seen = everywhere.flatten(0, len(lead) - 1) if flat else everywhere
+    assert torch.equal(
+        sparse.home(everywhere.flatten(0, len(lead) - 1)[taken]),
+        dense.home(seen),
+    )
+    assert torch.equal(dense.home(seen), everywhere * outer[..., None])
+
+
+@given(st.integers(0, 6), st.integers(0, 99))
+@settings(max_examples=25, deadline=None)
+def test_a_nested_layer_is_heard_for_the_whole_batch(batch, seed):
+    torch.manual_seed(seed)
+    model, x = Nest().eval(), torch.randn(batch, 4)
+    traces = []
+    for sparse in (False, True):
+        execute(model, sparse=sparse)
+        with torch.no_grad(), record(model) as trace:
+            model(x)
+        traces.append(trace)
+    dense, sparse = traces
+    outer, inner = dense["outer"][0], dense["outer.block.1"][0]
+    assert outer.shape == inner.shape == (batch, 1)
+    assert not inner[outer == 0].any()
+    assert torch.equal(sparse["outer"][0], outer)
+    if outer.any():
+        assert torch.equal(sparse["outer.block.1"][0], inner)
+        local = sparse.calls[1].decision  # as the layer saw it: only the rows that arrived
+        assert local.keep.shape == local.score.shape == (int(outer.sum()), 1)
+    else:
+        assert sparse["outer.block.1"] == [], "a unit that no row keeps is not called, so nothing is decided in it"
+
+
+def test_a_call_knows_the_units_around_it():
+    model = Nest().eval()
+    with record(model) as trace:
+        model(torch.randn(2, 4))
+    assert [(call.name, call.within) for call in trace.calls] == [("outer", ()), ("outer.block.1", (("outer", 0),))]
+
+
+def test_an_inner_keep_carries_gradients_to_the_outer_gate():
+    model = Nest(Soft()).train()
+    with record(model) as trace:
+        model(torch.randn(5, 4))
+    trace["outer.block.1"][0].sum().backward()
+    for layer in (model.outer, model.outer.block[1]):
+        assert layer.gate.scorer.weight.grad.abs().sum() > 0
+
+
+def test_frames_of_rows_in_their_layout_and_along_one_axis_nest():
+    """A layer over samples, in it one over tokens whose unit keeps the layout, in it one over the same tokens."""
+
+    class InLayout(Leading):
+        flat = False
+
+        def whole(self, x, lead):
+            return x
+
+        def mask(self, y, lead, keep, otherwise):
+            k = keep.reshape(*lead, *[1] * (y.dim() - len(lead)))
+            return k * y + (1 - k) * otherwise
+
+    class PerToken(Dynamic):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            score = x[..., :1]
+            keep = self.tap(Decision((score > 0).to(x), score)).keep[..., 0]
+            return self.run(0, self.inner, keep, x, otherwise=x, rows=InLayout())
+
+    model = skip(PerToken(PerToken(nn.Linear(4, 4)))).eval()
+    model.gate = lambda x: Decision((x[:, 0, :1] > 0).to(x), x[:, 0, :1])
+    x = torch.randn(6, 5, 4)
+    execute(model, sparse=False)
+    with record(model) as dense:
+        model(x)
+    execute(model, sparse=True)
+    with record(model) as sparse:
+        model(x)
+    expected = (x[:, 0, :1] > 0).float()[:, None] * (x[..., :1] > 0)
+    for trace in (dense, sparse):
+        assert torch.equal(trace["block"][0], expected)
+        assert torch.equal(trace["block.inner"][0], expected)
+
+
+def test_a_shared_layer_is_heard_once_per_call():
+    cell = skip(nn.Linear(4, 4)).eval()
+    model = nn.Sequential(cell, nn.Tanh(), cell)
+    with record(model) as trace:
+        model(torch.randn(3, 4))
+    assert len(trace["0"]) == 2 and trace.keys() == ["0"]
+
+
+def test_an_unknown_name_is_told_what_there_is():
+    with record(Nest()) as trace:
+        pass
+    assert trace["outer"] == []
+    with pytest.raises(KeyError, match=r"'inner' is no dynamic layer.*outer\.block\.1"):
+        trace["inner"]
+
+
+def test_recording_twice_is_refused_also_for_a_part():
+    model = Nest()
+    with record(model) as trace:
+        for again in (model, model.outer.block):
+            with pytest.raises(RuntimeError, match="recorded already"), record(again):
+                pass
+        model(torch.randn(2, 4))
+    assert len(trace.calls) == 2, "the open trace goes on undisturbed"
+
+
+def test_an_exception_ends_the_recording():
+    model = Nest()
+    with pytest.raises(ZeroDivisionError), record(model) as broken:
+        model(torch.randn(2, 4))
+        raise ZeroDivisionError
+    model(torch.randn(2, 4))
+    assert len(broken.calls) == 2
+    with record(model) as trace:
+        model(torch.randn(2, 4))
+    assert len(trace.calls) == 2
+
+
+def test_an_exception_inside_a_unit_closes_its_frame():
+    model = Nest().eval()
+    x = torch.randn(2, 4)
+    with record(model) as trace:
+        with pytest.raises(RuntimeError):
+            model.outer.run(0, lambda rows: rows @ torch.zeros(7, 7), torch.ones(2), x, otherwise=x)
+        assert trace.frames == []
+
+
+def test_the_repr_tells_the_mean_keep():
+    model = skip(nn.Linear(4, 4)).eval()
+    model.gate.rule.at = float("-inf")
+    with record(model) as trace:
+        model(torch.randn(2, 4))
+    assert repr(trace) == "Trace(1 decisions; mean keep {'': 1.0})"
