@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from dynanet import ops as ops
     from dynanet import train as train
     from dynanet import zoo as zoo
-    from dynanet.convert import convert as convert
+    from dynanet.conversion import convert as convert
     from dynanet.loading import load as load
 
 __version__ = "0.1.0"
@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 _FOLDERS = ("bench", "data", "export", "gates", "infer", "inspect", "mechanisms", "nets", "ops", "train", "zoo")
-_ELSEWHERE = {"convert": "dynanet.convert", "load": "dynanet.loading"}
+_ELSEWHERE = {"convert": "dynanet.conversion", "load": "dynanet.loading"}
 
 
 def __getattr__(name: str):

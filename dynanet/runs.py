@@ -58,12 +58,12 @@ class Asked:
     """The budgets of a run.
 
     Attributes:
-        shares: of the full model's MACs.
+        shares: of the full model's MACs; None: 75, 50 and 25 %, as far as a path is that cheap.
         risk: share of samples that may lose the full model's right answer; None: no such budget.
         confidence: with which the risk is promised.
     """
 
-    shares: Sequence[float] = (0.75, 0.5, 0.25)
+    shares: Sequence[float] | None = None
     risk: float | None = 0.05
     confidence: float = 0.9
 
@@ -129,9 +129,7 @@ class Run:
         problem = self.problem
         frontier = calibrate(model, problem.held_out, CostModel(model, problem.example()))
         frontier = self._as_used(frontier)
-        choices = [frontier.choose(Budget(macs=share * _full(frontier))) for share in asked.shares]
-        if asked.risk is not None:
-            choices.append(frontier.choose(Budget(risk=asked.risk, confidence=asked.confidence)))
+        choices = _choose(frontier, asked)
         frontier.save(self.folder / "frontier")
         _write_json(self.folder / "choices.json", {"asked": asdict(asked)})
         return choices
@@ -143,10 +141,7 @@ class Run:
             asked = Asked(**json.loads((self.folder / "choices.json").read_text())["asked"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{self.folder} was not calibrated yet; run: dynanet calibrate {self.folder}") from error
-        choices = [frontier.choose(Budget(macs=share * _full(frontier))) for share in asked.shares]
-        if asked.risk is not None:
-            choices.append(frontier.choose(Budget(risk=asked.risk, confidence=asked.confidence)))
-        return choices
+        return _choose(frontier, asked)
 
     def frontier(self) -> Frontier:
         """The table of the last calibration, with the model."""
@@ -339,6 +334,17 @@ def save_rows(path: Path, rows: Sequence[Row], more: dict[str, str]) -> None:
         file.write(text.getvalue().encode())
 
     write_atomically(path, write)
+
+
+def _choose(frontier: Frontier, asked: Asked) -> list[Choice]:
+    shares = asked.shares
+    if shares is None:
+        cheapest = float(frontier.table.mean_macs[0]) / _full(frontier)
+        shares = [share for share in (0.75, 0.5, 0.25) if share > cheapest]
+    choices = [frontier.choose(Budget(macs=share * _full(frontier))) for share in shares]
+    if asked.risk is not None:
+        choices.append(frontier.choose(Budget(risk=asked.risk, confidence=asked.confidence)))
+    return choices
 
 
 def _full(frontier: Frontier) -> float:

@@ -49,6 +49,7 @@ def main():
     parser.add_argument("--no-static", action="store_true")
     parser.add_argument("--scene", action="store_true", help="time the whole scene too")
     args = parser.parse_args()
+    torch.set_num_threads(1)
     args.results.mkdir(exist_ok=True)
     path = args.results / "indian_pines.csv"
     for seed in args.seeds:

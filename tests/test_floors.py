@@ -7,25 +7,14 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dynanet"
 FLOORS = {
-    "core": 0,
-    "ops": 1,
-    "gates": 1,
-    "nets": 1,
-    "data": 1,
-    "mechanisms": 2,
-    "train": 2,
-    "infer": 2,
-    "export": 2,
-    "zoo": 3,
-    "inspect": 3,
-    "convert": 3,
-    "loading": 4,
-    "testing": 3,
-    "bench": 4,
-    "recipe": 4,
-    "cli": 5,
-    "__main__": 6,
-    "__init__": 6,
+    **dict.fromkeys(("core",), 0),
+    **dict.fromkeys(("ops", "gates", "nets", "data"), 1),
+    **dict.fromkeys(("mechanisms", "train", "infer", "export"), 2),
+    **dict.fromkeys(("zoo", "inspect", "conversion", "testing"), 3),
+    **dict.fromkeys(("bench", "loading", "experiment"), 4),
+    **dict.fromkeys(("runs", "prediction"), 5),
+    **dict.fromkeys(("cli",), 6),
+    **dict.fromkeys(("__init__", "__main__"), 7),
 }
 NAMELESS = {"utils", "common", "helpers", "base", "misc", "manager", "registry"}
 

@@ -7,12 +7,14 @@ depends on the unit, the batch and the machine, so a session measures (`fastest`
 import copy
 import functools
 import hashlib
+import io
 import logging
 import os
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from dynanet.core.errors import MissingExtraError, require
+from dynanet.core.errors import MissingExtraError, StructureError, require
 from dynanet.core.files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -57,7 +59,7 @@ class Eager(Engine):
 
 
 class OnnxRuntime(Engine):
-    """One graph for all batch sizes. Exported once and kept in the cache, by a hash of the weights.
+    """One graph for all batch sizes. Exported once and kept in the cache, by a hash of what it computes.
 
     Args:
         unit: maps flat tensors to a tuple of tensors, on the CPU.
@@ -69,6 +71,7 @@ class OnnxRuntime(Engine):
 
     Raises:
         MissingExtraError: onnxruntime (or, for a graph that is not in the cache, onnx and onnxscript) is missing.
+        StructureError: the unit cannot become such a graph, or the graph answers something else.
     """
 
     name = "onnxruntime"
@@ -76,14 +79,28 @@ class OnnxRuntime(Engine):
     def __init__(
         self, unit: nn.Module, inputs: Sequence[Tensor], *, threads: int, workspaces: bool, cache: Path | None = None
     ):
-        runtime = require("onnxruntime", "onnx")
         with torch.no_grad():
             outputs = unit(*inputs)
-        path = _exported(unit, tuple(inputs), cache if cache is not None else cache_folder())
+        self._threads, self._workspaces, self._chunk = threads, workspaces, 0
+        try:
+            program, name = _program(unit, tuple(inputs))
+            path = (cache if cache is not None else cache_folder()) / name
+            try:
+                self._open(path.read_bytes(), inputs, outputs)
+            except Exception:  # not kept yet, damaged, or of another version of the runtime
+                self._open(_exported(program, path), inputs, outputs)
+        except MissingExtraError:
+            raise
+        except Exception as error:  # exporter and runtime have dozens of kinds for what they cannot do
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error) else repr(error)
+            raise StructureError(f"a part that ONNX Runtime cannot run ({reason[:200]}); use eager engines") from error
+
+    def _open(self, graph: bytes, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        runtime = require("onnxruntime", "onnx")
         options = runtime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        options.log_severity_level = 3
-        self._runtime = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        options.intra_op_num_threads, options.inter_op_num_threads = self._threads, 1
+        options.log_severity_level = 4
+        self._runtime = runtime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         self._inputs = [node.name for node in self._runtime.get_inputs()]
         self._outputs = [
             (node.name, tuple(t.shape[1:]), t.dtype)
@@ -92,9 +109,11 @@ class OnnxRuntime(Engine):
         # The exporter drops inputs that the unit does not read.
         self._used = [int(name.removeprefix("input_")) for name in self._inputs]
         self._row_bytes = [inputs[which][:1].numel() * inputs[which].element_size() for which in self._used]
-        self._workspaces, self._chunk = workspaces, 0
         self._buffers: list[Tensor] = []
         self._plans: dict[int, _Plan] = {}
+        for ours, theirs in zip(self(inputs), outputs, strict=True):
+            if theirs.is_floating_point() and not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3, equal_nan=True):
+                raise StructureError("its graph answers something else than the part itself")
 
     def chunked(self, rows: int) -> "OnnxRuntime":
         """The same graph, fed so many rows at a time: activations of a small chunk stay in the cache."""
@@ -201,37 +220,54 @@ def cache_folder() -> Path:
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64, torch.int64: np.int64, torch.bool: np.bool_}
 
 
-def _exported(unit: nn.Module, inputs: tuple[Tensor, ...], cache: Path) -> Path:
-    """The path of the unit's graph, from the cache or exported now."""
+def _program(unit: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[torch.export.ExportedProgram, str]:
+    """The unit as a program, and the name of its graph in the cache: a hash of all that it computes with."""
     batch = torch.export.Dim("batch")
-    program = torch.export.export(
-        _Positional(unit, len(inputs)), inputs, dynamic_shapes=(tuple({0: batch} for _ in inputs),)
-    )
+    with _quiet("torch.fx", logging.CRITICAL), redirect_stderr(io.StringIO()):  # what it cannot do, it prints at length
+        program = torch.export.export(
+            _Positional(unit, len(inputs)), inputs, dynamic_shapes=(tuple({0: batch} for _ in inputs),)
+        )
     digest = hashlib.sha256(f"{torch.__version__}|{[(t.dtype, t.shape[1:]) for t in inputs]}".encode())
     digest.update(str(program.graph).encode())
-    for name, tensor in sorted(program.state_dict.items()) + sorted(program.constants.items()):
+    # Only what the graph reads: thresholds, and the weights of other steps, may change without a new graph.
+    read = {node.name for node in program.graph.nodes if node.op == "placeholder" and node.users}
+    values = {**program.state_dict, **program.constants}
+    for spec in program.graph_signature.input_specs:
+        tensor = values.get(spec.target) if spec.arg.name in read else None
         if isinstance(tensor, Tensor):
-            digest.update(name.encode())
+            digest.update(f"{spec.target}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
             digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    path = cache / f"{digest.hexdigest()}.onnx"
-    if not path.exists():
-        require("onnxscript", "onnx")
-        exporter = logging.getLogger("torch.onnx")
-        level = exporter.level
-        exporter.setLevel(logging.ERROR)  # it warns of torchvision's absence, which is no concern
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the exporter's own deprecations, not ours
-                exported = torch.onnx.export(
-                    program, dynamo=True, verbose=False, input_names=[f"input_{i}" for i in range(len(inputs))]
-                )
-        finally:
-            exporter.setLevel(level)
-        assert exported is not None
-        cache.mkdir(parents=True, exist_ok=True)
-        model = exported.model_proto.SerializeToString()
-        write_atomically(path, lambda file: file.write(model))
-    return path
+    return program, f"{digest.hexdigest()}.onnx"
+
+
+def _exported(program: torch.export.ExportedProgram, path: Path) -> bytes:
+    """The program's graph; kept at the path, if one can write there."""
+    require("onnxscript", "onnx")
+    inputs = len(program.graph_signature.user_inputs)
+    with warnings.catch_warnings(), _quiet("torch.onnx", logging.ERROR):  # it warns of torchvision's absence
+        warnings.simplefilter("ignore")  # the exporter's own deprecations, not ours
+        exported = torch.onnx.export(
+            program, dynamo=True, verbose=False, input_names=[f"input_{i}" for i in range(inputs)]
+        )
+    assert exported is not None
+    graph = exported.model_proto.SerializeToString()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: file.write(graph))
+    except OSError as error:
+        log.warning("exported graphs cannot be kept in %s (%s); set DYNANET_CACHE", path.parent, error.strerror)
+    return graph
+
+
+@contextmanager
+def _quiet(name: str, level: int) -> Iterator[None]:
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 class _Positional(nn.Module):

@@ -1,5 +1,6 @@
 """A Session runs a model for real: engines for what is static, compaction for what is decided."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,11 +10,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from dynanet.core.dynamic import Dynamic, everything, execute, forced
-from dynanet.core.errors import InputError
+from dynanet.core.errors import InputError, MissingExtraError, StructureError
 from dynanet.core.halt import Halt
 from dynanet.core.rows import Leading, over_tensors, take_rows
 from dynanet.infer.engines import Eager, Engine, OnnxRuntime, fastest, folded, onnx_runtime
 from dynanet.infer.inputs import check_input
+
+log = logging.getLogger(__name__)
 
 
 class Session(nn.Module):
@@ -41,6 +44,7 @@ class Session(nn.Module):
 
     Raises:
         InputError: the example is empty, or the model cannot take it.
+        StructureError: engines="onnxruntime", and a part that it cannot run.
     """
 
     def __init__(
@@ -101,7 +105,6 @@ class Session(nn.Module):
             return self._empty
         return self.model(x)
 
-    @torch.no_grad()
     def stream(self, samples: Iterable[Any], batch: int = 64) -> Iterator[Any]:
         """Answers of single samples, in order, with batches kept full: survivors of several arrivals merge.
 
@@ -122,28 +125,41 @@ class Session(nn.Module):
             raise InputError(
                 f"stream merges what goes on past a step; {type(self.model).__name__} has no steps: call it"
             )
+        if not isinstance(batch, int) or batch < 1:
+            raise InputError(f"batch is {batch}; expected how many rows run together, 1 or more")
         ready: dict[int, Any] = {}
-        line = _Line(self.model, batch, ready)
+        return self._flow(samples, batch, _Line(self.model, batch, ready), ready)
+
+    @torch.no_grad()
+    def _flow(self, samples: Iterable[Any], batch: int, line: "_Line", ready: dict[int, Any]) -> Iterator[Any]:
         arrived = yielded = 0
         group: list[Any] = []
         for sample in samples:
             group.append(sample)
             if len(group) == batch:
-                line.arrive(self._batched(group), range(arrived, arrived + batch))
+                line.arrive(self._batched(group, arrived), range(arrived, arrived + batch))
                 arrived, group = arrived + batch, []
             while yielded in ready:
                 yield ready.pop(yielded)
                 yielded += 1
         if group:
-            line.arrive(self._batched(group), range(arrived, arrived + len(group)))
+            line.arrive(self._batched(group, arrived), range(arrived, arrived + len(group)))
         line.finish()
         while yielded in ready:
             yield ready.pop(yielded)
             yielded += 1
 
-    def _batched(self, group: list[Any]) -> Any:
-        x = tree_map(lambda *t: torch.stack(t), *group)
-        check_input(x, self.example)
+    def _batched(self, group: list[Any], first: int) -> Any:
+        try:
+            x = tree_map(lambda *t: torch.stack(t), *group)
+            check_input(x, self.example)
+        except (ValueError, TypeError, RuntimeError):  # which of them is it?
+            for number, sample in enumerate(group, start=first):
+                try:
+                    check_input(over_tensors(lambda t: t[None], sample), self.example)
+                except InputError as error:
+                    raise InputError(f"sample {number} of the stream: {error}") from error
+            raise
         return tree_map(lambda t: t.to(self.device), x)
 
 
@@ -306,7 +322,14 @@ class _Plan:
         eager, outputs = Eager(unit), [t[:0] for t in unit(*few)]
         if not self.onnx:
             return ByBatch({1: eager}, outputs)
-        onnx = OnnxRuntime(unit, few, threads=self.threads, workspaces=workspaces, cache=self.cache)
+        try:
+            onnx = OnnxRuntime(unit, few, threads=self.threads, workspaces=workspaces, cache=self.cache)
+        except (MissingExtraError, StructureError) as error:
+            if not self.eager:
+                raise
+            log.warning("%s runs eager: %s", name or "the model", error)
+            self.onnx = not isinstance(error, MissingExtraError)
+            return ByBatch({1: eager}, outputs)
         best, self.measured[name] = {}, {}
         row_bytes = sum(t[:1].numel() * t.element_size() for t in few)
         for batch in self.batches:
@@ -484,7 +507,8 @@ class _Line:
         going = set(stays)
         for i, number in enumerate(numbers):
             if i not in going:
-                self.ready[number] = tree_unflatten([t[i].clone() for t in leaves], structure)
+                answers = [t[i].clone() if isinstance(t, Tensor) else t for t in leaves]
+                self.ready[number] = tree_unflatten(answers, structure)
 
     def _merged(self, k: int) -> tuple[Any, list[int]]:
         """Up to a batch of the rows that wait at step k."""

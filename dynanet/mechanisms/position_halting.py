@@ -40,16 +40,17 @@ class PositionHalting(Dynamic):
         """(B, C, H, W) to the same shape."""
         alive = x_BCHW.new_ones(self.tiles.grid(x_BCHW))
         total, answer = torch.zeros_like(alive), torch.zeros_like(x_BCHW)
+        self.tap(Decision(alive[..., None], alive[..., None]), pinned=alive[..., None])          # the first step always runs
         for k, cell in enumerate(self.cells):
-            score = (total if k else alive)[..., None]
-            alive = self.tap(Decision(alive[..., None], score), first=k, present=alive[..., None]).keep[..., 0]
             x_BCHW = self.run(k, cell, alive, x_BCHW, otherwise=x_BCHW, rows=self.tiles)
-            chance = self.halting(x_BCHW)[..., 0].sigmoid()
-            halts = (
-                total + chance > 1 - self.eps if k + 1 < len(self.cells) else torch.ones_like(alive, dtype=torch.bool)
-            )
-            weight = alive * torch.where(halts, 1 - total, chance)
+            chance = torch.minimum(self.halting(x_BCHW)[..., 0].sigmoid(), 1 - total)
+            goes_on = torch.zeros_like(alive)
+            if k + 1 < len(self.cells):
+                score = (total + chance)[..., None]
+                own = Decision((score <= 1 - self.eps).to(score.dtype), score)
+                goes_on = self.tap(own, first=k + 1, present=alive[..., None]).keep[..., 0]
+            weight = alive * torch.where(goes_on > 0, chance, 1 - total)
             total = total + weight
             answer = answer + self.tiles.spread(weight, x_BCHW) * x_BCHW
-            alive = alive * (~halts).to(alive)
+            alive = goes_on
         return answer

@@ -9,6 +9,11 @@ from dynanet.core.dynamic import Dynamic, everything, execute, forced, layers
 from dynanet.core.trace import record
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 class Pick(Dynamic):
     """Adds each of three units where the input says so; the first is pinned, and rows below -9 are not present."""
 

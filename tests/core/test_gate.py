@@ -7,6 +7,11 @@ from dynanet.core.gate import Gate
 from dynanet.gates.rules import Soft, Threshold
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def test_a_gate_answers_the_rule_of_its_scores_and_keeps_the_scores():
     scorer = nn.Linear(3, 4)
     x = torch.randn(5, 7, 3)

@@ -13,6 +13,11 @@ from dynanet.gates.rules import Soft, Threshold
 from dynanet.mechanisms.layer_skip import LayerSkip
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
 def skip(block, rule=None):
     return LayerSkip(block, Gate(nn.Linear(4, 1), rule or Threshold()))
 
@@ -112,8 +117,11 @@ def test_frames_of_rows_in_their_layout_and_along_one_axis_nest():
             keep = self.tap(Decision((score > 0).to(x), score)).keep[..., 0]
             return self.run(0, self.inner, keep, x, otherwise=x, rows=InLayout())
 
-    model = skip(PerToken(PerToken(nn.Linear(4, 4)))).eval()
-    model.gate = lambda x: Decision((x[:, 0, :1] > 0).to(x), x[:, 0, :1])
+    class FirstFeature(nn.Module):
+        def forward(self, x):
+            return x[:, 0, :1]
+
+    model = LayerSkip(PerToken(PerToken(nn.Linear(4, 4))), Gate(FirstFeature(), Threshold())).eval()
     x = torch.randn(6, 5, 4)
     execute(model, sparse=False)
     with record(model) as dense:

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from dynanet import zoo
 from dynanet.core.dynamic import execute
 from dynanet.core.gate import Gate
 from dynanet.core.halt import Halt
+from dynanet.core.rows import over_tensors
 from dynanet.core.trace import record
 from dynanet.gates.rules import Threshold
 from dynanet.gates.scorers import PooledScorer
@@ -61,11 +61,11 @@ def staged_resnet() -> nn.Module:
 
 
 def layer_skip() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), skip(), skip(), head())
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), skip(), head())
 
 
 def skips_in_exits() -> nn.Module:
-    stages = [nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), skip(), nn.Sequential(skip(), nn.ReLU())]
+    stages = [nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), skip(), nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())]
     return EarlyExit(stages, [head() for _ in stages])
 
 
@@ -115,7 +115,8 @@ class Glimpses(Halt):
         self.register_buffer("thresholds", torch.zeros(2))
 
     def start(self, x: dict[str, Tensor]) -> Any:
-        return {"seen": x["at"].new_zeros(x["at"].shape[0], 6), "glimpses": (x["near"], x["far"], x["at"]), "scale": 0.5}
+        glimpses = x["near"], x["far"], x["at"]
+        return {"seen": x["at"].new_zeros(x["at"].shape[0], 6), "glimpses": glimpses, "scale": 0.5}
 
     def step(self, k: int, state: Any) -> Any:
         seen = torch.tanh(state["seen"] + state["scale"] * self.look[k](state["glimpses"][k]))
@@ -124,6 +125,30 @@ class Glimpses(Halt):
 
     def score(self, k: int, state: Any, answer: Any) -> Tensor:
         return answer["class"].amax(1, keepdim=True)
+
+    def goes_on(self, k: int, score: Tensor) -> Tensor:
+        return (score < self.thresholds[k]).to(score.dtype)
+
+
+class Remembering(Halt):
+    """Hands tensors on as they came, from place to place, and answers with one of them, beside something else."""
+
+    steps = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.move = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+        self.register_buffer("thresholds", torch.zeros(3))
+
+    def start(self, x: Tensor) -> Any:
+        return x, x + 1, None
+
+    def step(self, k: int, state: Any) -> Any:
+        new, old, nothing = state
+        return (torch.tanh(self.move[k](new + old)), new, nothing), (None, old, new)
+
+    def score(self, k: int, state: Any, answer: Any) -> Tensor:
+        return state[0].amax(1, keepdim=True)
 
     def goes_on(self, k: int, score: Tensor) -> Tensor:
         return (score < self.thresholds[k]).to(score.dtype)
@@ -156,6 +181,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "update skip": (Reader, lambda: torch.randn(ROWS, 6, 3)),
     "static": (Static, images),
     "pytrees": (Glimpses, lambda: {name: torch.randn(ROWS, 4) for name in ("near", "far", "at")}),
+    "what came, handed on": (Remembering, lambda: torch.randn(ROWS, 4)),
     "one halt, called twice": (Twice, lambda: torch.randn(ROWS, 3)),
 }
 
@@ -206,4 +232,4 @@ def between(scores: Tensor) -> float:
 
 def rows(x: Any, index: Any) -> Any:
     """Some rows of a pytree."""
-    return tree_map(lambda t: t[index], x)
+    return over_tensors(lambda t: t[index], x)
