@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 from dynanet.core.budget import Budget
 from dynanet.core.cost import CostModel
 from dynanet.core.decision import Decision
-from dynanet.core.dynamic import Dynamic, execute, forced
+from dynanet.core.dynamic import Dynamic, execute, forced, record
 from dynanet.core.errors import DynanetError
 from dynanet.core.gate import Gate
 from dynanet.core.halt import Halt
-from dynanet.core.trace import Trace, record
+from dynanet.core.trace import Trace
 
 if TYPE_CHECKING:
     from dynanet import bench as bench

@@ -1,12 +1,19 @@
 """The command line: dynanet train | calibrate | evaluate | bench | predict | report | export-bundle | demo."""
 
+import argparse
+import inspect
 import json as json_
 import logging
 import os
+import re
 import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import docstring_parser
 import jsonargparse
 import torch
 
@@ -15,24 +22,26 @@ from dynanet.experiment import Data, Experiment, Model, Recipe
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command. Answers the exit code: 0, or 2 for what the user can mend."""
+    """Run a command. Answers the exit code: 0, or 2 for what the user can mend.
+
+    Raises:
+        SystemExit: with code 2, after one line on stderr, for arguments that no command takes; with 0 after --help.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        jsonargparse.auto_cli(
-            {
-                "train": train,
-                "calibrate": calibrate,
-                "evaluate": evaluate,
-                "bench": bench,
-                "predict": predict,
-                "report": report,
-                "export-bundle": export_bundle,
-                "demo": demo,
-            },
-            args=arguments,
-            prog="dynanet",
-            description="Networks that decide, input by input, how much to compute, and really skip the rest.",
-        )
+        with _warnings_in_a_line():
+            jsonargparse.auto_cli(
+                {_name(command): command for command in COMMANDS},
+                args=_written_out(sys.argv[1:] if arguments is None else arguments) or ["--help"],
+                parser_class=_Parser,
+                prog="dynanet",
+                config_help="a YAML file with these options; what is given beside it counts more",
+                description="Networks that decide, input by input, how much to compute, and really skip the rest. "
+                "Begin with: dynanet demo",
+            )
+    except KeyboardInterrupt:
+        print("dynanet: stopped; a training run goes on with --resume", file=sys.stderr)
+        return 130
     except DynanetError as error:
         print(f"dynanet: {error}", file=sys.stderr)
         return 2
@@ -44,16 +53,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(
     out: Path,
-    data: Data | None = None,
-    model: Model | None = None,
-    recipe: Recipe | None = None,
+    data: Data = Data(),  # noqa: B008  (frozen)
+    model: Model = Model(),  # noqa: B008
+    recipe: Recipe = Recipe(),  # noqa: B008
     resume: bool = False,
     json: bool = False,
 ) -> None:
     """Train a network and save it in a run folder.
 
-    Without more it trains the hyperspectral pixel classifier on Indian Pines. `--config file.yaml` takes data, model
-    and recipe from a file; single values can be set beside it: `--recipe.epochs 5`.
+    Without more it trains the hyperspectral pixel classifier on Indian Pines.
+    Digits: dynanet train runs/digits --data.name digits --model.name staged_resnet
+    The run's config.yaml says what it was; `--config` takes such a file.
 
     Args:
         out: the run folder; new, unless you resume.
@@ -65,8 +75,10 @@ def train(
     """
     from dynanet.runs import Run
 
-    run = Run(out, Experiment(data or Data(), model or Model(), recipe or Recipe()))
-    metrics = run.train(resume=resume, progress=not json)
+    experiment = Experiment(data, model, recipe)
+    if resume and experiment == Experiment() and (out / "config.yaml").exists():
+        experiment = Experiment.read(out / "config.yaml")  # nothing was said: as it was
+    metrics = Run(out, experiment).train(resume=resume, progress=not json)
     _say(json, metrics, [f"{name}: {value:.4g}" for name, value in metrics.items()] + [f"saved in {out}/model"])
 
 
@@ -249,3 +261,116 @@ def demo(out: Path = Path("runs/demo"), seed: int = 0, json: bool = False) -> No
 
 def _say(json: bool, content: dict[str, Any], lines: list[str]) -> None:
     print(json_.dumps(content, default=float, indent=2) if json else "\n".join(lines))
+
+
+COMMANDS = (train, calibrate, evaluate, bench, predict, report, export_bundle, demo)
+
+
+def _name(command: Callable) -> str:
+    return command.__name__.replace("_", "-")
+
+
+class _Parser(jsonargparse.ArgumentParser):
+    """Flags are flags, and what is wrong takes one line."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **{"formatter_class": _Help, "allow_abbrev": False, **kwargs})
+
+    def add_function_arguments(self, function: Callable, *args: Any, **kwargs: Any) -> list[str]:
+        """The parameters of a command, told by its docstring."""
+        told = docstring_parser.parse(inspect.getdoc(function) or "")
+        self.description = "\n\n".join(filter(None, (told.short_description, told.long_description)))
+        parameters = inspect.signature(function).parameters.values()
+        flags = {p.name for p in parameters if p.annotation is bool}
+        added = super().add_function_arguments(function, *args, **{**kwargs, "sub_configs": False, "skip": flags})
+        for each in told.params:
+            if each.arg_name in flags:
+                self.add_argument(f"--{each.arg_name}", action="store_true", help=each.description)
+        for action in self._actions:
+            if action.dest in ("data", "model", "recipe"):
+                action.help = argparse.SUPPRESS  # a file for a part of them: --config takes them all
+        places = [p.name for p in parameters if p.default is p.empty]
+        self.usage = " ".join(["dynanet", _name(function), *places, "[options]"])
+        return added
+
+    def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
+        """The commands."""
+        self.usage = "dynanet COMMAND [options]"
+        for action in self._actions:
+            if action.dest in ("config", "print_config"):
+                action.help = argparse.SUPPRESS  # every command has its own
+        return super().add_subcommands(*args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """One line, and where help is."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        usage = (getattr(ex, "subcommand_parser", None) or self).usage or ""
+        command = re.search(r"required: ([\w-]+)\.", message) or re.match(r"dynanet ([a-z-]+)", usage)
+        help_ = f"dynanet {command[1]} --help" if command else "dynanet --help"
+        print(f"dynanet: {_plain(message)}; see: {help_}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+class _Help(jsonargparse.DefaultHelpFormatter):
+    """Without the types: the names and the words say what is expected."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if "--print_config" in action.option_strings:
+            return "print all options as YAML, for --config, and exit"
+        default = action.default
+        shown = action.option_strings and default is not None and default is not False and default != argparse.SUPPRESS
+        return (action.help or "").rstrip(".") + (" (default: %(default)s)" if shown else "")
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        return re.sub(r", --[\w.]+\+ .*| \[=flags\]", "", super()._format_action_invocation(action))
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "\n".join(super(_Help, self)._fill_text(line, width, indent) for line in text.splitlines())
+
+
+def _written_out(arguments: list[str]) -> list[str]:
+    """Lists as the parser reads them: `--shares 0.5 0.25` and `--shares 0.5,0.25` become `--shares [0.5,0.25]`."""
+    written: list[str] = []
+    for argument in arguments:
+        number = re.fullmatch(r"[\d.]+(e-?\d+)?(,[\d.]+(e-?\d+)?)*", argument)
+        if number and written and written[-1] in _LISTS:
+            written.append(f"[{argument}]")
+        elif number and len(written) > 1 and written[-2] in _LISTS and written[-1].endswith("]"):
+            written[-1] = f"{written[-1][:-1]},{argument}]"
+        else:
+            written.append(argument)
+    return written
+
+
+_LISTS = ("--shares", "--batches", "--threads", "--recipe.exit_weights")
+
+
+def _plain(message: str) -> str:
+    """What jsonargparse says in several lines and in types, in one line and in words."""
+    text = " ".join(line.strip(" -") for line in message.splitlines() if line.strip())
+    for pattern, instead in _IN_WORDS:
+        text = re.sub(pattern, instead, text)
+    return text.rstrip(" .:;")
+
+
+_IN_WORDS = (
+    (r"Parser key \"([^\"]*)\":", r"\1:"),
+    (r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors: .* value: ", r"expected \1; got "),  # noqa: E501
+    (r"Expected an? (.*?)\. Got value: ", r"expected \1; got "),
+    (r"<class '(?:\w+\.)*(\w+)'>", r"\1"),
+    (r"typing\.Literal\[(.*?)\]", r"one of \1"),
+    (r", NoneType", " or null"),
+    (r"required: \w[\w-]*\.", "required: "),
+    (r"Subcommand '([\w-]+)' does not accept option '(.*?)'", r"\1 has no option \2"),
+)
+
+
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    def show(message: Warning | str, *place: Any, **more: Any) -> None:
+        print(f"dynanet: {' '.join(str(message).split())}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield

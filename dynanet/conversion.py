@@ -15,7 +15,7 @@ def convert(model: nn.Module, changes: Mapping[str, Callable[[nn.Module], nn.Mod
     Args:
         model: any module; it is not changed, and the weights of the copy are its own.
         changes: from a pattern of names (a regular expression that must match the whole name) to what makes the new
-            child of the old one.
+            child of the old one. A child that stands in several places is made once, and stands in all of them again.
 
     Returns:
         The new model.
@@ -29,20 +29,24 @@ def convert(model: nn.Module, changes: Mapping[str, Callable[[nn.Module], nn.Mod
         >>> convert(net, {"1": lambda block: LayerSkip(block, gate())})                   # doctest: +SKIP
     """
     model = copy.deepcopy(model)
-    names = [name for name, _ in model.named_modules() if name]
-    chosen: dict[str, Callable[[nn.Module], nn.Module]] = {}
-    for pattern, make in changes.items():
-        matched = [name for name in names if re.fullmatch(pattern, name)]
+    children = {name: child for name, child in model.named_modules(remove_duplicate=False) if name}
+    chosen: dict[str, str] = {}
+    for pattern in changes:
+        matched = [name for name in children if re.fullmatch(pattern, name)]
         if not matched:
-            raise StructureError(f"no child matches {pattern!r}; there are {', '.join(names[:12])}, ...")
+            raise StructureError(f"no child matches {pattern!r}; there are {', '.join([*children][:12])}, ...")
         for name in matched:
-            if name in chosen:
-                raise StructureError(f"{name!r} is matched by two patterns; let one of them match it")
-            chosen[name] = make
+            other = next((n for n in chosen if children[n] is children[name] and chosen[n] != pattern), None)
+            if other:
+                raise StructureError(f"{name!r} is matched by {chosen[other]!r} and {pattern!r}; let one match it")
+            chosen[name] = pattern
     for name in chosen:
         outer = next((other for other in chosen if name.startswith(other + ".")), None)
         if outer:
             raise StructureError(f"{name!r} lies inside {outer!r}, and both are to be changed; convert in two calls")
-    for name, make in chosen.items():
-        model.set_submodule(name, make(model.get_submodule(name)))
+    for old, pattern in {children[name]: pattern for name, pattern in chosen.items()}.items():
+        new = changes[pattern](old)
+        for name, child in children.items():
+            if child is old:
+                model.set_submodule(name, new)
     return model

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from dynanet.core.cost import CostModel
+from dynanet.core.dynamic import record
 from dynanet.core.errors import InputError, require
 from dynanet.core.files import write_atomically
-from dynanet.core.trace import record
 from dynanet.export.bundle import Bundle
 from dynanet.infer.session import Session
 from dynanet.loading import read

@@ -31,10 +31,9 @@ from dynanet.bench.machine import facts
 from dynanet.bench.paired import paired
 from dynanet.core.budget import Budget
 from dynanet.core.cost import CostModel
-from dynanet.core.dynamic import everything, forced
+from dynanet.core.dynamic import everything, forced, record
 from dynanet.core.errors import ConfigError, InputError
 from dynanet.core.files import write_atomically
-from dynanet.core.trace import record
 from dynanet.experiment import Experiment, Problem, build, open_problem
 from dynanet.export.bundle import bundle
 from dynanet.export.card import Card

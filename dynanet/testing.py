@@ -23,10 +23,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dynanet.core.cost import CostModel
 from dynanet.core.decision import Decision
-from dynanet.core.dynamic import everything, execute, forced
+from dynanet.core.dynamic import everything, execute, forced, record
 from dynanet.core.gate import Gate
 from dynanet.core.macs import CountMacs
-from dynanet.core.trace import Trace, record
+from dynanet.core.trace import Trace
 from dynanet.gates.rules import Gumbel, Soft, StraightThrough, Threshold
 from dynanet.mechanisms.early_exit import EarlyExit
 from dynanet.mechanisms.layer_skip import LayerSkip

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from dynanet.bench.paired import paired, ratio
 from dynanet.core.cost import CostModel
-from dynanet.core.dynamic import everything, execute, forced
+from dynanet.core.dynamic import everything, execute, forced, record
 from dynanet.core.errors import InputError
 from dynanet.core.halt import Halt
-from dynanet.core.trace import record
 from dynanet.infer.engines import Eager, Engine, OnnxRuntime, folded, onnx_runtime
 from dynanet.infer.session import Session
 

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dynanet.core.decision import Decision
-from dynanet.core.dynamic import Dynamic, everything, execute, forced, layers
+from dynanet.core.dynamic import Dynamic, everything, execute, forced, layers, record
 from dynanet.core.errors import StructureError
 from dynanet.core.macs import CountMacs
-from dynanet.core.trace import Call, Trace, record
+from dynanet.core.trace import Call, Trace
 
 
 class CostModel:

@@ -194,3 +194,28 @@ def forced(model: nn.Module, keep: Callable[[Decision], Tensor]) -> Iterator[Non
 def everything(decision: Decision) -> Tensor:
     """Keep every unit for every row; for `forced`."""
     return torch.ones_like(decision.keep)
+
+
+@contextmanager
+def record(model: nn.Module) -> Iterator[Trace]:
+    """Record the decisions that a model makes.
+
+    Example:
+        >>> with record(model) as trace:        # doctest: +SKIP
+        ...     model(x)
+        >>> trace["layer1"][0].shape            # doctest: +SKIP
+
+    Raises:
+        RuntimeError: the model is being recorded already.
+    """
+    names = {layer: name for name, layer in layers(model).items()}
+    if any(layer.trace is not None for layer in names):
+        raise RuntimeError("this model is being recorded already; use the trace that is open, or close it first")
+    trace = Trace(names)
+    for layer in names:
+        layer.trace = trace
+    try:
+        yield trace
+    finally:
+        for layer in names:
+            layer.trace = None

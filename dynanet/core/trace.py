@@ -1,11 +1,9 @@
 """A Trace remembers every decision of a forward pass, each placed in the whole batch."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dynanet.core.decision import Decision
 
@@ -99,30 +97,3 @@ class Trace:
     def __repr__(self) -> str:
         kept = {name: round(sum(k.mean().item() for k in self[name]) / len(self[name]), 3) for name in self.keys()}
         return f"Trace({len(self.calls)} decisions; mean keep {kept})"
-
-
-@contextmanager
-def record(model: nn.Module) -> Iterator[Trace]:
-    """Record the decisions that a model makes.
-
-    Example:
-        >>> with record(model) as trace:        # doctest: +SKIP
-        ...     model(x)
-        >>> trace["layer1"][0].shape            # doctest: +SKIP
-
-    Raises:
-        RuntimeError: the model is being recorded already.
-    """
-    from dynanet.core.dynamic import layers
-
-    names = {layer: name for name, layer in layers(model).items()}
-    if any(layer.trace is not None for layer in names):
-        raise RuntimeError("this model is being recorded already; use the trace that is open, or close it first")
-    trace = Trace(names)
-    for layer in names:
-        layer.trace = trace
-    try:
-        yield trace
-    finally:
-        for layer in names:
-            layer.trace = None

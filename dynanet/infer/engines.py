@@ -130,7 +130,7 @@ class OnnxRuntime(Engine):
             for i, (name, which) in enumerate(zip(self._inputs, self._used, strict=True)):
                 t = inputs[which]
                 address = t.data_ptr() + first * self._row_bytes[i]
-                if bound[i] != address:              # with workspaces most addresses are those of the last such call
+                if bound[i] != address:  # with workspaces most addresses are those of the last such call
                     binding.bind_input(name, "cpu", 0, _NUMPY[t.dtype], (n, *t.shape[1:]), address)
                     bound[i] = address
             self._runtime.run_with_iobinding(binding)

@@ -18,7 +18,8 @@ def check_input(x: Any, example: Any) -> None:
         example: what the model takes.
 
     Raises:
-        InputError: another structure, dtype, number of axes, channels or size; NaN or infinite values.
+        InputError: another structure, dtype, number of axes, channels or size; tensors that do not agree on the batch;
+            NaN or infinite values.
     """
     if isinstance(x, Tensor) and isinstance(example, Tensor):
         given, wanted, shape, expected = [x], [example], None, None
@@ -37,7 +38,11 @@ def check_input(x: Any, example: Any) -> None:
         # One sum finds nearly every input finite; only a sum that is not is looked at twice (it may have overflowed).
         if t.is_floating_point() and not math.isfinite(t.sum().item()) and not torch.isfinite(t).all():
             rows = (~torch.isfinite(t)).flatten(1).any(1).nonzero().flatten().tolist()
-            raise InputError(f"NaN or infinite values in sample(s) {rows[:5]} of the input; mend or leave them out")
+            which = f"{rows[:5]}{f' and {len(rows) - 5} more' if len(rows) > 5 else ''}"
+            raise InputError(f"NaN or infinite values in sample(s) {which} of the input; mend or leave them out")
+    if len(given) > 1 and len({t.shape[0] for t in given}) > 1:
+        counts = [t.shape[0] for t in given]
+        raise InputError(f"{counts} samples in the tensors of the input; give as many in every tensor")
 
 
 def _described(tensors: list[Any]) -> str:

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from dynanet.core.cost import CostModel
-from dynanet.core.dynamic import everything, forced, layers
+from dynanet.core.dynamic import everything, forced, layers, record
 from dynanet.core.errors import DataError, StructureError
 from dynanet.core.files import write_atomically
 from dynanet.core.halt import Halt
-from dynanet.core.trace import record
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from dynanet.core.cost import CostModel
-from dynanet.core.dynamic import execute
+from dynanet.core.dynamic import execute, record
 from dynanet.core.errors import CheckpointError, TrainingError
 from dynanet.core.halt import Halt
-from dynanet.core.trace import Trace, record
+from dynanet.core.trace import Trace
 from dynanet.train.batches import Batches
 from dynanet.train.checkpoint import check_same_model
 from dynanet.train.equilibrium import exits_reached, rescale_gradients

@@ -8,11 +8,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dynanet.core.cost import CostModel
-from dynanet.core.dynamic import everything, execute, forced, layers
+from dynanet.core.dynamic import everything, execute, forced, layers, record
 from dynanet.core.errors import StructureError
 from dynanet.core.gate import Gate
 from dynanet.core.macs import CountMacs
-from dynanet.core.trace import record
 from dynanet.gates.rules import Soft, StraightThrough, Threshold
 from dynanet.gates.scorers import TileScorer
 from dynanet.mechanisms.early_exit import EarlyExit

@@ -5,8 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dynanet.core.decision import Decision
-from dynanet.core.dynamic import Dynamic, everything, execute, forced, layers
-from dynanet.core.trace import record
+from dynanet.core.dynamic import Dynamic, everything, execute, forced, layers, record
 
 
 @pytest.fixture(autouse=True)

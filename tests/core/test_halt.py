@@ -4,10 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dynanet.core.dynamic import everything, execute, forced
+from dynanet.core.dynamic import everything, execute, forced, record
 from dynanet.core.errors import StructureError
 from dynanet.core.halt import Halt
-from dynanet.core.trace import record
 
 
 class Count(Halt):

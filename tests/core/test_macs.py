@@ -7,10 +7,9 @@ from torch.nn import functional as F
 
 from dynanet.core.cost import CostModel
 from dynanet.core.decision import Decision
-from dynanet.core.dynamic import Dynamic, execute
+from dynanet.core.dynamic import Dynamic, execute, record
 from dynanet.core.errors import StructureError
 from dynanet.core.macs import CountMacs
-from dynanet.core.trace import record
 
 MODES = [torch.enable_grad, torch.no_grad, torch.inference_mode]
 B, T, D, H = 2, 5, 8, 2  # samples, tokens, features, heads

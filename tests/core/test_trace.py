@@ -5,10 +5,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dynanet.core.decision import Decision
-from dynanet.core.dynamic import Dynamic, execute
+from dynanet.core.dynamic import Dynamic, execute, record
 from dynanet.core.gate import Gate
 from dynanet.core.rows import Leading
-from dynanet.core.trace import Frame, record
+from dynanet.core.trace import Frame
 from dynanet.gates.rules import Soft, Threshold
 from dynanet.mechanisms.layer_skip import LayerSkip
 

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from dynanet import zoo
-from dynanet.core.dynamic import execute
+from dynanet.core.dynamic import execute, record
 from dynanet.core.gate import Gate
 from dynanet.core.halt import Halt
 from dynanet.core.rows import over_tensors
-from dynanet.core.trace import record
 from dynanet.gates.rules import Threshold
 from dynanet.gates.scorers import PooledScorer
 from dynanet.mechanisms.early_exit import EarlyExit

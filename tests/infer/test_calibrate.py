@@ -8,9 +8,8 @@ from torch import nn
 
 from dynanet.core.budget import Budget
 from dynanet.core.cost import CostModel
-from dynanet.core.dynamic import execute, forced
+from dynanet.core.dynamic import execute, forced, record
 from dynanet.core.errors import BudgetError, DataError, StructureError
-from dynanet.core.trace import record
 from dynanet.infer.calibrate import Frontier, apply, calibrate
 from dynanet.infer.risk import UncertifiedWarning
 from dynanet.infer.table import halt_of

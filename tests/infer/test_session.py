@@ -10,13 +10,14 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from dynanet.core.cost import CostModel
-from dynanet.core.dynamic import everything, execute, forced
+from dynanet.core.dynamic import everything, execute, forced, record
 from dynanet.core.errors import InputError, StructureError
 from dynanet.core.halt import Halt
 from dynanet.core.rows import over_tensors
-from dynanet.core.trace import Trace, record
+from dynanet.core.trace import Trace
 from dynanet.infer import engines
-from dynanet.infer.session import Session, StagedHalt, Unit
+from dynanet.infer.parts import StagedHalt, Unit
+from dynanet.infer.session import Session
 from dynanet.mechanisms.early_exit import EarlyExit
 
 

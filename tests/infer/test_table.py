@@ -6,9 +6,8 @@ import torch
 from torch import nn
 
 from dynanet.core.cost import CostModel
-from dynanet.core.dynamic import execute
+from dynanet.core.dynamic import execute, record
 from dynanet.core.errors import DataError, StructureError
-from dynanet.core.trace import record
 from dynanet.infer.table import Table, halt_of, tabulate
 from dynanet.mechanisms.early_exit import EarlyExit
 from dynanet.mechanisms.layer_skip import LayerSkip

@@ -15,9 +15,9 @@ from train_toys import data, run, toy
 from dynanet import train
 from dynanet.core.budget import Budget
 from dynanet.core.cost import CostModel
+from dynanet.core.dynamic import record
 from dynanet.core.errors import CheckpointError, ConfigError, TrainingError
 from dynanet.core.gate import Gate
-from dynanet.core.trace import record
 from dynanet.gates.rules import Bernoulli, Gumbel
 from dynanet.mechanisms.layer_skip import LayerSkip
 from dynanet.train.checkpoint import step_files

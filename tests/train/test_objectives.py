@@ -7,10 +7,9 @@ from train_toys import data, toy
 from dynanet import train
 from dynanet.core.budget import Budget
 from dynanet.core.cost import CostModel
-from dynanet.core.dynamic import everything, execute, forced
+from dynanet.core.dynamic import everything, execute, forced, record
 from dynanet.core.errors import BudgetError, ConfigError, StructureError
 from dynanet.core.gate import Gate
-from dynanet.core.trace import record
 from dynanet.gates.rules import Soft
 from dynanet.mechanisms.early_exit import EarlyExit
 from dynanet.mechanisms.layer_skip import LayerSkip

@@ -7,9 +7,8 @@ from torch import nn
 import dynanet.zoo as zoo
 from dynanet.core.cost import CostModel
 from dynanet.core.decision import Decision
-from dynanet.core.dynamic import execute, forced
+from dynanet.core.dynamic import execute, forced, record
 from dynanet.core.errors import ConfigError
-from dynanet.core.trace import record
 from dynanet.zoo.msdnet import Layer, Transition, msdnet, msdnet_anytime, msdnet_imagenet
 from dynanet.zoo.reference import macs_per_exit, paper_flops
 

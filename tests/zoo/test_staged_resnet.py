@@ -5,10 +5,9 @@ import torch
 from torch import nn
 
 from dynanet.core.cost import CostModel
-from dynanet.core.dynamic import forced
+from dynanet.core.dynamic import forced, record
 from dynanet.core.errors import ConfigError
 from dynanet.core.macs import CountMacs
-from dynanet.core.trace import record
 from dynanet.zoo import staged_resnet, static_resnet
 from dynanet.zoo.reference import macs_per_exit
 
