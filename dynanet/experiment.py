@@ -1,5 +1,6 @@
 """What the command line trains and measures: data, model and recipe, as one plain configuration."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +11,8 @@ import yaml
 from torch import nn
 
 from dynanet import zoo
-from dynanet.core.errors import ConfigError
+from dynanet.core.errors import ConfigError, DataError
+from dynanet.core.files import write_atomically
 from dynanet.data.augment import CropFlip, channel_stats
 from dynanet.data.digits import load_digits
 from dynanet.data.folder import load_folder
@@ -32,7 +34,8 @@ class Data:
         place: the folder (or file, or hf://datasets/owner/name) of parquet and folder.
         split: of Indian Pines: field_cut, whole_fields (harder), or random_pixels_leaky (which leaks, and says so).
         seed: of the split.
-        held_out: images held out of the training split for calibration, where the data has no validation split.
+        held_out: images held out of the training split for calibration, where the data has no validation split; a
+            tenth, if not given.
         size: side that images of a folder are resized to.
     """
 
@@ -40,7 +43,7 @@ class Data:
     place: str | None = None
     split: str = "field_cut"
     seed: int = 0
-    held_out: int = 5000
+    held_out: int | None = None
     size: int | None = None
 
 
@@ -67,7 +70,7 @@ class Recipe:
         lr: the highest learning rate.
         weight_decay: of kernels and matrices.
         warmup: share of training in which the rate rises.
-        exit_weights: of the exits' losses; equal, summing to 1, if None.
+        exit_weights: of the exits' losses; equal, summing to 1, if not given.
         distill: how much the last exit teaches the others.
         label_smoothing: spoils confidences; 0 is a good value where exits are calibrated.
         seed: of weights, order and augmentation.
@@ -83,6 +86,19 @@ class Recipe:
     label_smoothing: float = 0.0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name, fits, expected in (
+            ("epochs", self.epochs >= 1, "1 or more"),
+            ("batch", self.batch >= 1, "1 or more"),
+            ("lr", 0 < self.lr < math.inf, "above 0"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
+            ("warmup", 0 <= self.warmup <= 1, "a share from 0 to 1"),
+            ("distill", 0 <= self.distill < math.inf, "0 or more"),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "a share from 0 to below 1"),
+        ):
+            if not fits:
+                raise ConfigError(f"recipe.{name} is {getattr(self, name)}; expected {expected}")
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -94,7 +110,17 @@ class Experiment:
 
     def save(self, path: Path) -> None:
         """As YAML, readable by `read`."""
-        path.write_text(yaml.safe_dump(asdict(self), sort_keys=False))
+        text = yaml.safe_dump(asdict(self), sort_keys=False)
+        write_atomically(path, lambda file: file.write(text.encode()))
+
+    def changes(self, other: "Experiment") -> list[str]:
+        """What another experiment has differently."""
+        return [
+            f"{part}.{name} was {was} and is {now}"
+            for part, values in asdict(self).items()
+            for name, was in values.items()
+            if (now := asdict(other)[part][name]) != was
+        ]
 
     @classmethod
     def read(cls, path: Path) -> "Experiment":
@@ -108,7 +134,7 @@ class Experiment:
             return cls(Data(**raw["data"]), Model(**raw["model"]), Recipe(**raw["recipe"]))
         except OSError as error:
             raise ConfigError(f"{path} cannot be read ({error.strerror}); a run folder has a config.yaml") from error
-        except (yaml.YAMLError, KeyError, TypeError) as error:
+        except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"{path} is not the configuration of a run: {reason}") from error
 
@@ -162,10 +188,16 @@ def open_problem(data: Data, batch: int = 128, seed: int = 0) -> Problem:
         )
     if data.place is None:
         raise ConfigError(f"data.place is missing: where is the {data.name} data? Give --data.place FOLDER")
-    parts = [_load(data, split).to_memory() for split in ("train", "test")]
-    train, held_out = hold_out(parts[0], data.held_out, seed=data.seed)
-    title = f"{Path(data.place).name} ({data.name}), {data.held_out} training images held out, seed {data.seed}"
-    return _images(title, train, held_out, parts[1], batch, seed, crop=max(1, parts[1].images.shape[-1] // 8), flip=0.5)
+    train, test = (_load(data, split).to_memory() for split in ("train", "test"))
+    name = f"{Path(data.place).name} ({data.name})"
+    validation = _validation(data)
+    if validation is not None:
+        title, held_out = f"{name}, with its validation split", validation.to_memory()
+    else:
+        count = data.held_out if data.held_out is not None else max(1, len(train) // 10)
+        train, held_out = hold_out(train, count, seed=data.seed)
+        title = f"{name}, {count} training images held out, seed {data.seed}"
+    return _images(title, train, held_out, test, batch, seed, crop=max(1, test.images.shape[-1] // 8), flip=0.5)
 
 
 def build(model: Model, problem: Problem) -> nn.Module:
@@ -184,6 +216,16 @@ def build(model: Model, problem: Problem) -> nn.Module:
         return zoo.MODELS[model.name](**{**model.arguments, **given})
     except TypeError as error:
         raise ConfigError(f"model {model.name}: {error}") from error
+
+
+def _validation(data: Data) -> Images | None:
+    """The validation split, if the data has one and nothing else was asked for."""
+    if data.held_out is not None:
+        return None
+    try:
+        return _load(data, "val")
+    except DataError:
+        return None
 
 
 def _load(data: Data, split: str) -> Images:

@@ -13,6 +13,7 @@ report.html       all of it, to read
 import csv
 import io
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +33,7 @@ from dynanet.bench.paired import paired
 from dynanet.core.budget import Budget
 from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import everything, forced, record
-from dynanet.core.errors import ConfigError, InputError
+from dynanet.core.errors import BudgetError, CheckpointError, ConfigError, DynanetError, InputError
 from dynanet.core.files import write_atomically
 from dynanet.experiment import Experiment, Problem, build, open_problem
 from dynanet.export.bundle import bundle
@@ -46,6 +47,7 @@ from dynanet.infer.session import Session
 from dynanet.infer.table import Table, tabulate
 from dynanet.loading import load
 from dynanet.mechanisms.early_exit import EarlyExit
+from dynanet.train.checkpoint import step_files
 from dynanet.train.objectives import CrossEntropy, MultiExit, Objective
 from dynanet.train.optimizers import one_cycle, sgd
 
@@ -95,37 +97,72 @@ class Run:
         """Train, and save the model. Answers the last metrics.
 
         Raises:
-            CheckpointError: the folder holds a run already and `resume` is off.
+            CheckpointError: the folder holds a run already and `resume` is off, or another experiment and it is on.
+            ConfigError: the folder holds something else, or there is no such model.
             TrainingError: the loss is NaN or infinite.
         """
         from dynanet.train.fitting import fit  # Lightning takes seconds to import: only who trains pays
 
+        self._check_free(resume)
         recipe, problem = self.experiment.recipe, self.problem
         torch.manual_seed(recipe.seed)
         model = build(self.experiment.model, problem)
+        objective = _objective(model, recipe.exit_weights, recipe.distill, recipe.label_smoothing)
+        fresh = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.experiment.save(self.folder / "config.yaml")
-        done = fit(
-            model,
-            problem.train,
-            problem.held_out,
-            objective=_objective(model, recipe.exit_weights, recipe.distill, recipe.label_smoothing),
-            epochs=recipe.epochs,
-            folder=self.folder,
-            optimizer=sgd(recipe.lr, weight_decay=recipe.weight_decay),
-            scheduler=one_cycle(warmup=recipe.warmup),
-            seed=recipe.seed,
-            resume=resume,
-            progress=progress and sys.stderr.isatty(),
-            callbacks=[_lines(recipe.epochs)] if progress and not sys.stderr.isatty() else [],
-        )
+        try:
+            done = fit(
+                model,
+                problem.train,
+                problem.held_out,
+                objective=objective,
+                epochs=recipe.epochs,
+                folder=self.folder,
+                optimizer=sgd(recipe.lr, weight_decay=recipe.weight_decay),
+                scheduler=one_cycle(warmup=recipe.warmup),
+                seed=recipe.seed,
+                resume=resume,
+                progress=progress and sys.stderr.isatty(),
+                callbacks=[_lines(recipe.epochs)] if progress and not sys.stderr.isatty() else [],
+            )
+        except DynanetError:
+            if fresh and not step_files(self.folder):
+                shutil.rmtree(self.folder)
+            raise
         self._save(model.eval(), self.folder / "model", Card(data=problem.title))
         return done.metrics
 
+    def _check_free(self, resume: bool) -> None:
+        """The folder is new, or holds this very run and is to go on."""
+        config = self.folder / "config.yaml"
+        if not self.folder.exists() or not any(self.folder.iterdir()):
+            return
+        if not config.exists():
+            raise ConfigError(f"{self.folder} holds something that is no run; choose a new folder")
+        if not resume and step_files(self.folder):
+            raise CheckpointError(f"{self.folder} holds a run already; go on with --resume, or choose a new folder")
+        if resume and (changed := Experiment.read(config).changes(self.experiment)):
+            raise CheckpointError(
+                f"resuming goes on with the run in {self.folder}, but {'; '.join(changed)}; put that back, or choose a "
+                f"new folder"
+            )
+
+    def model(self) -> nn.Module:
+        """The trained model, never exiting early.
+
+        Raises:
+            ConfigError: training has not come to its end.
+            BundleError: the model is damaged.
+        """
+        if not (self.folder / "model").exists():
+            begun = " --resume" if step_files(self.folder) else ""
+            raise ConfigError(f"{self.folder} holds no trained model yet; run: dynanet train {self.folder}{begun}")
+        return load(self.folder / "model")
+
     def calibrate(self, asked: Asked) -> list[Choice]:
         """One pass over the held-out data; then thresholds for every budget."""
-        model = load(self.folder / "model")
-        problem = self.problem
+        model, problem = self.model(), self.problem
         frontier = calibrate(model, problem.held_out, CostModel(model, problem.example()))
         frontier = self._as_used(frontier)
         choices = _choose(frontier, asked)
@@ -145,12 +182,13 @@ class Run:
     def frontier(self) -> Frontier:
         """The table of the last calibration, with the model."""
         if not (self.folder / "frontier").is_dir():
+            self.model()
             raise ConfigError(f"{self.folder} was not calibrated yet; run: dynanet calibrate {self.folder}")
-        return Frontier.load(self.folder / "frontier", load(self.folder / "model"))
+        return Frontier.load(self.folder / "frontier", self.model())
 
     def evaluate(self) -> dict[str, Any]:
         """Test accuracy of every exit and every choice, beside random exits of the same rates."""
-        table, frontier = self.test_table(), self.frontier()
+        frontier, table = self.frontier(), self.test_table()
         full = table.accuracy[-1]
         rows = []
         for choice in self.choices():
@@ -183,7 +221,7 @@ class Run:
 
     def test_table(self) -> Table:
         """Scores, answers and correctness on test data, at every exit."""
-        model = load(self.folder / "model")
+        model = self.model()
         table = tabulate(model, self.problem.test, CostModel(model, self.problem.example()))
         return self._as_used(Frontier(model, table)).table
 
@@ -193,7 +231,7 @@ class Run:
     ) -> list[Row]:  # fmt: skip
         """Time the model at a budget, on test samples; rows go to bench.csv."""
         frontier = self.frontier()
-        model = frontier.at(Budget(macs=share * _full(frontier)))
+        model = frontier.at(_budget(frontier, share))
         samples = _some(self.problem.test, max(256, *batches))
         rows = compare(model, samples, batches=batches, threads=threads, rounds=rounds, tell=tell)
         save_rows(self.folder / "bench.csv", rows, {"data": self.problem.title, "budget": f"{share:.0%} of the MACs"})
@@ -288,8 +326,8 @@ class Run:
         """Save the model as a bundle, at a budget if one is given. Answers its fingerprint."""
         frontier = self.frontier() if share is not None else None
         if frontier is None or share is None:
-            return self._save(load(self.folder / "model"), folder, Card(data=self.problem.title))
-        choice = frontier.choose(Budget(macs=share * _full(frontier)))
+            return self._save(self.model(), folder, Card(data=self.problem.title))
+        choice = frontier.choose(_budget(frontier, share))
         reached = outcome(self.test_table(), choice.thresholds)
         rows = [
             {"budget (share of the MACs)": share, "mean MACs, test": reached.macs, "accuracy, test": reached.accuracy}
@@ -300,6 +338,7 @@ class Run:
     def _save(self, model: nn.Module, folder: Path, card: Card, mean_macs: float | None = None) -> str:
         problem = self.problem
         cost = CostModel(model, problem.example())
+        folder.parent.mkdir(parents=True, exist_ok=True)
         return bundle(
             model, folder, classes=list(problem.classes),
             inputs=Inputs(problem.channels, problem.size, problem.mean, problem.std),
@@ -340,10 +379,21 @@ def _choose(frontier: Frontier, asked: Asked) -> list[Choice]:
     if shares is None:
         cheapest = float(frontier.table.mean_macs[0]) / _full(frontier)
         shares = [share for share in (0.75, 0.5, 0.25) if share > cheapest]
-    choices = [frontier.choose(Budget(macs=share * _full(frontier))) for share in shares]
+    choices = [frontier.choose(_budget(frontier, share)) for share in shares]
     if asked.risk is not None:
         choices.append(frontier.choose(Budget(risk=asked.risk, confidence=asked.confidence)))
     return choices
+
+
+def _budget(frontier: Frontier, share: float) -> Budget:
+    low, high = frontier.table.mean_macs[[0, -1]] / _full(frontier)
+    if not low * (1 - 1e-9) <= share <= high * (1 + 1e-9):
+        where = "above the dearest" if share > high else "below the cheapest"
+        raise BudgetError(
+            f"a share of {share:g} is {where} path: this model can spend {low:.3f} to {high:.3f} of its full MACs; ask "
+            f"within that"
+        )
+    return Budget(macs=share * _full(frontier))
 
 
 def _full(frontier: Frontier) -> float:

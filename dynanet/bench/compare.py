@@ -108,12 +108,10 @@ def compare(
 
 def line(row: Row) -> str:
     """A row in a line of text."""
-    return (
-        f"batch {row.batch:>3}, {row.threads} thread(s): {row.session_ms:.3f} ms/sample, {row.over_reference:.2f} "
-        f"times the untouched model; {row.over_same_engine:.2f} the same engine dense, {row.over_best_dense:.2f} the best "
-        f"dense engine ({row.best_dense}); {row.over_flop_ratio:.2f} of the FLOP ratio, {row.over_latency_theory:.2f} of the "
-        f"latency theory"
-    )
+    speeds = f"{row.session_ms:.3f} ms/sample, {row.over_reference:.2f} times the untouched model"
+    engines = f"{row.over_same_engine:.2f} the same engine dense, {row.over_best_dense:.2f} the best ({row.best_dense})"
+    theory = f"{row.over_flop_ratio:.2f} of the FLOP ratio, {row.over_latency_theory:.2f} of the latency theory"
+    return f"batch {row.batch:>3}, {row.threads} thread(s): {speeds}; {engines}; {theory}"
 
 
 def check_equivalent(model: nn.Module, session: Session, samples: Tensor, margin: float = 1e-3) -> None:

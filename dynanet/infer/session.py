@@ -68,10 +68,16 @@ class Session(nn.Module):
         self.example = tree_map(lambda t: t[:1].to(self.device), example)
         if not all(t.shape[0] for t in tree_flatten(self.example)[0]):
             raise InputError("a session needs an example with at least one sample; this batch is empty")
+        if not batches or min(batches) < 1:
+            raise InputError(f"batches is {tuple(batches)}; expected batch sizes, 1 or more each")
         deployed = folded(model).to(self.device)
         plan = Plan(engines, tuple(sorted(set(batches))), threads or torch.get_num_threads(), cache, self.device)
         with torch.no_grad():
-            self._empty = over_tensors(lambda t: t[:0], deployed(self.example))
+            try:
+                self._empty = over_tensors(lambda t: t[:0], deployed(self.example))
+            except (RuntimeError, TypeError, IndexError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise InputError(f"the model cannot take this example ({reason}); give a batch that it takes") from error
             deployed = deploy(deployed, self.example, plan)
         self.units = plan.measured
         # Not registered: the layers of a session have the names they have in the model.

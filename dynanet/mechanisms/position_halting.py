@@ -40,7 +40,8 @@ class PositionHalting(Dynamic):
         """(B, C, H, W) to the same shape."""
         alive = x_BCHW.new_ones(self.tiles.grid(x_BCHW))
         total, answer = torch.zeros_like(alive), torch.zeros_like(x_BCHW)
-        self.tap(Decision(alive[..., None], alive[..., None]), pinned=alive[..., None])          # the first step always runs
+        always = alive[..., None]
+        self.tap(Decision(always, always), pinned=always)  # the first step
         for k, cell in enumerate(self.cells):
             x_BCHW = self.run(k, cell, alive, x_BCHW, otherwise=x_BCHW, rows=self.tiles)
             chance = torch.minimum(self.halting(x_BCHW)[..., 0].sigmoid(), 1 - total)

@@ -1,6 +1,7 @@
 """A training run: `fit` sets it up so that it survives being killed, and answers with a `Run`."""
 
 import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -178,11 +179,16 @@ def _loggers(folder: Path) -> list[Logger]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Lightning's remarks on hardware it has not found, and its advertisements, kept back; its warnings are not."""
+    """Lightning's remarks on hardware it has not found, and its advertisements, kept back; its warnings are not.
+
+    But for one, which no user can mend: Lightning asks torch a question that torch has deprecated.
+    """
     log = logging.getLogger("lightning.pytorch")
     before = log.level
     log.setLevel(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)
+            yield
     finally:
         log.setLevel(before)
