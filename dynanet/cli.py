@@ -4,6 +4,7 @@ import argparse
 import inspect
 import json as json_
 import logging
+import math
 import os
 import re
 import sys
@@ -17,7 +18,7 @@ import docstring_parser
 import jsonargparse
 import torch
 
-from dynanet.core.errors import DynanetError
+from dynanet.core.errors import ConfigError, DynanetError
 from dynanet.experiment import Data, Experiment, Model, Recipe
 
 
@@ -71,7 +72,7 @@ def train(
         model: which network of the zoo, and its arguments.
         recipe: how it is trained.
         resume: go on where a run in this folder was stopped.
-        json: print the result as JSON.
+        json: print the result as JSON, and nothing else.
     """
     from dynanet.runs import Run
 
@@ -79,7 +80,10 @@ def train(
     if resume and experiment == Experiment() and (out / "config.yaml").exists():
         experiment = Experiment.read(out / "config.yaml")  # nothing was said: as it was
     metrics = Run(out, experiment).train(resume=resume, progress=not json)
-    _say(json, metrics, [f"{name}: {value:.4g}" for name, value in metrics.items()] + [f"saved in {out}/model"])
+    exits = [f"{value:.2%}" for name, value in metrics.items() if name.startswith("val/accuracy/")]
+    by_exit = f"; by exit: {', '.join(exits)}" if exits else ""
+    lines = [f"held-out accuracy {metrics['val/accuracy']:.2%}{by_exit}", f"saved in {out}/model"]
+    _say(json, metrics, [*lines, f"next: dynanet calibrate {out}"] if exits else lines)
 
 
 def calibrate(
@@ -98,15 +102,17 @@ def calibrate(
         confidence: of that promise.
         json: print the result as JSON.
     """
-    from dynanet.runs import Asked, Run
+    from dynanet.runs import Asked, Run, in_words
 
-    choices = Run(run).calibrate(Asked(shares, risk, confidence))
+    opened = Run(run)
+    choices, full = opened.calibrate(Asked(shares, risk, confidence)), opened.full_macs()
     rows = [
-        {"asked": str(c.asked), "macs": c.macs, "held_out_accuracy": c.accuracy, "thresholds": c.thresholds.tolist(),
-         "shares": c.share.tolist(), "note": c.note}
+        {"asked": in_words(c.asked, full), "macs": c.macs, "held_out_accuracy": c.accuracy,
+         "thresholds": c.thresholds.tolist(), "shares": c.share.tolist(), "promised": c.promised, "note": c.note}
         for c in choices
     ]  # fmt: skip
-    _say(json, {"choices": rows}, [str(choice) for choice in choices])
+    lines = [str(c).replace(str(c.asked), in_words(c.asked, full), 1) for c in choices]
+    _say(json, {"choices": rows}, [*lines, f"next: dynanet evaluate {run}"])
 
 
 def evaluate(run: Path, json: bool = False) -> None:
@@ -119,16 +125,21 @@ def evaluate(run: Path, json: bool = False) -> None:
     from dynanet.runs import Run
 
     results = Run(run).evaluate()
+    _say(json, results, [*_reached(results), f"next: dynanet report {run}"])
+
+
+def _reached(results: dict[str, Any]) -> list[str]:
     lines = [f"{results['data']}: {results['test_samples']} test samples"]
+    width = max(len(row["asked"]) for row in [*results["choices"], {"asked": "all at exit 1"}])
     for k, (macs, right) in enumerate(zip(results["macs_per_exit"], results["accuracy_per_exit"], strict=True)):
-        lines.append(f"  all at exit {k + 1}: {macs:14,.0f} MACs  accuracy {right:7.2%}")
+        lines.append(f"  {f'all at exit {k + 1}':{width}}  {macs:14,.0f} MACs         accuracy {right:7.2%}")
     for row in results["choices"]:
         lines.append(
-            f"  {row['asked']}: {row['test_macs']:14,.0f} MACs ({row['test_macs_share']:.0%})  accuracy "
+            f"  {row['asked']:{width}}  {row['test_macs']:14,.0f} MACs ({row['test_macs_share']:4.0%})  accuracy "
             f"{row['test_accuracy']:7.2%}  (lost {100 * row['lost']:.2f} points; random exits of the same rates "
             f"{row['random_exits_accuracy']:.2%})"
         )
-    _say(json, results, lines)
+    return lines
 
 
 def bench(
@@ -172,6 +183,8 @@ def predict(model: Path, inputs: Path, out: Path | None = None, json: bool = Fal
     """
     from dynanet.prediction import predict as answers
 
+    if out is not None and not out.parent.is_dir():
+        raise ConfigError(f"{out.parent} is no folder; make it first, or choose another --out")
     rows = answers(model, inputs)
     if out is not None:
         from dynanet.prediction import save
@@ -223,7 +236,7 @@ def demo(out: Path = Path("runs/demo"), seed: int = 0, json: bool = False) -> No
     import shutil
     import time
 
-    from dynanet.runs import Asked, Run
+    from dynanet.runs import Asked, Run, in_words
 
     start = time.monotonic()
     # One thread trains this small network in well under a minute, and a busy machine does not slow it tenfold.
@@ -233,20 +246,27 @@ def demo(out: Path = Path("runs/demo"), seed: int = 0, json: bool = False) -> No
         if not json:
             print(f"\n[{time.monotonic() - start:4.0f} s] {title}", flush=True)
 
-    if out.exists():
-        if not (out / "config.yaml").exists() and any(out.iterdir()):
+    def experiment(seed: int) -> Experiment:
+        return Experiment(data=Data(seed=seed), recipe=Recipe(seed=seed))
+
+    if out.exists() and any(out.iterdir()):
+        if not (out / "config.yaml").exists():
             raise DynanetError(f"{out} holds something that is no run; choose another folder with --out")
+        earlier = Experiment.read(out / "config.yaml")
+        if earlier != experiment(earlier.data.seed):
+            raise DynanetError(f"{out} holds a run that is no demo's; choose another folder with --out")
         shutil.rmtree(out)
-    run = Run(out, Experiment(data=Data(seed=seed), recipe=Recipe(seed=seed)))
+    run = Run(out, experiment(seed))
     step("Training a classifier of hyperspectral pixels, with three exits")
     run.train(progress=not json)
     step("Calibrating three budgets and one promised risk, in one pass over held-out pixels")
     for choice in run.calibrate(Asked()):
         if not json:
-            print("  " + str(choice))
+            print("  " + str(choice).replace(str(choice.asked), in_words(choice.asked, run.full_macs()), 1))
     step("Test pixels, looked at once")
-    evaluate(out, json=False) if not json else None
-    results = run.evaluate() if json else None
+    results = run.evaluate()
+    if not json:
+        print("\n".join(_reached(results)))
     step("Timing, interleaved in one process: the session against the same weights without skipping")
     rows = run.bench(batches=(1, 64), rounds=5, tell=(lambda line: None) if json else (lambda line: print("  " + line)))
     step("Report, with the whole scene classified")
@@ -260,7 +280,21 @@ def demo(out: Path = Path("runs/demo"), seed: int = 0, json: bool = False) -> No
 
 
 def _say(json: bool, content: dict[str, Any], lines: list[str]) -> None:
-    print(json_.dumps(content, default=float, indent=2) if json else "\n".join(lines))
+    if json:
+        print(json_.dumps(_finite(json_.loads(json_.dumps(content, default=float))), indent=2, allow_nan=False))
+    else:
+        print("\n".join(lines))
+
+
+def _finite(content: Any) -> Any:
+    """JSON knows no infinity: a threshold nobody passes is "inf", what was not measured is null."""
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list):
+        return [_finite(value) for value in content]
+    if isinstance(content, float) and not math.isfinite(content):
+        return None if math.isnan(content) else str(content)
+    return content
 
 
 COMMANDS = (train, calibrate, evaluate, bench, predict, report, export_bundle, demo)

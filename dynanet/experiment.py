@@ -115,11 +115,12 @@ class Experiment:
 
     def changes(self, other: "Experiment") -> list[str]:
         """What another experiment has differently."""
+        ours, theirs = (yaml.safe_load(yaml.safe_dump(asdict(each))) for each in (self, other))
         return [
-            f"{part}.{name} was {was} and is {now}"
-            for part, values in asdict(self).items()
+            f"{part}.{name} was {was} and is {theirs[part][name]}"
+            for part, values in ours.items()
             for name, was in values.items()
-            if (now := asdict(other)[part][name]) != was
+            if theirs[part][name] != was
         ]
 
     @classmethod

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import record
-from dynanet.core.errors import InputError, require
+from dynanet.core.errors import ConfigError, InputError
 from dynanet.core.files import write_atomically
+from dynanet.core.halt import Halt
+from dynanet.data.folder import SUFFIXES
+from dynanet.data.images import Images, to_float
 from dynanet.export.bundle import Bundle
 from dynanet.infer.session import Session
 from dynanet.loading import read
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def predict(model: Path, inputs: Path) -> list[dict[str, Any]]:
@@ -33,20 +34,26 @@ def predict(model: Path, inputs: Path) -> list[dict[str, Any]]:
 
     Raises:
         BundleError: the model cannot be loaded.
+        ConfigError: a run that is not trained yet.
+        DataError: images that cannot be decoded; single ones among many are left out, and named in the log.
         InputError: inputs that cannot be read, or that the model cannot take.
     """
-    bundle = read(model / "model" if (model / "config.yaml").exists() else model)
+    is_run = (model / "config.yaml").exists()
+    if is_run and not (model / "model").exists():
+        raise ConfigError(f"{model} holds no trained model yet; run: dynanet train {model}")
+    bundle = read(model / "model" if is_run else model)
     x, names = _read_inputs(inputs, bundle)
+    if not names:
+        return []
     session = Session(bundle.model, x, batches=(64,), engines="eager" if len(x) < 64 else "fastest")
     cost = CostModel(bundle.model, x[:1])
+    halts = [name for name, layer in session.named_modules() if isinstance(layer, Halt)]
     rows: list[dict[str, Any]] = []
     for group in x.split(256):
         with record(session) as trace:
             logits = session(group)
         spent = cost.spent(trace).tolist() if trace.calls else [cost.full] * len(group)
-        exits = (
-            sum((keep[:, 0] for keep in trace[""]), torch.zeros(len(group))) if trace.calls else torch.zeros(len(group))
-        )
+        exits = sum((keep[:, 0] for name in halts[:1] for keep in trace[name]), torch.zeros(len(group)))
         chance, index = logits.softmax(-1).max(-1)
         for i in range(len(group)):
             number = int(index[i])
@@ -73,18 +80,16 @@ def save(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _read_inputs(place: Path, bundle: Bundle) -> tuple[Tensor, list[str]]:
-    if place.suffix == ".npy":
+    if place.suffix == ".npy" and place.exists():
         x = _array(place, bundle)
         return x, [str(i) for i in range(len(x))]
-    if place.is_dir():
-        files = sorted(p for p in place.rglob("*") if p.suffix.lower() in PICTURES)
-    else:
-        files = [place] if place.suffix.lower() in PICTURES else []
+    inside = place.rglob("*") if place.is_dir() else [place] if place.exists() else []
+    files = sorted(str(path) for path in inside if path.suffix.lower() in SUFFIXES)
     if not files:
-        raise InputError(
-            f"{place} holds no inputs; expected an .npy file, an image ({', '.join(PICTURES)}) or a folder"
-        )
-    return torch.stack([_picture(file, bundle) for file in files]), [str(f) for f in files]
+        what = "holds no inputs" if place.exists() else "does not exist"
+        kinds = ", ".join(SUFFIXES)
+        raise InputError(f"{place} {what}; expected an .npy file, an image ({kinds}) or a folder of images")
+    return _images(files, bundle)
 
 
 def _array(place: Path, bundle: Bundle) -> Tensor:
@@ -92,10 +97,9 @@ def _array(place: Path, bundle: Bundle) -> Tensor:
         array = np.load(place, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{place} cannot be read as an .npy array ({error}); save it with numpy.save") from error
-    if array.dtype.kind not in "fiu" or array.ndim not in (3, 4):
-        raise InputError(
-            f"{place} holds {array.dtype} of shape {array.shape}; expected numbers (N, C, H, W) or (C, H, W)"
-        )
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu" or array.ndim not in (3, 4):
+        what = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise InputError(f"{place} holds {what}; expected numbers (N, C, H, W) or (C, H, W)")
     x = torch.from_numpy(array.astype(np.float32))
     x = x[None] if x.dim() == 3 else x
     wanted = bundle.inputs
@@ -103,23 +107,34 @@ def _array(place: Path, bundle: Bundle) -> Tensor:
         raise InputError(
             f"{place} holds inputs of {tuple(x.shape[1:])}; the model takes {wanted.channels} channels of {wanted.size}"
         )
-    if not torch.isfinite(x).all():
-        raise InputError(f"{place} holds NaN or infinite values; mend or leave out those inputs")
+    spoiled = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist() if len(x) else []
+    if spoiled:
+        which = f"{spoiled[:5]}{f' and {len(spoiled) - 5} more' if len(spoiled) > 5 else ''}"
+        raise InputError(f"{place} holds NaN or infinite values in input(s) {which}; mend or leave them out")
     return x
 
 
-def _picture(file: Path, bundle: Bundle) -> Tensor:
+def _images(files: list[str], bundle: Bundle) -> tuple[Tensor, list[str]]:
+    """Decoded, cut and scaled as for training."""
     wanted = bundle.inputs
     if wanted is None or wanted.channels not in (1, 3) or wanted.size is None:
-        raise InputError(f"{file} is an image, but the model does not say that it takes images; give an .npy file")
-    pil = require("PIL.Image", "images")
-    try:
-        with pil.open(file) as image:
-            image = image.convert("RGB" if wanted.channels == 3 else "L").resize(wanted.size[::-1])
-            pixels = torch.from_numpy(np.array(image, np.float32)) / 255
-    except OSError as error:
-        raise InputError(f"{file} cannot be read as an image ({error})") from error
-    x = pixels.permute(2, 0, 1) if pixels.dim() == 3 else pixels[None]
+        raise InputError(f"{files[0]} is an image, but the model does not say that it takes images; give an .npy file")
+    mode = "RGB" if wanted.channels == 3 else "L"
+    loaded = Images(_Files(files), torch.zeros(len(files)), ["any"], mode=mode, size=wanted.size).to_memory()
+    x = to_float(loaded.images)
     if wanted.mean is not None and wanted.std is not None:
         x = (x - torch.tensor(wanted.mean)[:, None, None]) / torch.tensor(wanted.std)[:, None, None]
-    return x
+    return x, [file for file in files if file not in loaded.corrupt]
+
+
+class _Files:
+    """Image files by path, for `Images`."""
+
+    def __init__(self, paths: list[str]):
+        self._paths = paths
+
+    def read(self, row: int) -> bytes:
+        return Path(self._paths[row]).read_bytes()
+
+    def name(self, row: int) -> str:
+        return self._paths[row]

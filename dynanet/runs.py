@@ -45,6 +45,7 @@ from dynanet.infer.calibrate import Frontier, apply, calibrate
 from dynanet.infer.choice import Choice
 from dynanet.infer.session import Session
 from dynanet.infer.table import Table, tabulate
+from dynanet.inspect import words
 from dynanet.loading import load
 from dynanet.mechanisms.early_exit import EarlyExit
 from dynanet.train.checkpoint import step_files
@@ -179,6 +180,10 @@ class Run:
             raise ConfigError(f"{self.folder} was not calibrated yet; run: dynanet calibrate {self.folder}") from error
         return _choose(frontier, asked)
 
+    def full_macs(self) -> float:
+        """MACs per sample of the full model: what shares are shares of."""
+        return _full(self.frontier())
+
     def frontier(self) -> Frontier:
         """The table of the last calibration, with the model."""
         if not (self.folder / "frontier").is_dir():
@@ -195,7 +200,7 @@ class Run:
             reached = outcome(table, choice.thresholds)
             rows.append(
                 {
-                    "asked": str(choice.asked),
+                    "asked": in_words(choice.asked, _full(frontier)),
                     "asked_macs": choice.asked.macs,
                     "held_out_macs": choice.macs,
                     "test_macs": reached.macs,
@@ -354,6 +359,14 @@ class Run:
         return Frontier(frontier.model, replace(frontier.table, macs=macs, worst=macs))
 
 
+def in_words(asked: Budget, full_macs: float) -> str:
+    """A budget of a run as one says it: "50 % of the MACs"."""
+    if asked.risk is not None:
+        return f"risk {words.short_percent(asked.risk)}, confidence {words.short_percent(asked.confidence)}"
+    assert asked.macs is not None
+    return f"{words.short_percent(asked.macs / full_macs)} of the MACs"
+
+
 def save_rows(path: Path, rows: Sequence[Row], more: dict[str, str]) -> None:
     """Append rows to a CSV file, with what they were measured on."""
     columns = {**more, **facts(), "measured": time.strftime("%Y-%m-%d %H:%M")}
@@ -397,7 +410,6 @@ def _budget(frontier: Frontier, share: float) -> Budget:
 
 
 def _full(frontier: Frontier) -> float:
-    """MACs per sample of the full model: what shares are shares of."""
     return float(frontier.table.dearest[-1])
 
 

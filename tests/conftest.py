@@ -4,6 +4,7 @@ import functools
 import os
 
 import pytest
+import torch
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 
@@ -25,3 +26,23 @@ def one_library_of_operators():
     patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
     yield
     patch.undo()
+
+
+TINY = {"widths": [4, 8], "depths": [1, 1], "context": 4}
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory):
+    """A run of the command line on handwritten digits, trained and calibrated; not to be written to."""
+    from dynanet.experiment import Data, Experiment, Model, Recipe
+    from dynanet.runs import Asked, Run
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    recipe = Recipe(epochs=6, batch=64, lr=0.1)
+    experiment = Experiment(Data("digits"), Model("staged_resnet", TINY), recipe)
+    run = Run(tmp_path_factory.mktemp("runs") / "digits", experiment)
+    run.train(progress=False)
+    run.calibrate(Asked(shares=(0.75,), risk=0.1))
+    torch.set_num_threads(threads)
+    return run.folder

@@ -77,7 +77,7 @@ class Session(nn.Module):
                 self._empty = over_tensors(lambda t: t[:0], deployed(self.example))
             except (RuntimeError, TypeError, IndexError) as error:
                 reason = " ".join(str(error).split())[:200]
-                raise InputError(f"the model cannot take this example ({reason}); give a batch that it takes") from error
+                raise InputError(f"the model cannot take this example ({reason}); give one that it takes") from error
             deployed = deploy(deployed, self.example, plan)
         self.units = plan.measured
         # Not registered: the layers of a session have the names they have in the model.

@@ -55,11 +55,10 @@ def test_only_a_keep_that_is_pinned_or_gone_withstands_force():
 
 
 def test_force_sees_the_scores_and_its_answer_takes_the_dtype_of_keep():
-    model, x = Pick().eval(), torch.randn(8, 3)
-    with record(model) as trace, forced(model, lambda d: d.score < 0):
-        model(x)
-    keep = trace[""][0]
-    assert keep.dtype == x.dtype and torch.equal(keep[:, 1:], (x[:, 1:] < 0).float())
+    model, score = Pick(), torch.randn(8, 3)
+    with forced(model, lambda d: d.score < 0):
+        keep = model.obey(Decision(torch.zeros(8, 3), score)).keep
+    assert keep.dtype == score.dtype and torch.equal(keep, (score < 0).float())
 
 
 def test_forces_nest_and_an_exception_restores_what_was_before():
