@@ -40,7 +40,9 @@ def main(arguments: list[str] | None = None) -> int:
                 description="Networks that decide, input by input, how much to compute, and really skip the rest. "
                 "Begin with: dynanet demo",
             )
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and not isinstance(end.__context__, KeyboardInterrupt):  # as Lightning ends
+            raise
         print("dynanet: stopped; a training run goes on with --resume", file=sys.stderr)
         return 130
     except DynanetError as error:

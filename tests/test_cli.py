@@ -379,6 +379,31 @@ def test_a_bundle_of_a_stranger_runs_no_code(refused, tmp_path):
     assert "bundle" in refused("predict", bundle, tmp_path / "x.npy")
 
 
+def test_a_demo_replaces_demos_only(refused, run):
+    before = contents(run)
+    assert "holds a run that is no demo's" in refused("demo", "--out", run)
+    assert contents(run) == before
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on(call, tmp_path, monkeypatch):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert call("train", whole, *DIGITS, "--recipe.epochs", 2)[0] == 0
+
+    def stop(self):
+        if self.current_epoch == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dynanet.train.lightning.Training.on_train_epoch_end", stop)
+        code, out, err = call("train", cut, *DIGITS, "--recipe.epochs", 2)
+    assert code == 130 and out == "" and "goes on with --resume" in err and "Traceback" not in err
+    assert not (cut / "model").exists()
+    assert call("train", cut, "--resume")[0] == 0
+    assert contents(cut / "model")[str(cut / "model" / "model.safetensors")] == (
+        whole / "model" / "model.safetensors"
+    ).read_bytes()
+
+
 def test_a_full_disk(refused, run, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device", str(run / "choices.json"))

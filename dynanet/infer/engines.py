@@ -79,6 +79,7 @@ class OnnxRuntime(Engine):
     def __init__(
         self, unit: nn.Module, inputs: Sequence[Tensor], *, threads: int, workspaces: bool, cache: Path | None = None
     ):
+        require("onnxruntime", "onnx")
         with torch.no_grad():
             outputs = unit(*inputs)
         self._threads, self._workspaces, self._chunk = threads, workspaces, 0
@@ -92,8 +93,8 @@ class OnnxRuntime(Engine):
         except MissingExtraError:
             raise
         except Exception as error:  # exporter and runtime have dozens of kinds for what they cannot do
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error) else repr(error)
-            raise StructureError(f"a part that ONNX Runtime cannot run ({reason[:200]}); use eager engines") from error
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise StructureError(f"a part that ONNX Runtime cannot run ({reason}); use eager engines") from error
 
     def _open(self, graph: bytes, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         runtime = require("onnxruntime", "onnx")

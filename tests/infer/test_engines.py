@@ -199,7 +199,7 @@ def test_where_the_cache_is(monkeypatch):
     assert cache_folder() == Path("/c/.cache/dynanet/engines")
 
 
-def test_a_missing_runtime_is_told_once(monkeypatch, caplog):
+def test_a_missing_runtime_is_told_once(monkeypatch, caplog, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)  # as if it were not installed
     engines.onnx_runtime.cache_clear()
     try:
@@ -207,7 +207,8 @@ def test_a_missing_runtime_is_told_once(monkeypatch, caplog):
             assert engines.onnx_runtime() is None and engines.onnx_runtime() is None
         assert [r.name for r in caplog.records] == ["dynanet.infer.engines"]
         with pytest.raises(MissingExtraError, match=r"pip install 'dynanet\[onnx\]'"):
-            onnx(part(), Path("nowhere"))
+            onnx(part(), tmp_path)
+        assert list(tmp_path.iterdir()) == []
     finally:
         engines.onnx_runtime.cache_clear()
 

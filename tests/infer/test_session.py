@@ -16,7 +16,7 @@ from dynanet.core.halt import Halt
 from dynanet.core.rows import over_tensors
 from dynanet.core.trace import Trace
 from dynanet.infer import engines
-from dynanet.infer.parts import StagedHalt, Unit
+from dynanet.infer.parts import ByBatch, StagedHalt, Unit
 from dynanet.infer.session import Session
 from dynanet.mechanisms.early_exit import EarlyExit
 
@@ -165,6 +165,12 @@ def test_what_was_measured_is_told(deployed):
     fastest = Session(each.model, each.x, batches=(8,))
     assert {"eager", "onnxruntime"} <= set(fastest.units["step0"][8])
     same(fastest(each.x), dense(each.model, each.x)[0])
+
+
+@pytest.mark.parametrize("rows_, size", [(1, 1), (2, 1), (3, 8), (8, 8), (22, 8), (23, 64), (64, 64), (9999, 64)])
+def test_the_engine_of_the_nearest_batch_size_runs(rows_, size):
+    by_batch = ByBatch({n: lambda inputs, n=n: [n] for n in (64, 1, 8)}, [])
+    assert by_batch([torch.zeros(rows_, 3)]) == [size]
 
 
 def test_the_model_stays_as_it_is():
