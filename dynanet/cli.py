@@ -1,23 +1,20 @@
 """The command line: dynanet train | calibrate | evaluate | bench | predict | report | export-bundle | demo."""
 
-import argparse
-import inspect
 import json as json_
 import logging
 import math
 import os
-import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import docstring_parser
 import jsonargparse
 import torch
 
+from dynanet.arguments import Parser, command_name, written_out
 from dynanet.core.errors import ConfigError, DynanetError
 from dynanet.experiment import Data, Experiment, Model, Recipe
 
@@ -32,9 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with _warnings_in_a_line():
             jsonargparse.auto_cli(
-                {_name(command): command for command in COMMANDS},
-                args=_written_out(sys.argv[1:] if arguments is None else arguments) or ["--help"],
-                parser_class=_Parser,
+                {command_name(command): command for command in COMMANDS},
+                args=written_out(sys.argv[1:] if arguments is None else arguments) or ["--help"],
+                parser_class=Parser,
                 prog="dynanet",
                 config_help="a YAML file with these options; what is given beside it counts more",
                 description="Networks that decide, input by input, how much to compute, and really skip the rest. "
@@ -84,8 +81,9 @@ def train(
     metrics = Run(out, experiment).train(resume=resume, progress=not json)
     exits = [f"{value:.2%}" for name, value in metrics.items() if name.startswith("val/accuracy/")]
     by_exit = f"; by exit: {', '.join(exits)}" if exits else ""
-    lines = [f"held-out accuracy {metrics['val/accuracy']:.2%}{by_exit}", f"saved in {out}/model"]
-    _say(json, metrics, [*lines, f"next: dynanet calibrate {out}"] if exits else lines)
+    reached = f"held-out accuracy {metrics['val/accuracy']:.2%}{by_exit}" if metrics else "this run had come to its end"
+    lines = [reached, f"saved in {out}/model"]
+    _say(json, metrics, lines if metrics and not exits else [*lines, f"next: dynanet calibrate {out}"])
 
 
 def calibrate(
@@ -114,6 +112,8 @@ def calibrate(
         for c in choices
     ]  # fmt: skip
     lines = [str(c).replace(str(c.asked), in_words(c.asked, full), 1) for c in choices]
+    if shares is None and (left_out := opened.unreachable()):
+        lines.append(f"left out, as no path is that cheap: {', '.join(f'{share:.0%}' for share in left_out)}")
     _say(json, {"choices": rows}, [*lines, f"next: dynanet evaluate {run}"])
 
 
@@ -138,10 +138,14 @@ def _reached(results: dict[str, Any]) -> list[str]:
     for row in results["choices"]:
         lines.append(
             f"  {row['asked']:{width}}  {row['test_macs']:14,.0f} MACs ({row['test_macs_share']:4.0%})  accuracy "
-            f"{row['test_accuracy']:7.2%}  (lost {100 * row['lost']:.2f} points; random exits of the same rates "
+            f"{row['test_accuracy']:7.2%}  ({_lost(row['lost'])}; random exits of the same rates "
             f"{row['random_exits_accuracy']:.2%})"
         )
     return lines
+
+
+def _lost(share: float) -> str:
+    return f"{'gained' if share < 0 else 'lost'} {abs(100 * share):.2f} points"
 
 
 def bench(
@@ -189,24 +193,25 @@ def predict(model: Path, inputs: Path, out: Path | None = None, json: bool = Fal
         raise ConfigError(f"{out.parent} is no folder; make it first, or choose another --out")
     rows = answers(model, inputs)
     if out is not None:
-        from dynanet.prediction import save
+        from dynanet.core.files import write_csv
 
-        save(out, rows)
+        write_csv(out, rows, ("input", "class"))
     shown = [f"{r['input']}: {r['class']} (exit {r['exit']}, {r['macs']:,.0f} MACs)" for r in rows]
     _say(json, {"answers": rows}, [f"{len(rows)} answers in {out}"] if out is not None else shown)
 
 
-def report(run: Path, out: Path | None = None, json: bool = False) -> None:
+def report(run: Path, out: Path | None = None, static: list[Path] | None = None, json: bool = False) -> None:
     """Write the report: one HTML file that shows where the compute went.
 
     Args:
         run: a calibrated run.
         out: the file; report.html in the run folder, if not given.
+        static: runs of networks without exits on the same data, to show beside it.
         json: print the result as JSON.
     """
     from dynanet.runs import Run
 
-    path = Run(run).report(out)
+    path = Run(run).report(out, static=[Run(each).point() for each in static or ()])
     _say(json, {"report": str(path)}, [f"report: {path}"])
 
 
@@ -300,106 +305,6 @@ def _finite(content: Any) -> Any:
 
 
 COMMANDS = (train, calibrate, evaluate, bench, predict, report, export_bundle, demo)
-
-
-def _name(command: Callable) -> str:
-    return command.__name__.replace("_", "-")
-
-
-class _Parser(jsonargparse.ArgumentParser):
-    """Flags are flags, and what is wrong takes one line."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **{"formatter_class": _Help, "allow_abbrev": False, **kwargs})
-
-    def add_function_arguments(self, function: Callable, *args: Any, **kwargs: Any) -> list[str]:
-        """The parameters of a command, told by its docstring."""
-        told = docstring_parser.parse(inspect.getdoc(function) or "")
-        self.description = "\n\n".join(filter(None, (told.short_description, told.long_description)))
-        parameters = inspect.signature(function).parameters.values()
-        flags = {p.name for p in parameters if p.annotation is bool}
-        added = super().add_function_arguments(function, *args, **{**kwargs, "sub_configs": False, "skip": flags})
-        for each in told.params:
-            if each.arg_name in flags:
-                self.add_argument(f"--{each.arg_name}", action="store_true", help=each.description)
-        for action in self._actions:
-            if action.dest in ("data", "model", "recipe"):
-                action.help = argparse.SUPPRESS  # a file for a part of them: --config takes them all
-        places = [p.name for p in parameters if p.default is p.empty]
-        self.usage = " ".join(["dynanet", _name(function), *places, "[options]"])
-        return added
-
-    def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
-        """The commands."""
-        self.usage = "dynanet COMMAND [options]"
-        for action in self._actions:
-            if action.dest in ("config", "print_config"):
-                action.help = argparse.SUPPRESS  # every command has its own
-        return super().add_subcommands(*args, **kwargs)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """One line, and where help is."""
-        if not self.exit_on_error:
-            super().error(message, ex)
-        usage = (getattr(ex, "subcommand_parser", None) or self).usage or ""
-        command = re.search(r"required: ([\w-]+)\.", message) or re.match(r"dynanet ([a-z-]+)", usage)
-        help_ = f"dynanet {command[1]} --help" if command else "dynanet --help"
-        print(f"dynanet: {_plain(message)}; see: {help_}", file=sys.stderr)
-        raise SystemExit(2)
-
-
-class _Help(jsonargparse.DefaultHelpFormatter):
-    """Without the types: the names and the words say what is expected."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        if "--print_config" in action.option_strings:
-            return "print all options as YAML, for --config, and exit"
-        default = action.default
-        shown = action.option_strings and default is not None and default is not False and default != argparse.SUPPRESS
-        return (action.help or "").rstrip(".") + (" (default: %(default)s)" if shown else "")
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        return re.sub(r", --[\w.]+\+ .*| \[=flags\]", "", super()._format_action_invocation(action))
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        return "\n".join(super(_Help, self)._fill_text(line, width, indent) for line in text.splitlines())
-
-
-def _written_out(arguments: list[str]) -> list[str]:
-    """Lists as the parser reads them: `--shares 0.5 0.25` and `--shares 0.5,0.25` become `--shares [0.5,0.25]`."""
-    written: list[str] = []
-    for argument in arguments:
-        number = re.fullmatch(r"[\d.]+(e-?\d+)?(,[\d.]+(e-?\d+)?)*", argument)
-        if number and written and written[-1] in _LISTS:
-            written.append(f"[{argument}]")
-        elif number and len(written) > 1 and written[-2] in _LISTS and written[-1].endswith("]"):
-            written[-1] = f"{written[-1][:-1]},{argument}]"
-        else:
-            written.append(argument)
-    return written
-
-
-_LISTS = ("--shares", "--batches", "--threads", "--recipe.exit_weights")
-
-
-def _plain(message: str) -> str:
-    """What jsonargparse says in several lines and in types, in one line and in words."""
-    text = " ".join(line.strip(" -") for line in message.splitlines() if line.strip())
-    for pattern, instead in _IN_WORDS:
-        text = re.sub(pattern, instead, text)
-    return text.rstrip(" .:;")
-
-
-_IN_WORDS = (
-    (r"Parser key \"([^\"]*)\":", r"\1:"),
-    (r"Does not validate against any of the Union subtypes Subtypes: \[(.*?)\] Errors: .* value: ", r"expected \1; got "),  # noqa: E501
-    (r"Expected an? (.*?)\. Got value: ", r"expected \1; got "),
-    (r"<class '(?:\w+\.)*(\w+)'>", r"\1"),
-    (r"typing\.Literal\[(.*?)\]", r"one of \1"),
-    (r", NoneType", " or null"),
-    (r"required: \w[\w-]*\.", "required: "),
-    (r"Subcommand '([\w-]+)' does not accept option '(.*?)'", r"\1 has no option \2"),
-)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What the command line trains and measures: data, model and recipe, as one plain configuration."""
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,7 +12,7 @@ import yaml
 from torch import nn
 
 from dynanet import zoo
-from dynanet.core.errors import ConfigError, DataError
+from dynanet.core.errors import ConfigError, MissingSplitError
 from dynanet.core.files import write_atomically
 from dynanet.data.augment import CropFlip, channel_stats
 from dynanet.data.digits import load_digits
@@ -45,6 +46,20 @@ class Data:
     seed: int = 0
     held_out: int | None = None
     size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("seed", self.seed, 0), ("held_out", self.held_out, 1), ("size", self.size, 1)):
+            if value is not None and value < least:
+                raise ConfigError(f"data.{name} is {value}; expected {least} or more")
+        given = {"place": self.place, "held_out": self.held_out, "size": self.size}
+        if self.name in ("indian_pines", "digits"):
+            unused = [name for name, value in given.items() if value is not None]
+        else:
+            unused = []
+        if self.name != "indian_pines" and self.split != "field_cut":
+            unused.append("split")
+        if unused:
+            raise ConfigError(f"data.{unused[0]} says nothing about {self.name}; leave it out")
 
 
 @dataclass(frozen=True)
@@ -89,6 +104,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, fits, expected in (
             ("epochs", self.epochs >= 1, "1 or more"),
+            ("seed", self.seed >= 0, "0 or more"),
             ("batch", self.batch >= 1, "1 or more"),
             ("lr", 0 < self.lr < math.inf, "above 0"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
@@ -216,7 +232,8 @@ def build(model: Model, problem: Problem) -> nn.Module:
     try:
         return zoo.MODELS[model.name](**{**model.arguments, **given})
     except TypeError as error:
-        raise ConfigError(f"model {model.name}: {error}") from error
+        takes = [name for name in inspect.signature(zoo.MODELS[model.name]).parameters if name not in given]
+        raise ConfigError(f"model {model.name}: {error}; it takes {', '.join(takes)}") from error
 
 
 def _validation(data: Data) -> Images | None:
@@ -225,7 +242,7 @@ def _validation(data: Data) -> Images | None:
         return None
     try:
         return _load(data, "val")
-    except DataError:
+    except MissingSplitError:
         return None
 
 

@@ -1,8 +1,5 @@
 """Answers of a saved model for files: arrays and images."""
 
-import csv
-import io
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,6 @@ from torch import Tensor
 from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import record
 from dynanet.core.errors import ConfigError, InputError
-from dynanet.core.files import write_atomically
 from dynanet.core.halt import Halt
 from dynanet.data.folder import SUFFIXES
 from dynanet.data.images import Images, to_float
@@ -68,15 +64,6 @@ def predict(model: Path, inputs: Path) -> list[dict[str, Any]]:
                 }
             )
     return rows
-
-
-def save(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write the rows as CSV, whole or not at all."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else ["input"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def _read_inputs(place: Path, bundle: Bundle) -> tuple[Tensor, list[str]]:

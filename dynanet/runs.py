@@ -10,12 +10,9 @@ bench.csv         what they are worth in milliseconds
 report.html       all of it, to read
 """
 
-import csv
-import io
 import json
 import shutil
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -28,13 +25,12 @@ from torch import Tensor, nn
 
 from dynanet import inspect, zoo
 from dynanet.bench.compare import Row, compare
-from dynanet.bench.machine import facts
-from dynanet.bench.paired import paired
+from dynanet.bench.machine import append_rows, facts
 from dynanet.core.budget import Budget
 from dynanet.core.cost import CostModel
-from dynanet.core.dynamic import everything, forced, record
 from dynanet.core.errors import BudgetError, CheckpointError, ConfigError, DynanetError, InputError
 from dynanet.core.files import write_atomically
+from dynanet.core.objective import Objective
 from dynanet.experiment import Experiment, Problem, build, open_problem
 from dynanet.export.bundle import bundle
 from dynanet.export.card import Card
@@ -48,11 +44,14 @@ from dynanet.infer.table import Table, tabulate
 from dynanet.inspect import words
 from dynanet.loading import load
 from dynanet.mechanisms.early_exit import EarlyExit
+from dynanet.scenes import PRICED, classified
 from dynanet.train.checkpoint import step_files
-from dynanet.train.objectives import CrossEntropy, MultiExit, Objective
+from dynanet.train.objectives import CrossEntropy, MultiExit
 from dynanet.train.optimizers import one_cycle, sgd
 
 Tell = Callable[[str], None]
+SHARES = (0.75, 0.5, 0.25)
+BATCH = 64  # at which reports measure milliseconds
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Asked:
     """The budgets of a run.
 
     Attributes:
-        shares: of the full model's MACs; None: 75, 50 and 25 %, as far as a path is that cheap.
+        shares: of the full model's MACs; None: `SHARES`, as far as a path is that cheap.
         risk: share of samples that may lose the full model's right answer; None: no such budget.
         confidence: with which the risk is promised.
     """
@@ -68,6 +67,11 @@ class Asked:
     shares: Sequence[float] | None = None
     risk: float | None = 0.05
     confidence: float = 0.9
+
+    def __post_init__(self) -> None:
+        for value in (*(self.shares or ()), self.confidence, *([] if self.risk is None else [self.risk])):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ConfigError(f"a budget of {value!r} was asked for; expected numbers")
 
 
 class Run:
@@ -184,6 +188,10 @@ class Run:
         """MACs per sample of the full model: what shares are shares of."""
         return _full(self.frontier())
 
+    def unreachable(self) -> list[float]:
+        """The customary shares of the MACs that no path of this model is as cheap as."""
+        return [share for share in SHARES if share <= _cheapest(self.frontier())]
+
     def frontier(self) -> Frontier:
         """The table of the last calibration, with the model."""
         if not (self.folder / "frontier").is_dir():
@@ -239,10 +247,11 @@ class Run:
         model = frontier.at(_budget(frontier, share))
         samples = _some(self.problem.test, max(256, *batches))
         rows = compare(model, samples, batches=batches, threads=threads, rounds=rounds, tell=tell)
-        save_rows(self.folder / "bench.csv", rows, {"data": self.problem.title, "budget": f"{share:.0%} of the MACs"})
+        about = {"data": self.problem.title, "budget": f"{share:.0%} of the MACs"}
+        append_rows(self.folder / "bench.csv", [asdict(row) for row in rows], about)
         return rows
 
-    def scene(self, share: float = 0.5) -> tuple[inspect.Scene, dict[str, float]]:
+    def scene(self, share: float = 0.5, *, rounds: int = 3) -> tuple[inspect.Scene, dict[str, float]]:
         """Classify the whole scene at a budget: maps, and seconds beside those of the full model run the same way.
 
         Raises:
@@ -252,41 +261,35 @@ class Run:
         if pines is None:
             raise InputError(f"{self.problem.title} is no scene: there is no map to make")
         frontier = self.frontier()
-        model = frontier.at(Budget(macs=share * _full(frontier)))
-        cube = pines.cube[None]
-        form = zoo.scene_form(model, pines.patch)
-        cost = CostModel(form, cube[..., :16, :16])
-        session = Session(form, cube, batches=(1,))
+        return classified(frontier.at(Budget(macs=share * _full(frontier))), pines, rounds=rounds)
 
-        def in_full() -> None:
-            with forced(session, everything):
-                session(cube)
+    @torch.no_grad()
+    def point(self) -> inspect.Point:
+        """A network with one answer, to compare others with: its test accuracy, MACs, and ms at a batch of 64.
 
-        seconds = _interleaved({"seconds": lambda: session(cube), "full_seconds": in_full}, rounds=3)
-        with record(session) as trace:
-            logits = session(cube)
-        spent = _spent_per_pixel(trace, cost, cube)
-        with forced(session, everything), record(session) as trace:
-            session(cube)
-        dearest = _spent_per_pixel(trace, cost, cube)
-        seconds["speed_up"] = seconds["full_seconds"] / seconds["seconds"]
-        seconds["macs_share"] = float(spent.mean() / dearest.mean())
-        maps = inspect.Scene(
-            colour=(255 * pines.rgb()).round().byte().numpy(),
-            predicted=logits[0].argmax(-1).numpy(),
-            spent=(spent / dearest.mean()).numpy(),
-            truth=pines.labels.numpy(),
-            tested=pines.mask("test").numpy(),
-            about="AVIRIS, Indiana, 145 x 145 pixels of 20 m, 200 bands",
-        )
-        return maps, seconds
+        Raises:
+            ConfigError: a run of a network with exits.
+        """
+        model, problem = self.model(), self.problem
+        if not isinstance(model, nn.Sequential):
+            kind = type(model).__name__
+            raise ConfigError(f"{self.folder} is the run of a {kind}; expected one of a network with one answer")
+        right = sum(int((model(x).argmax(1) == y).sum()) for x, y in problem.test)
+        if problem.scene is None:
+            macs = CostModel(model, problem.example()).full
+        else:  # as those with exits are priced: the stem once per pixel
+            stem, rest, pixels = model[0], model[1:], problem.scene.cube[None, :, :PRICED, :PRICED]
+            macs = CostModel(stem, pixels).full / PRICED**2 + CostModel(rest, stem(problem.example())).full
+        (measured,) = _measured(Session(model, problem.example(), batches=(BATCH,))) or [{}]
+        ms = min(measured[BATCH].values()) / BATCH if measured else None
+        return inspect.Point(self.folder.name, macs, right / problem.test.samples, ms)
 
     def report(self, path: Path | None = None, *, static: Sequence[inspect.Point] = ()) -> Path:
-        """Write report.html."""
+        """Write report.html, with other networks to compare with."""
         frontier, table, problem = self.frontier(), self.test_table(), self.problem
         model = frontier.model
-        session = Session(model, problem.example(), batches=(64,))
-        ms = np.cumsum([min(unit[64].values()) / 64 if unit else np.nan for unit in _measured(session)])
+        session = Session(model, problem.example(), batches=(BATCH,))
+        ms = np.cumsum([min(unit[BATCH].values()) / BATCH if unit else np.nan for unit in _measured(session)])
         if len(ms) == table.exits and np.isfinite(ms).all():
             table, frontier = replace(table, ms=ms), frontier.timed(ms)
         versions = facts()
@@ -295,8 +298,10 @@ class Run:
             test="test split, looked at once",
             held_out="held-out split, not augmented",
             held_out_samples=frontier.table.samples,
-            model=f"{self.experiment.model.name} {self.experiment.model.arguments or ''}".strip(),
-            device=f"{versions['device']}, {torch.get_num_threads()} thread(s)",
+            model=self.experiment.model.name,
+            arguments=self.experiment.model.arguments,
+            timed=f"batch {BATCH}, {_threads()}, every exit in its faster engine",
+            device=f"{versions['device']}, {_threads()}",
             versions={name: versions[name] for name in ("dynanet", "torch", "onnxruntime")},
             commit=versions["commit"],
             date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -304,7 +309,7 @@ class Run:
         )
         shown, scene = None, None
         if problem.scene is not None:
-            scene, seconds = self.scene()
+            scene, seconds = self.scene(rounds=2)
             origin.more["whole scene"] = (
                 f"{seconds['seconds']:.2f} s at {seconds['macs_share']:.0%} of the MACs, "
                 f"{seconds['full_seconds']:.2f} s in full: {seconds['speed_up']:.2f} times faster"
@@ -355,7 +360,7 @@ class Run:
         pines = self.problem.scene
         if pines is None or not isinstance(frontier.model, EarlyExit) or frontier.model.steps < 2:
             return frontier
-        macs = zoo.scene_macs(frontier.model, pines.cube[None, :, :16, :16], pines.patch)
+        macs = zoo.scene_macs(frontier.model, pines.cube[None, :, :PRICED, :PRICED], pines.patch)
         return Frontier(frontier.model, replace(frontier.table, macs=macs, worst=macs))
 
 
@@ -367,35 +372,18 @@ def in_words(asked: Budget, full_macs: float) -> str:
     return f"{words.short_percent(asked.macs / full_macs)} of the MACs"
 
 
-def save_rows(path: Path, rows: Sequence[Row], more: dict[str, str]) -> None:
-    """Append rows to a CSV file, with what they were measured on."""
-    columns = {**more, **facts(), "measured": time.strftime("%Y-%m-%d %H:%M")}
-    known: list[dict[str, Any]] = []
-    if path.exists():
-        with path.open(newline="") as file:
-            known = list(csv.DictReader(file))
-    known += [{**asdict(row), **columns} for row in rows]
-    names = list(dict.fromkeys(name for row in known for name in row))
-
-    def write(file: Any) -> None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(known)
-        file.write(text.getvalue().encode())
-
-    write_atomically(path, write)
-
-
 def _choose(frontier: Frontier, asked: Asked) -> list[Choice]:
     shares = asked.shares
     if shares is None:
-        cheapest = float(frontier.table.mean_macs[0]) / _full(frontier)
-        shares = [share for share in (0.75, 0.5, 0.25) if share > cheapest]
+        shares = [share for share in SHARES if share > _cheapest(frontier)]
     choices = [frontier.choose(_budget(frontier, share)) for share in shares]
     if asked.risk is not None:
         choices.append(frontier.choose(Budget(risk=asked.risk, confidence=asked.confidence)))
     return choices
+
+
+def _cheapest(frontier: Frontier) -> float:
+    return float(frontier.table.mean_macs[0]) / _full(frontier)
 
 
 def _budget(frontier: Frontier, share: float) -> Budget:
@@ -433,6 +421,11 @@ def _lines(epochs: int) -> Any:
     return Lines()
 
 
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' if count > 1 else ''}"
+
+
 def _measured(session: Session) -> list[dict[int, dict[str, float]]]:
     return list(session.units.values())
 
@@ -444,20 +437,6 @@ def _some(batches: Any, count: int) -> Tensor:
         if sum(len(t) for t in taken) >= count:
             break
     return torch.cat(taken)[:count].contiguous()
-
-
-def _interleaved(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    return {name: float(np.median(seconds)) for name, seconds in paired(contestants, rounds=rounds).items()}
-
-
-def _spent_per_pixel(trace: Any, cost: CostModel, cube: Tensor) -> Tensor:
-    """(H, W) MACs: the stem and first exit everywhere, the later stages where they ran."""
-    height, width = cube.shape[2:]
-    spent = torch.full((height, width), cost.always / 256, dtype=torch.float64)  # priced on 16 x 16 pixels
-    for call in trace.calls:
-        prices = cost.unit[call.name][call.first : call.first + call.keep.shape[-1]]
-        spent += (call.keep[0].double() * prices).sum(-1)
-    return spent
 
 
 def _pictures(problem: Problem) -> np.ndarray:

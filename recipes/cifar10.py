@@ -2,7 +2,7 @@
 
     python recipes/cifar10.py staged --data DIR --out runs/cifar10/staged
     python recipes/cifar10.py static --width 0.5 --data DIR --out runs/cifar10/static-0.5
-    python recipes/cifar10.py msdnet --data DIR --out runs/cifar10/msdnet --epochs 6
+    python recipes/cifar10.py msdnet --data DIR --out runs/cifar10/msdnet
 
 DIR holds the parquet files of the Hugging Face hub's `cifar10`. SGD with Nesterov momentum, one cycle, crop and flip;
 5,000 training images are held out for calibration and never seen. The state is saved after every epoch, and a run that
@@ -73,7 +73,7 @@ def main():
     draws = torch.Generator()
     augment = CropFlip(mean, std, generator=draws)
 
-    model, objective = build(args), objective_for(args)
+    model, objective = build(args).to(memory_format=torch.channels_last), objective_for(args)  # a tenth faster or more
     steps = len(train) // 128
     optimizer = torch.optim.SGD(model.parameters(), args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(

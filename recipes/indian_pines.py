@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from sklearn.svm import SVC
-from torch import nn
 
-from dynanet.bench.machine import facts
+from dynanet.bench.machine import append_rows
 from dynanet.experiment import Data, Experiment, Model, Recipe
 from dynanet.runs import Asked, Run
 
@@ -27,18 +26,6 @@ def svm(scene):
     spectra = {part: scene.cube[:, scene.mask(part)].T.numpy() for part in ("train", "test")}
     machine.fit(spectra["train"], scene.targets("train").numpy())
     return float((machine.predict(spectra["test"]) == scene.targets("test").numpy()).mean())
-
-
-def static_accuracy(run):
-    """Test accuracy of a network with one exit."""
-    from dynanet.loading import load
-
-    model, right, count = load(run.folder / "model"), 0, 0
-    assert isinstance(model, nn.Sequential)
-    with torch.no_grad():
-        for x, y in run.problem.test:
-            right, count = right + int((model(x).argmax(1) == y).sum()), count + len(y)
-    return right / count
 
 
 def main():
@@ -75,18 +62,14 @@ def main():
                 args.runs / f"{seed}-static", Experiment(Data(seed=seed), Model("spectral_static"), Recipe(seed=seed))
             )
             other.train(progress=False)
-            row["static"] = static_accuracy(other)
+            point = other.point()
+            row |= {"static": point.accuracy, "static_macs": point.macs / run.full_macs()}
         if args.scene:
             for share in (0.5, 0.25):
                 _, timed = run.scene(share)
                 row[f"scene_times_{share:.0%}"] = timed["speed_up"]
                 row[f"scene_macs_{share:.0%}"] = timed["macs_share"]
-        row |= {**facts(), "threads": torch.get_num_threads()}
-        known = list(csv.DictReader(path.open())) if path.exists() else []
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(n for r in [*known, row] for n in r)), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows([*known, row])
+        append_rows(path, [row], {"threads": torch.get_num_threads()})
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     rows = list(csv.DictReader(path.open()))
     for name in ("svm", "full", "static", "at_50", "random_50", "at_25", "macs_50", "macs_25"):

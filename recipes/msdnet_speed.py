@@ -10,6 +10,7 @@ the answers mean, so nothing is trained here. Every repeat is a process of its o
 import argparse
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,8 @@ import torch
 
 from dynanet import zoo
 from dynanet.bench.compare import compare
+from dynanet.bench.machine import append_rows
 from dynanet.infer.budgeted import geometric, thresholds_for_share
-from dynanet.runs import save_rows
 
 
 def network(x):
@@ -55,7 +56,7 @@ def main():
     rows = compare(network(x), x, batches=args.batches, threads=args.threads, rounds=args.rounds, tell=print)
     args.results.mkdir(exist_ok=True)
     about = {"network": "MSDNet CIFAR budgeted, 5 exits, random weights", "exits": "geometric, ratio 0.5"}
-    save_rows(args.results / "msdnet_speed.csv", rows, about)
+    append_rows(args.results / "msdnet_speed.csv", [asdict(row) for row in rows], about)
     print("median over batches of this process:", np.median([row.over_reference for row in rows]).round(2))
 
 

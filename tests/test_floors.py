@@ -12,9 +12,10 @@ FLOORS = {
     **dict.fromkeys(("mechanisms", "train", "infer", "export"), 2),
     **dict.fromkeys(("zoo", "inspect", "conversion", "testing"), 3),
     **dict.fromkeys(("bench", "loading", "experiment"), 4),
-    **dict.fromkeys(("runs", "prediction"), 5),
-    **dict.fromkeys(("cli",), 6),
-    **dict.fromkeys(("__init__", "__main__"), 7),
+    **dict.fromkeys(("scenes", "prediction", "arguments"), 5),
+    **dict.fromkeys(("runs",), 6),
+    **dict.fromkeys(("cli",), 7),
+    **dict.fromkeys(("__init__", "__main__"), 8),
 }
 NAMELESS = {"utils", "common", "helpers", "base", "misc", "manager", "registry"}
 

@@ -1,6 +1,5 @@
 """Answers for files are the model's own, with their exits and prices."""
 
-import csv
 import logging
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from dynanet.core.dynamic import record
 from dynanet.core.errors import BundleError, ConfigError, DataError, InputError
 from dynanet.export.bundle import bundle
 from dynanet.export.config import Inputs
-from dynanet.prediction import predict, save
+from dynanet.prediction import predict
 
 CLASSES = ["round", "square", "odd"]
 
@@ -66,8 +65,6 @@ def test_arrays_of_any_numbers(dtype, saved, tmp_path):
 def test_no_inputs_no_answers(saved, tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((0, 3, 6, 5), "float32"))
     assert predict(saved, tmp_path / "x.npy") == []
-    save(tmp_path / "answers.csv", [])
-    assert (tmp_path / "answers.csv").read_text() == "input\n"
 
 
 @pytest.mark.parametrize(
@@ -152,21 +149,3 @@ def test_what_is_no_model(tmp_path):
     (tmp_path / "run" / "config.yaml").write_text("")
     with pytest.raises(ConfigError, match="no trained model yet"):
         predict(tmp_path / "run", tmp_path / "x.npy")
-
-
-def test_answers_are_saved_whole_or_not_at_all(tmp_path, monkeypatch):
-    rows = [{"input": "a, b", "class": 'say "x"', "exit": 1}, {"input": "c", "class": "y", "exit": 2}]
-    save(tmp_path / "answers.csv", rows)
-    with (tmp_path / "answers.csv").open(newline="") as file:
-        read = list(csv.DictReader(file))
-    assert read == [{name: str(value) for name, value in row.items()} for row in rows]
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        save(tmp_path / "answers.csv", rows[:1])
-    with (tmp_path / "answers.csv").open(newline="") as file:
-        assert list(csv.DictReader(file)) == read
-    assert [p.name for p in tmp_path.iterdir()] == ["answers.csv"]

@@ -1,23 +1,21 @@
 """A run's folder: what it holds, what can be made of it again, and what an accident leaves."""
 
-import csv
 import json
 import shutil
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from dynanet.bench.compare import Row
 from dynanet.core.budget import Budget
 from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import record
 from dynanet.core.errors import BudgetError, CheckpointError, ConfigError, InputError, TrainingError
 from dynanet.experiment import Data, Experiment, Model, Recipe
 from dynanet.infer.calibrate import apply
-from dynanet.runs import Asked, Run, in_words, save_rows
+from dynanet.runs import Asked, Run, in_words
 from dynanet.train.checkpoint import step_files
 
 TINY = Model("staged_resnet", {"widths": [4, 8], "depths": [1, 1], "context": 4})
@@ -175,24 +173,6 @@ def test_the_report_is_one_file(run, tmp_path):
     text = path.read_text()
     assert "scikit-learn digits" in text and "http://" not in text.replace("http://www.w3.org", "")
     assert names(tmp_path) == {"there.html", "digits"}
-
-
-def row(batch: int) -> Row:
-    values = {"batch": batch, "threads": 1, "samples": 8, "rounds": 3, "best_dense": "eager", "spread": "1.00-1.10"}
-    return Row(**{field.name: values.get(field.name, 1.5) for field in fields(Row)})
-
-
-def test_rows_of_measurements_add_up(tmp_path):
-    path = tmp_path / "bench.csv"
-    path.write_text("batch,older\n4,yes\n")
-    save_rows(path, [row(8)], {"data": "digits"})
-    save_rows(path, [row(16), row(32)], {"data": "digits", "more": "said"})
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [r["batch"] for r in rows] == ["4", "8", "16", "32"]
-    assert rows[0]["older"] == "yes" and rows[1]["older"] == "" and rows[1]["more"] == "" and rows[2]["more"] == "said"
-    assert rows[3]["session_ms"] == "1.5" and rows[3]["torch"] == torch.__version__ and rows[3]["measured"]
-    assert names(tmp_path) == {"bench.csv"}
 
 
 def test_a_whole_scene_is_classified_as_its_patches_are(tmp_path):

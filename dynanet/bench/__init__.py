@@ -2,5 +2,6 @@
 
 from dynanet.bench.compare import Row as Row
 from dynanet.bench.compare import compare as compare
+from dynanet.bench.machine import append_rows as append_rows
 from dynanet.bench.machine import facts as facts
 from dynanet.bench.paired import paired as paired

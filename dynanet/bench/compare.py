@@ -1,6 +1,9 @@
 """A session against the same weights without skipping: equivalence first, then the four numbers, in one process."""
 
 import copy
+import logging
+import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +17,12 @@ from torch import Tensor, nn
 from dynanet.bench.paired import paired, ratio
 from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import everything, execute, forced, record
-from dynanet.core.errors import InputError
+from dynanet.core.errors import ConfigError, InputError
 from dynanet.core.halt import Halt
 from dynanet.infer.engines import Eager, Engine, OnnxRuntime, folded, onnx_runtime
 from dynanet.infer.session import Session
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,8 +94,13 @@ def compare(
         One row per batch and thread count.
 
     Raises:
+        ConfigError: batches, threads or rounds below 1.
         InputError: fewer samples than the largest batch, or answers that are not those of the dense model.
     """
+    if not batches or min(batches) < 1:
+        raise ConfigError(f"batches is {list(batches)}; expected samples per call, 1 or more each")
+    if not threads or min(threads) < 1 or rounds < 1:
+        raise ConfigError(f"threads is {list(threads)} and rounds is {rounds}; expected 1 or more of each")
     if len(samples) < max(batches):
         raise InputError(f"{len(samples)} samples for a batch of {max(batches)}; give more samples or smaller batches")
     model = copy.deepcopy(model).eval()
@@ -98,6 +108,9 @@ def compare(
     try:
         for n in threads:
             torch.set_num_threads(n)
+            busy = os.getloadavg()[0]
+            if n > 1 and busy > (os.cpu_count() or 1) - n + 0.5:
+                log.warning("other programs run (load %.1f): they inflate times and ratios on %d threads", busy, n)
             session = Session(model, samples[:1], threads=n, batches=sorted({*batches, 1, 4, 16}), cache=cache)
             check_equivalent(model, session, samples)
             for batch in batches:
@@ -113,7 +126,9 @@ def line(row: Row) -> str:
     speeds = f"{row.session_ms:.3f} ms/sample, {row.over_reference:.2f} times the untouched model"
     engines = f"{row.over_same_engine:.2f} the same engine dense, {row.over_best_dense:.2f} the best ({row.best_dense})"
     theory = f"{row.over_flop_ratio:.2f} of the FLOP ratio, {row.over_latency_theory:.2f} of the latency theory"
-    return f"batch {row.batch:>3}, {row.threads} thread(s): {speeds}; {engines}; {theory}"
+    stream = f"; stream {row.stream_ms:.3f} ms/sample, {row.stream_over_latency_theory:.2f} of the latency theory"
+    told = f"batch {row.batch:>3}, {row.threads} thread(s): {speeds}; {engines}; {theory}"
+    return told + (stream if math.isfinite(row.stream_ms) else "")
 
 
 def check_equivalent(model: nn.Module, session: Session, samples: Tensor, margin: float = 1e-3) -> None:

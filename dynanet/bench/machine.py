@@ -1,12 +1,18 @@
-"""What a figure was measured on."""
+"""What a figure was measured on, and the files that keep both."""
 
+import csv
 import os
 import platform
 import subprocess
+import time
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from dynanet.core.files import write_csv
 
 
 def facts() -> dict[str, str]:
@@ -20,6 +26,16 @@ def facts() -> dict[str, str]:
         "dynanet": _version("dynanet"),
         "commit": _commit(),
     }
+
+
+def append_rows(path: Path, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> None:
+    """Append rows to a CSV file, each with what it is about and what it was measured on."""
+    more = {**about, **facts(), "measured": time.strftime("%Y-%m-%d %H:%M")}
+    known: list[Mapping[str, Any]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            known = list(csv.DictReader(file))
+    write_csv(path, [*known, *({**row, **more} for row in rows)])
 
 
 def _processor() -> str:

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic, everything, execute, forced, layers, record
-from dynanet.core.errors import StructureError
+from dynanet.core.errors import InputError, StructureError
 from dynanet.core.macs import CountMacs
 from dynanet.core.trace import Call, Trace
 
@@ -36,6 +36,7 @@ class CostModel:
         example: an input batch; one sample suffices.
 
     Raises:
+        InputError: an example that the model cannot take.
         StructureError: an example without samples, or (where attention is priced) of one row per sample only.
     """
 
@@ -48,7 +49,7 @@ class CostModel:
         with _as_deployed(model):
             execute(model, sparse=False)
             with CountMacs() as dense, forced(model, everything):
-                model(example)
+                _try(model, example)
             execute(model, sparse=True)
             passes = [_counted(model, example, everything)]
             for power in range(2, 1 + max((layer.degree for layer in found.values()), default=1)):
@@ -118,6 +119,14 @@ class CostModel:
         lines.append(f"{'full (dense, all computed)':38} {self.full:>16,.0f} {self.full / full:>7.1%}")
         lines.append(f"{'worst case (sparse, all kept)':38} {self.worst:>16,.0f} {self.worst / full:>7.1%}")
         return "\n".join(lines)
+
+
+def _try(model: nn.Module, example: Any) -> None:
+    try:
+        model(example)
+    except (RuntimeError, TypeError, IndexError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"the model cannot take this example ({reason}); give one that it takes") from error
 
 
 @contextmanager

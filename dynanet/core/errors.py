@@ -33,6 +33,10 @@ class DataError(DynanetError):
     """A data folder, file or split that cannot be used."""
 
 
+class MissingSplitError(DataError):
+    """A split that the data does not have."""
+
+
 class BundleError(DynanetError):
     """A saved model that is damaged, altered, or not a saved model."""
 

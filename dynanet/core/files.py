@@ -4,13 +4,16 @@ A power cut, a kill or a full disk leaves the old one untouched, and at worst a 
 temporary one lies in the same folder because only a rename inside one file system is atomic.
 """
 
+import csv
+import errno
+import io
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
@@ -21,10 +24,15 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object
         write: writes the content into the open binary file it is given: `lambda file: torch.save(state, file)`.
 
     Raises:
-        OSError: the disk is full or the folder cannot be written. Whatever `write` raises is raised too; in every case
+        OSError: the disk is full, the folder cannot be written, or `path` is a folder or a device. Whatever `write`
+            raises is raised too; in every case
             the old file is untouched and the temporary one is gone.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_symlink() and not path.is_file():  # a rename would replace the device itself
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
     fresh = _beside(path, "tmp")
     file = open(fresh, "xb")  # "x": never through a link that somebody else put there
     try:
@@ -38,8 +46,29 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object
         full = error.__context__
         if isinstance(error, RuntimeError) and isinstance(full, OSError):  # so torch.save hides a full disk
             raise OSError(full.errno, full.strerror, str(path)) from error
+        if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(fresh)):
+            raise OSError(error.errno, error.strerror, str(path)) from error  # the name that the caller knows
         raise
     _sync_folder(path.parent)
+
+
+def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]], first: Sequence[str] = ()) -> None:
+    """Write rows as a CSV file.
+
+    Args:
+        path: the file.
+        rows: from columns to values; a row need not have all columns.
+        first: columns that come first, also where there are no rows; the others as they come up in the rows.
+
+    Raises:
+        OSError: as `write_atomically`.
+    """
+    text = io.StringIO()
+    columns = dict.fromkeys([*first, *(name for row in rows for name in row)])
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def write_folder_atomically(folder: str | os.PathLike, fill: Callable[[Path], object]) -> None:

@@ -160,8 +160,10 @@ _MACS = {
     aten._grouped_mm: _grouped_mm,
     aten._trilinear: _bilinear,
     aten.addbmm: _summed_bmm,
+    aten.addbmm_: _summed_bmm,
     aten.mv: _vector,
     aten.addmv: _vector,
+    aten.addmv_: _vector,
     aten.dot: _vector,
     aten.vdot: _vector,
 }

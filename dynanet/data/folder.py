@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from dynanet.core.errors import DataError
+from dynanet.core.errors import DataError, MissingSplitError
 from dynanet.data.images import Images, Transform, name_classes, to_float
 from dynanet.data.splits import SAME_SPLIT, synonyms
 
@@ -50,7 +50,7 @@ def load_folder(
     else:
         found = [name for name in synonyms(split) if name in folders]
         if not found:
-            raise DataError(f"{home} has no split {split!r}; it has {', '.join(folders) or 'no subfolders'}")
+            raise MissingSplitError(f"{home} has no split {split!r}; it has {', '.join(folders) or 'no subfolders'}")
         beside = [name for name in folders if _is_split(name)] if _is_split(found[0]) else folders
         names = sorted({inner for name in beside for inner in _folders(home / name)})
         home = home / found[0]

@@ -14,6 +14,7 @@ that lists them. Each DataLoader worker keeps its own list.
 
 import io
 import logging
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -162,7 +163,9 @@ class Images(Dataset[tuple[Any, int]]):
         except (DataError, MemoryError):
             raise
         except Exception as error:  # decoders meet garbage with OSError, SyntaxError, ValueError, struct.error, ...
-            self._report(row, " ".join(str(error).split()) or type(error).__name__)
+            # Pillow names the buffer it read from, which says nothing.
+            said = re.sub(r"cannot identify image file <.*>", "no image file of a known kind", str(error))
+            self._report(row, " ".join(said.split()) or type(error).__name__)
             return None
 
     def _report(self, row: int, reason: str) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynanet.core.errors import DataError, require
+from dynanet.core.errors import DataError, MissingSplitError, require
 from dynanet.data.images import Images, Transform, name_classes, to_float
 from dynanet.data.splits import SAME_SPLIT, synonyms
 
@@ -103,7 +103,7 @@ def find_split(home: Path, split: str) -> list[Path]:
         if chosen:
             return _whole(chosen, split, top)
     listed = ", ".join(str(path.relative_to(top)) for path in files[:8]) + (", ..." if len(files) > 8 else "")
-    raise DataError(f"{home} has no split {split!r}; its files are {listed}")
+    raise MissingSplitError(f"{home} has no split {split!r}; its files are {listed}")
 
 
 class _Shard:

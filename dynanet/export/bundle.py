@@ -116,7 +116,7 @@ def bundle(
         "MACs per sample, worst case": worst_macs,
         "input": inputs,
         "classes": None if classes is None else len(classes),
-        "at most so many steps": limits or None,
+        "at most so many steps": limits,
     }
     contents = {
         WEIGHTS: safetensors.torch.save(tensors),
@@ -252,3 +252,9 @@ def _check_back(model: nn.Module, made: Architecture, folder: Path) -> None:
                 f"this model cannot be bundled: {short(name)} is now {ours.get(name)}, {made.name} builds "
                 f"{theirs.get(name)}; only weights, buffers and limits may change after building"
             )
+    steps = [{name: m.steps for name, m in each.named_modules() if isinstance(m, Halt)} for each in (again, model)]
+    if steps[0] != steps[1]:
+        raise BundleError(
+            f"this model cannot be bundled: its layers have {steps[1]} steps, {made.name} builds {steps[0]}; switch "
+            f"every exit on, or give the builder fewer exits"
+        )

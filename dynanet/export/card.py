@@ -2,6 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
+
+from dynanet.export.config import CONFIG, Inputs
+
+_FEW = 4  # so many channels have their mean and standard deviation on the card; more are in the config
 
 
 @dataclass(frozen=True)
@@ -31,9 +36,10 @@ def render(card: Card, architecture: str, arguments: Mapping[str, object], facts
         card: the maker's words and figures.
         architecture: the name of the model's function in the zoo.
         arguments: what that function was given.
-        facts: what can be read off the model (parameters, MACs, input): name and value, a line each; None is not given.
+        facts: what can be read off the model (parameters, MACs, input): name and value, a line each. None is not given;
+            an empty mapping does not apply to this model and gets no line.
     """
-    stated = {name: "not given" if value is None else value for name, value in facts.items()}
+    stated = {name: _in_words(value) for name, value in facts.items() if value != {}}
     call = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     sections = {
         f"# {architecture}": card.summary or "A dynamic neural network: it computes less for easy inputs.",
@@ -50,6 +56,42 @@ def render(card: Card, architecture: str, arguments: Mapping[str, object], facts
     return front + "\n".join(f"{title}\n\n{text}\n" for title, text in sections.items())
 
 
+def _in_words(value: object) -> str:
+    if value is None:
+        return "not given"
+    if isinstance(value, Inputs):
+        return _inputs(value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_in_words(each)} ({name or 'the model itself'})" for name, each in value.items())
+    return _figure(value)
+
+
+def _inputs(inputs: Inputs) -> str:
+    """What goes in, in words: "1 channel, 8 x 8 pixels, minus 0.33, divided by 0.38"."""
+    said = [f"{inputs.channels:,} channel{'s' if inputs.channels > 1 else ''}"]
+    said.append("{} x {} pixels".format(*inputs.size) if inputs.size is not None else "any size")
+    many = inputs.channels > _FEW
+    for verb, values in (("minus", inputs.mean), ("divided by", inputs.std)):
+        if values is not None:
+            numbers = ", ".join(f"{each:.4g}" for each in values)
+            said.append(f"{verb} numbers of each channel's own (in {CONFIG})" if many else f"{verb} {numbers}")
+    if inputs.mean is None and inputs.std is None:
+        said.append("as it is, not normalised")
+    return ", ".join(said)
+
+
+def _figure(value: object) -> str:
+    """A number as one reads it: four figures, but all before the point, those from 10,000 on in groups of three."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return str(value)
+    if not isinstance(value, Integral):
+        number = float(value)
+        if not 1000 <= abs(number) < 1e15:
+            return f"{number:.4g}"
+        value = round(number)
+    return f"{int(value):,}" if abs(int(value)) >= 10_000 else str(int(value))  # a year has no comma
+
+
 def _table(rows: Sequence[Mapping[str, object]]) -> str:
     if not rows:
         return ""
@@ -59,5 +101,4 @@ def _table(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def _cell(value: object) -> str:
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return " ".join(text.split()).replace("|", "\\|")
+    return " ".join(_figure(value).split()).replace("|", "\\|")

@@ -5,14 +5,21 @@ a threshold cannot split what is tied. So these scores live on a scale that does
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dynanet.core.errors import StructureError
+
 
 class Confidence(nn.Module, ABC):
     """Scores answers (rows, classes) with (rows, 1). `memory` travels with a row from exit to exit."""
+
+    def at(self, k: int) -> "Confidence":
+        """What scores exit k, counted from 0. Most criteria are the same at every exit."""
+        return self
 
     def remember(self, logits: Tensor, memory: Any) -> Any:
         """What the next exit must know about this one; None at the first. Most criteria need nothing."""
@@ -83,6 +90,114 @@ class Patience(Confidence):
         """The count, (rows, 1)."""
         assert memory is not None, "Patience scores what `remember` answered"
         return memory[1].to(logits.dtype)
+
+
+class PerExit(Confidence):
+    """Another confidence at every exit: learned ones, say. `infer.scheduler` fits them.
+
+    Args:
+        exits: one per exit but the last, which asks nobody.
+    """
+
+    def __init__(self, exits: Sequence[Confidence]):
+        super().__init__()
+        self.exits = nn.ModuleList(exits)
+
+    def at(self, k: int) -> Confidence:
+        """That of exit k.
+
+        Raises:
+            StructureError: there are not so many.
+        """
+        if not 0 <= k < len(self.exits):
+            raise StructureError(
+                f"a confidence for exit {k} was asked of one that has {len(self.exits)}; give one per exit but the last"
+            )
+        found = self.exits[k]
+        assert isinstance(found, Confidence)
+        return found
+
+    def forward(self, logits: Tensor, memory: Any = None) -> Tensor:
+        """Never: which exit is meant?
+
+        Raises:
+            StructureError: always.
+        """
+        raise StructureError("this confidence differs from exit to exit; score exit k with confidence.at(k)")
+
+
+class LearnedGate(Confidence):
+    """A linear gate on four measures of uncertainty; its score is the log-odds that leaving here is best.
+
+    JEI-DNN's gate (Regol et al. 2023, arXiv:2310.09163): the greatest probability, the entropy, the entropy
+    at another temperature, and the margin. Here they are on the scales of this file, which do not saturate. A new one
+    scores as `MaxProbability` does. Logits are detached: a gate must not make classifiers look unsure.
+    """
+
+    measures = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = _as_max_probability(self.measures)
+
+    def features(self, logits: Tensor, memory: Any = None) -> Tensor:
+        """(rows, 4)."""
+        return _uncertainties(logits.detach())
+
+    def forward(self, logits: Tensor, memory: Any = None) -> Tensor:
+        """(rows, 1). Above 0 leaving is likelier best than going on."""
+        return self.linear(self.features(logits))
+
+
+class LearnedScore(Confidence):
+    """The log-odds that the answer is right, from uncertainty, the class probabilities and the exit before.
+
+    EENet's score function (Ilhan et al. 2023, arXiv:2301.07099): it sees which classes are likely, how sure
+    the exit is, whether it agrees with the exit before, and that one's score. A new one scores as `MaxProbability`.
+
+    Args:
+        classes: width of the logits.
+    """
+
+    measures = 6
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.linear = _as_max_probability(self.measures + classes)
+
+    def features(self, logits: Tensor, memory: Any = None) -> Tensor:
+        """(rows, 6 + classes): uncertainties, agreement, the score before, probabilities."""
+        logits = logits.detach()
+        answer = logits.argmax(-1, keepdim=True)
+        if memory is None:
+            agrees, before = torch.zeros_like(logits[..., :1]), torch.zeros_like(logits[..., :1])
+        else:
+            agrees, before = (answer == memory[0]).to(logits.dtype), memory[1].detach()
+        return torch.cat([_uncertainties(logits), agrees, before, logits.softmax(-1)], -1)
+
+    def remember(self, logits: Tensor, memory: Any) -> tuple[Tensor, Tensor]:
+        """The answer and its score, (rows, 1) each."""
+        return logits.argmax(-1, keepdim=True), self.linear(self.features(logits, memory))
+
+    def forward(self, logits: Tensor, memory: Any = None) -> Tensor:
+        """(rows, 1). Above 0 the answer is likelier right than wrong."""
+        assert memory is not None, "LearnedScore scores what `remember` answered"
+        return memory[1]
+
+
+def _uncertainties(logits: Tensor) -> Tensor:
+    """(rows, 4), higher is surer: log-odds, minus log entropy, margin, minus log entropy at temperature 2."""
+    entropy = Entropy()
+    return torch.cat([_log_odds(logits), entropy(logits), Margin()(logits), entropy(logits / 2)], -1)
+
+
+def _as_max_probability(features: int) -> nn.Linear:
+    """A linear map that answers its first feature, the log-odds."""
+    linear = nn.Linear(features, 1)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    nn.init.ones_(linear.weight[:, 0])
+    return linear
 
 
 def _log_odds(logits: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import copy
 import json
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dynanet.core.budget import Budget
 from dynanet.core.cost import CostModel
-from dynanet.core.errors import DataError, StructureError
+from dynanet.core.errors import BudgetError, DataError, StructureError
 from dynanet.core.files import write_atomically, write_folder_atomically
 from dynanet.core.halt import Halt
 from dynanet.infer.choice import Choice, choose, curve
@@ -114,12 +114,88 @@ def apply(model: nn.Module, choice: Choice) -> nn.Module:
     """
     halt = halt_of(copied := copy.deepcopy(model).eval())[1]
     thresholds = _thresholds(halt)
-    if thresholds.shape != choice.thresholds.shape:
-        raise StructureError(f"{len(choice.thresholds)} thresholds chosen for a model that has {len(thresholds)}")
+    places = places_of(halt)
+    if places.shape != choice.thresholds.shape:
+        raise StructureError(f"{len(choice.thresholds)} thresholds chosen for a model that has {len(places)}")
     with torch.no_grad():
-        thresholds.copy_(torch.from_numpy(choice.thresholds))
+        thresholds.fill_(torch.inf)[places] = torch.from_numpy(choice.thresholds).to(thresholds)
     halt.limit = choice.limit
     return copied
+
+
+def paying(table: Table, exit_macs: Sequence[float], budget: Budget) -> tuple[int, ...]:
+    """The exits that are worth their price under a budget; switch the others off (`EarlyExit.active`).
+
+    A sample that goes on pays for every classifier that it passes. So exits are taken away one by one, always the one
+    without which the held-out accuracy within the budget is highest, until every one left would be missed. Choose
+    exits on held-out data, and calibrate the model that is left; no risk is promised for rows that chose the exits.
+
+    Args:
+        table: of held-out data, with all exits.
+        exit_macs: (K,) MACs that switching an exit off saves, `EarlyExit.exit_macs`.
+        budget: with `macs` alone.
+
+    Returns:
+        Ascending numbers of exits, the last one included. The last one alone: no early exit pays at this budget.
+
+    Raises:
+        BudgetError: another budget, or one out of this table's range.
+        DataError: not one price per exit, or prices that the table's costs do not hold.
+    """
+    bound = budget.macs
+    if bound is None or any(b is not None for b in (budget.risk, budget.ms, budget.cap_macs)):
+        raise BudgetError(f"exits are chosen for a mean cost in MACs, and this is {budget}; give Budget(macs=...) only")
+
+    def reached(exits: tuple[int, ...]) -> tuple[float, float] | None:
+        """(accuracy, MACs saved), the higher the better; None if the bound is out of reach."""
+        left = with_exits(table, exits, exit_macs)
+        if left.mean_macs.min() > bound:
+            return None
+        choice = choose(left, Budget(macs=min(bound, float(left.mean_macs.max()))))
+        return choice.accuracy, -choice.macs
+
+    best = choose(table, budget)
+    exits, value = tuple(range(table.exits)), (best.accuracy, -best.macs)
+    while len(exits) > 1:
+        fewer = [exits[:i] + exits[i + 1 :] for i in range(len(exits) - 1)]
+        found = [(v, left) for left in fewer if (v := reached(left)) is not None and v[0] >= value[0]]
+        if not found:
+            break
+        value, exits = max(found)
+    return exits
+
+
+def with_exits(table: Table, exits: Sequence[int], exit_macs: Sequence[float]) -> Table:
+    """The table of the model with only these exits active: the same answers and scores, at lower prices.
+
+    For confidences without memory; where an exit's score depends on those before it (`Patience`), calibrate the model.
+
+    Args:
+        table: with all exits.
+        exits: ascending numbers, the last one included.
+        exit_macs: see `paying`.
+
+    Raises:
+        DataError: as `paying`, or exits that the table does not have.
+    """
+    prices, kept = np.asarray(exit_macs, dtype=np.float64), list(exits)
+    if kept != sorted(set(kept)) or not kept or kept[0] < 0 or kept[-1] != table.exits - 1:
+        raise DataError(f"exits {kept} of a table of {table.exits}; give ascending numbers, the last one included")
+    if prices.shape != (table.exits,) or (prices < 0).any() or (prices.cumsum() > table.mean_macs * (1 + 1e-9)).any():
+        raise DataError(f"exit_macs of {prices.tolist()} for exits that cost {table.mean_macs.tolist()} in all")
+    off = np.ones(table.exits, bool)
+    off[kept] = False
+    saved = (prices * off).cumsum()[kept]
+    return replace(
+        table,
+        scores=table.scores[:, kept[:-1]],
+        answers=table.answers[:, kept],
+        correct=table.correct[:, kept],
+        macs=table.macs[..., kept] - saved,
+        worst=None if table.worst is None else table.worst[kept] - saved,
+        ms=None,
+        logits=None if table.logits is None else table.logits[:, kept],
+    )
 
 
 def _thresholds(halt: Halt) -> Tensor:
@@ -128,6 +204,13 @@ def _thresholds(halt: Halt) -> Tensor:
     if thresholds is None:
         raise StructureError(f"{type(halt).__name__} has no buffer `thresholds` to be calibrated; EarlyExit has one")
     return thresholds
+
+
+def places_of(halt: Halt) -> Tensor:
+    """(steps - 1,) int64, which of its thresholds each step has: a Halt with exits that are switched off tells it by a
+    buffer `leaves`, and the thresholds of those exits stay infinite."""
+    found = dict(halt.named_buffers(recurse=False)).get("leaves")
+    return torch.arange(len(_thresholds(halt))) if found is None else found
 
 
 def _plain(choice: Choice) -> dict[str, Any]:

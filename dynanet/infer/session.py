@@ -46,7 +46,7 @@ class Session(nn.Module):
         units: what was measured, by unit: {name: {batch: {engine: ms}}}.
 
     Raises:
-        InputError: the example is empty, or the model cannot take it.
+        InputError: the example is empty, the model cannot take it, or the device is not there.
         StructureError: engines="onnxruntime", and a part that it cannot run.
     """
 
@@ -65,6 +65,8 @@ class Session(nn.Module):
         if engines not in ("fastest", "eager", "onnxruntime"):
             raise InputError(f"engines is {engines!r}; expected 'fastest', 'eager' or 'onnxruntime'")
         self.device = torch.device(device)
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise InputError(f"device is {device!r}, but torch {torch.__version__} sees none here; take 'cpu'")
         self.example = tree_map(lambda t: t[:1].to(self.device), example)
         if not all(t.shape[0] for t in tree_flatten(self.example)[0]):
             raise InputError("a session needs an example with at least one sample; this batch is empty")

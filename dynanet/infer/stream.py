@@ -20,7 +20,7 @@ class Line:
         self.waiting: list[list[tuple[Any, list[int]]]] = [[] for _ in range(halt.steps)]
 
     def arrive(self, x: Any, numbers: Iterable[int]) -> None:
-        """New rows; steps whose batch is full run, the deepest first."""
+        """New rows; steps whose batch is full run."""
         self.waiting[0].append((self.halt.start(x), list(numbers)))
         self._drain(full_only=True)
 

@@ -181,8 +181,10 @@ def _label(x: float, y: float, text: str, look: str, taken: list[tuple[float, fl
     """The label beside its mark where nothing is yet; nowhere if all places are taken (a table has it)."""
     text = text if len(text) <= 22 else text[:21] + "…"
     width = LETTER * len(text)
-    for right, down in SIDES:
-        middle, base = x + right * (9 + width / 2) * (1 if not down else 0.9), y + 4.5 + down * 14
+    beside = [(x + right * (11 + width / 2) * (1 if not down else 0.9), down) for right, down in SIDES]
+    pushed = min(max(x, LEFT + width / 2), WIDTH - 2 - width / 2)  # a long one above or below, moved off the edge
+    for middle, down in [*beside, *((pushed, down) for down in (-1, 1, -2.2, 2.2))]:
+        base = y + 4.5 + down * 14
         box = (middle - width / 2, base - FONT + 2, middle + width / 2, base + 3)
         inside = LEFT <= box[0] and box[2] <= WIDTH - 2 and TOP - 8 <= box[1] and box[3] <= HEIGHT - BOTTOM
         free = all(box[2] <= a or c <= box[0] or box[3] <= b or d <= box[1] for a, b, c, d in taken)

@@ -23,6 +23,9 @@ _EYES = np.array([
     [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],  # no red cone
     [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],  # no green cone
 ])  # fmt: skip
+_WEIGHTS = np.array([0.5, 1, 1])  # most readers see all colours: to them classes shall differ twice as much
+_PAPERS = np.array([[255, 255, 255], [20, 23, 27]])  # of page.css, light and dark
+_ROUNDS, _IMPROVED = 10, 40  # more classes than that are too many for colours anyway, and take long
 
 
 @cache
@@ -37,31 +40,41 @@ def ramp(steps: int) -> np.ndarray:
 
 @cache
 def class_colours(classes: int) -> np.ndarray:
-    """(classes, 3) uint8, each as far as can be from all before it, for normal and for colour-blind eyes alike.
+    """(classes, 3) uint8, as far from each other as can be, for normal and for colour-blind eyes.
 
-    No colour is near grey: grey is for pixels without a class.
+    Colours repel each other like charges, so the closest pair counts most. None is near grey, which is for pixels
+    without a class, and the papers of the page, light and dark, repel them too.
     """
-    lightness, chroma, hue = (
-        axis.ravel()
-        for axis in np.meshgrid(np.linspace(0.3, 0.92, 11), [0.07, 0.12, 0.18, 0.24], np.radians(np.arange(0, 360, 12)))
-    )
-    rgb = _linear(np.stack([lightness, chroma * np.cos(hue), chroma * np.sin(hue)], -1))
-    fits = ((rgb > -1e-3) & (rgb < 1 + 1e-3)).all(-1)
-    rgb = rgb[fits].clip(0, 1)
-    seen = np.stack([_lab((rgb @ eye.T).clip(0, 1)) for eye in _EYES], 1)  # (candidates, eyes, 3)
+    rgb = _candidates()
+    seen = _seen(rgb)
+    everywhere = np.sum([0.2 * _repulsion(seen, paper) for paper in _seen(_decoded(_PAPERS / 255))], 0)
     chosen = [int(np.argmin(np.abs(seen[:, 0] - [0.5, -0.02, -0.16]).sum(-1)))]  # begins with a blue
-    nearest = np.full(len(rgb), np.inf)
+    forces = [_repulsion(seen, seen[chosen[0]])]
+    total = everywhere + forces[0]
     while len(chosen) < classes:
-        nearest = np.minimum(nearest, np.linalg.norm(seen - seen[chosen[-1]], axis=-1).min(1))
-        chosen.append(int(nearest.argmax()))
+        chosen.append(int(total.argmin()))
+        forces.append(_repulsion(seen, seen[chosen[-1]]))
+        total = total + forces[-1]
+    for _ in range(_ROUNDS if classes <= _IMPROVED else 0):  # each may move to where the others push it
+        before = list(chosen)
+        for i in range(classes):
+            chosen[i] = int(np.sum([everywhere, *forces[:i], *forces[i + 1 :]], 0).argmin())
+            forces[i] = _repulsion(seen, seen[chosen[i]])
+        if chosen == before:
+            break
     return np.round(255 * _encoded(rgb[chosen])).astype(np.uint8)
 
 
-def distances(colours: np.ndarray) -> np.ndarray:
-    """(n, n) how different colours (n, 3) uint8 look to the eye that tells them apart worst; 0.02 is just visible."""
-    rgb = _decoded(colours / 255)
-    seen = np.stack([_lab((rgb @ eye.T).clip(0, 1)) for eye in _EYES], 1)
-    return np.linalg.norm(seen[:, None] - seen[None], axis=-1).min(-1)
+def distances(colours: np.ndarray, *, blind: bool = True) -> np.ndarray:
+    """(n, n) how different colours (n, 3) uint8 look; 0.02 is just visible.
+
+    Args:
+        colours: to compare.
+        blind: to the eye that tells them apart worst, colour-blind ones included; else to the normal eye.
+    """
+    seen = _seen(_decoded(colours / 255))
+    each = np.linalg.norm(seen[:, None] - seen[None], axis=-1)
+    return each.min(-1) if blind else each[..., 0]
 
 
 def css(colour: np.ndarray) -> str:
@@ -72,6 +85,26 @@ def css(colour: np.ndarray) -> str:
 def ink(colour: np.ndarray) -> str:
     """Black or white: what is readable on a colour (3,) uint8."""
     return "#000000" if _decoded(colour / 255) @ [0.2126, 0.7152, 0.0722] > 0.18 else "#ffffff"
+
+
+def _candidates() -> np.ndarray:
+    """(n, 3) linear RGB that a screen can show, from dark to light in every hue, neither grey nor near it."""
+    hues, chromas = np.radians(np.arange(0, 360, 10)), np.arange(0.08, 0.29, 0.04)
+    lightness, chroma, hue = (axis.ravel() for axis in np.meshgrid(np.linspace(0.34, 0.92, 14), chromas, hues))
+    rgb = _linear(np.stack([lightness, chroma * np.cos(hue), chroma * np.sin(hue)], -1))
+    fits = ((rgb > -1e-3) & (rgb < 1 + 1e-3)).all(-1)
+    return rgb[fits].clip(0, 1)
+
+
+def _seen(rgb: np.ndarray) -> np.ndarray:
+    """(n, eyes, 3) linear RGB (n, 3) as every eye sees it."""
+    return np.stack([_lab((rgb @ eye.T).clip(0, 1)) for eye in _EYES], 1)
+
+
+def _repulsion(seen: np.ndarray, one: np.ndarray) -> np.ndarray:
+    """(n,) how strongly a colour (eyes, 3) pushes others (n, eyes, 3) away, by the eye to which they are nearest."""
+    apart = (_WEIGHTS * np.linalg.norm(seen - one, axis=-1)).min(1)
+    return np.maximum(apart, 1e-3) ** -12.0
 
 
 def _inside_gamut(lightness: np.ndarray, chroma: float, hue: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

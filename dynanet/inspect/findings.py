@@ -33,10 +33,12 @@ class Origin:
         held_out: what the thresholds were fitted on.
         held_out_samples: how many; None: not given.
         model: the architecture.
+        arguments: what the architecture was given, by name.
         device: processor or accelerator, threads.
         versions: by package.
         commit: of the code.
         date: of the measurement, with the time zone.
+        timed: how the times in the table were measured: "batch 64, 1 thread, ONNX Runtime".
         more: other facts by name: the command, the load average, the seed.
     """
 
@@ -45,10 +47,12 @@ class Origin:
     held_out: str = ""
     held_out_samples: int | None = None
     model: str = ""
+    arguments: Mapping[str, object] = field(default_factory=dict)
     device: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     commit: str = ""
     date: str = ""
+    timed: str = ""
     more: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -165,7 +169,10 @@ class Findings:
         """Where times come from; "": nowhere."""
         if self.timing is not None:
             return f"Measured: {self.timing.how}."
-        return "" if self.full.ms is None else "Times are sums of the measured times of the exits, not of whole runs."
+        if self.full.ms is None:
+            return ""
+        how = f" ({self.origin.timed})" if self.origin.timed else ""
+        return f"Times are sums of the measured times of the exits{how}, not of whole runs."
 
 
 def find(

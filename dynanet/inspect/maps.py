@@ -40,9 +40,9 @@ def scene_section(f: Findings) -> Markup | None:
         _map("Right and wrong", coloured(verdict, np.stack([RIGHT, WRONG])), None, _verdict_key(f)),
         tag("div", tag("h3", "Classes"), _classes(f, colours)),
     ]
-    size = f"{scene.truth.shape[1]} × {scene.truth.shape[0]} pixels"
+    size = f"The scene has {scene.truth.shape[1]} × {scene.truth.shape[0]} pixels"
     drawn = f", one in {step} drawn in each direction" if step > 1 else ""
-    about = f"{scene.about + ': ' if scene.about else ''}{size}{drawn}. At the budget “{f.operation.name}”."
+    about = f"{scene.about + '. ' if scene.about else ''}{size}{drawn}. At the budget “{f.operation.name}”."
     return join([tag("h2", "The scene"), tag("p", about), tag("div.maps", *maps), _shares(f)])
 
 
@@ -68,15 +68,17 @@ def _marked(f: Findings) -> bool:
 
 
 def _marks(f: Findings, step: int) -> Markup | None:
-    """Where the samples of the cards lie."""
+    """Where the samples of the cards lie; marks are moved inwards at its edges until all of each is seen."""
     if f.shown is None or f.shown.positions is None or f.scene is None:
         return None
     height, width = f.scene.truth[::step, ::step].shape
     size = 0.014 * max(height, width)
+    reach = np.minimum(1.75 * size, np.array([height, width]) / 2)  # to the tips of a triangle, its line included
     signs = []
     for shape, samples in (("circle", f.easy), ("square", f.hard), ("triangle", f.mistakes)):
         for sample in samples:
-            row, column = ((f.shown.positions[sample.row] + 0.5) / step).tolist()
+            centre = (f.shown.positions[sample.row] + 0.5) / step
+            row, column = np.clip(centre, reach, [height, width] - reach).tolist()
             signs.append(mark(shape, "place", column, row, f.class_names[sample.label], size))
     under = tag("g", *signs, at={"fill": "none", "stroke": "#000000", "stroke-width": 0.9 * size})
     over = tag("g", *signs, at={"fill": "none", "stroke": "#ffffff", "stroke-width": 0.35 * size})

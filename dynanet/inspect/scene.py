@@ -19,7 +19,7 @@ class Scene:
         tested: (H, W) bool, the labelled pixels that the model has neither trained nor been calibrated on; None: all
             labelled ones.
         colours: (C, 3) uint8 of the classes; None: `colours.class_colours`.
-        about: the sensor, the place, the size of a pixel.
+        about: the sensor, the place, the size of a pixel; the page adds how many there are.
     """
 
     colour: np.ndarray

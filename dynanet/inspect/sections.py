@@ -5,7 +5,7 @@ import numpy as np
 from dynanet.inspect.blocks import compute_colour, facts, parts_bar, table
 from dynanet.inspect.findings import Findings, Promise
 from dynanet.inspect.markup import Markup, join, tag
-from dynanet.inspect.words import maybe_percent, percent, points, quantity, short_percent
+from dynanet.inspect.words import maybe_percent, pairs, percent, points, quantity, short_percent
 
 
 def answer_section(f: Findings) -> Markup:
@@ -32,7 +32,8 @@ def answer_section(f: Findings) -> Markup:
         f"If as many samples left at every exit, but drawn by lot, {percent(each.random)} would be right: looking at "
         f"the sample is worth {points(done.accuracy - each.random)} points."
     )
-    source = [o.data, o.model, o.device, o.commit and f"commit {o.commit}", o.date]
+    data = "" if o.data == f.title else o.data
+    source = [data, _model(f), o.device, o.commit and f"commit {o.commit}", o.date]
     return join([
         tag("h1", f.title),
         tag("p.soft", " · ".join(each for each in source if each)),
@@ -156,7 +157,7 @@ def origin_section(f: Findings) -> Markup:
         "data": o.data,
         "measured on": f"{o.test} ({f.samples:,} samples, {len(f.class_names)} classes)",
         "thresholds from": held_out.strip(),
-        "model": o.model,
+        "model": _model(f),
         "speed": f.how_timed or "not measured",
         "device": o.device,
         "versions": ", ".join(f"{name} {version}" for name, version in o.versions.items()),
@@ -164,6 +165,11 @@ def origin_section(f: Findings) -> Markup:
         "date": o.date,
     }
     return join([tag("h2", "Where these figures come from"), facts(known | dict(o.more))])
+
+
+def _model(f: Findings) -> str:
+    o = f.origin
+    return f"{o.model} ({pairs(o.arguments)})" if o.model and o.arguments else o.model or pairs(o.arguments)
 
 
 def _budgets(f: Findings) -> Markup:

@@ -1,6 +1,7 @@
 """Figures as a reader wants them: few digits, a unit, a sign where it matters."""
 
 import math
+from collections.abc import Mapping
 
 
 def percent(share: float, digits: int = 1) -> str:
@@ -48,3 +49,20 @@ def quantity(value: float) -> str:
     scaled = value / 1000**power
     digits = 0 if power == 0 and value == int(value) else max(0, 2 - math.floor(math.log10(abs(scaled))))
     return f"{scaled:.{digits}f} {' kMGT'[power]}".strip()
+
+
+def pairs(values: Mapping[str, object]) -> str:
+    """Names and values, as one would type them.
+
+    >>> pairs({"widths": [16, 32], "stem_stride": 1, "kind": "se"})
+    'widths=[16, 32], stem_stride=1, kind=se'
+    """
+    return ", ".join(f"{name}={_typed(value)}" for name, value in values.items())
+
+
+def _typed(value: object) -> str:
+    if isinstance(value, Mapping):
+        return f"({pairs(value)})"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_typed(each) for each in value)}]"
+    return f"{value:g}" if isinstance(value, float) else str(value)

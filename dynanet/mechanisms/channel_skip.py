@@ -1,14 +1,20 @@
-"""Channel skip: a chain of convolutions of which each runs some of its channel groups. First form."""
+"""Channel skip: a chain of convolutions of which each runs some of its channel groups, from those kept before."""
 
 from collections.abc import Sequence
+from math import ceil
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic
-from dynanet.core.errors import StructureError
-from dynanet.core.trace import Frame
+from dynanet.core.errors import ConfigError, StructureError
+from dynanet.core.gate import Gate
+from dynanet.core.objective import Objective
+from dynanet.core.trace import Frame, Trace
+from dynanet.gates.rules import TopK
 
 
 class ChannelSkip(Dynamic):
@@ -16,78 +22,246 @@ class ChannelSkip(Dynamic):
 
     What a convolution costs hangs on two decisions, in and out. So a unit is a block of the weight matrix, its keep is
     keep_in x keep_out, and the price is linear again; and the chain is one layer, the smallest module that sees every
-    decision its price depends on. (Gating by saliency: FBS, Gao et al. 2019, arXiv:1810.05331.)
+    decision its price depends on. All of the chain's input comes in.
+
+    With `boost` this is feature boosting and suppression (FBS: Gao et al. 2019, arXiv:1810.05331, section 3): the kept
+    groups are multiplied with their scores, which `fbs_gate` makes saliencies. These take the place of the batch norms'
+    scales, which are left as they are, untrained, so that the L1 term on saliencies cannot be dodged.
 
     Args:
-        convs: stride-1 or strided convolutions without grouping; each is followed by a ReLU.
-        gates: gate i maps conv i's input to a Decision with keep (B, groups).
-        groups: channels are kept in so many groups.
+        convs: stride-1 or strided convolutions without grouping, with zero padding in numbers.
+        gates: gate i maps conv i's input (B, C, H, W) to a Decision with keep (B, groups).
+        groups: the output channels of every convolution are kept in so many groups; one number, or one per
+            convolution. As many as there are channels makes every channel a group.
+        norms: the batch norm after each convolution, or None where there is none.
+        afters: what follows each convolution and its norm, and leaves 0 at 0, channel by channel: ReLU (the default),
+            pooling, nn.Identity, or an nn.Sequential of these.
+        boost: multiply what is kept with its score.
 
     Raises:
-        StructureError: not one gate per convolution, or channels that the groups do not divide.
+        StructureError: not one of each per convolution, groups that do not divide, a convolution that cannot be cut
+            into blocks, a norm of other channels, a layer after it that would fill in the channels that were skipped,
+            or a gate with another number of units.
     """
 
-    def __init__(self, convs: Sequence[nn.Conv2d], gates: Sequence[nn.Module], groups: int):
+    def __init__(
+        self,
+        convs: Sequence[nn.Conv2d],
+        gates: Sequence[nn.Module],
+        groups: int | Sequence[int],
+        *,
+        norms: Sequence[nn.BatchNorm2d | None] | None = None,
+        afters: Sequence[nn.Module] | None = None,
+        boost: bool = False,
+    ):
         super().__init__()
-        if len(convs) != len(gates) or not convs:
-            raise StructureError(f"channel skip needs one gate per convolution; got {len(convs)} and {len(gates)}")
-        if any(c.in_channels % groups or c.out_channels % groups or c.groups != 1 for c in convs):
-            raise StructureError(f"the channels of every convolution must be divisible by {groups} groups")
-        self.convs, self.gates, self.groups = nn.ModuleList(convs), nn.ModuleList(gates), groups
+        counts = [groups] * len(convs) if isinstance(groups, int) else list(groups)
+        following = [nn.ReLU() for _ in convs] if afters is None else list(afters)
+        normed = [None] * len(convs) if norms is None else list(norms)
+        if not convs or {len(convs)} != {len(gates), len(counts), len(following), len(normed)}:
+            raise StructureError(
+                f"channel skip needs one gate, norm and layer after it per convolution; got {len(convs)} convolutions, "
+                f"{len(gates)} gates, {len(counts)} groups, {len(normed)} norms and {len(following)} layers after"
+            )
+        for i, (conv, gate, norm, after) in enumerate(zip(convs, gates, normed, following, strict=True)):
+            _check(conv, counts[i], counts[i - 1] if i else 1, gate, norm, after)
+        self.convs, self.gates, self.afters = nn.ModuleList(convs), nn.ModuleList(gates), nn.ModuleList(following)
+        self.norms = nn.ModuleList(nn.Identity() if norm is None else norm for norm in normed)
+        self.groups, self.boost = tuple(counts), boost
+        if boost:
+            for norm in normed:
+                if norm is not None and norm.weight is not None:
+                    norm.weight.requires_grad_(False)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C', H', W'); groups that were not kept are zero."""
-        keep_in = x_BCHW.new_ones(x_BCHW.shape[0], self.groups)
-        for i, (conv, gate) in enumerate(zip(self.convs, self.gates, strict=True)):
-            first = i * self.groups**2
+        keep_in, first = x_BCHW.new_ones(x_BCHW.shape[0], 1), 0
+        for i, gate in enumerate(self.gates):
             keep_out, score = self.obey(gate(x_BCHW))
-            self.tell(Decision((keep_in[:, :, None] * keep_out[:, None, :]).flatten(1), score), first)
-            assert isinstance(conv, nn.Conv2d)
-            compute = self._gathered if self.gathers else self._masked
-            x_BCHW = compute(conv, x_BCHW, keep_in, keep_out, first).relu()
-            keep_in = keep_out
+            keep = (keep_in[:, :, None] * keep_out[:, None, :]).flatten(1)
+            self.tell(Decision(keep, score), first)
+            factor = score if self.boost else None
+            if self.gathers:
+                x_BCHW = self._gathered(i, x_BCHW, keep_in, keep_out, factor, first)
+            else:
+                x_BCHW = self._masked(i, x_BCHW, keep_out if factor is None else keep_out * factor)
+            keep_in, first = keep_out, first + keep.shape[1]
         return x_BCHW
 
-    def _masked(self, conv: nn.Conv2d, x: Tensor, keep_in: Tensor, keep_out: Tensor, first: int) -> Tensor:
-        return conv(x) * keep_out.repeat_interleave(conv.out_channels // self.groups, 1)[..., None, None]
+    def _masked(self, i: int, x: Tensor, factor: Tensor) -> Tensor:
+        y = self.norms[i](self.convs[i](x))
+        return self.afters[i](y * _spread(factor, y.shape[1]))
 
-    def _gathered(self, conv: nn.Conv2d, x: Tensor, keep_in: Tensor, keep_out: Tensor, first: int) -> Tensor:
-        """Samples that chose alike run together, through the slice of the weights they chose."""
-        patterns, which = torch.cat([keep_in, keep_out], 1).unique(dim=0, return_inverse=True)
-        height, width = _out_size(conv, x)
-        y = x.new_zeros(x.shape[0], conv.out_channels, height, width)
-        blocks = range(first, first + self.groups**2)
-        for p, pattern in enumerate(patterns):
-            rows = (which == p).nonzero().squeeze(1)
-            ins = _channels(pattern[: self.groups], conv.in_channels)
-            outs = _channels(pattern[self.groups :], conv.out_channels)
+    def _gathered(
+        self, i: int, x: Tensor, keep_in: Tensor, keep_out: Tensor, factor: Tensor | None, first: int
+    ) -> Tensor:
+        """Rows that chose alike run together, through the blocks of the weights that they chose."""
+        conv, norm, after = self.convs[i], self.norms[i], self.afters[i]
+        assert isinstance(conv, nn.Conv2d)
+        batch, came_in, go_out = x.shape[0], keep_in.shape[1], keep_out.shape[1]
+        blocks, y = range(first, first + came_in * go_out), None
+        for pattern, rows in _patterns(torch.cat([keep_in, keep_out], 1)):
+            ins, outs = pattern[:came_in].nonzero().squeeze(1), pattern[came_in:].nonzero().squeeze(1)
             if not len(outs):
                 continue
-            with self.within(Frame(self, blocks, (x.shape[0],), rows, None, True)):
-                weight = conv.weight.index_select(0, outs).index_select(1, ins)
-                bias = None if conv.bias is None else conv.bias[outs]
-                if len(ins):
-                    part = nn.functional.conv2d(
-                        x.index_select(0, rows).index_select(1, ins),
-                        weight,
-                        bias,
-                        conv.stride,
-                        conv.padding,
-                        conv.dilation,
-                    )
-                else:  # nothing came in: only the bias goes out
-                    part = y.new_zeros(len(rows), len(outs), height, width)
-                    part = part if bias is None else part + bias[:, None, None]
-            y[rows[:, None], outs[None, :]] = part
-        return y
+            with self.within(Frame(self, blocks, (batch,), rows, None, True)):
+                part = _block_conv(conv, _taken(_rows(x, rows), came_in, ins, 1), ins, outs, came_in, go_out)
+            if isinstance(norm, nn.BatchNorm2d):
+                part = _normed(norm, part, outs, go_out)
+            if factor is not None:
+                part = part * _spread(_rows(factor, rows).index_select(1, outs), part.shape[1])
+            part = after(part)
+            if len(rows) == batch and len(outs) == go_out:
+                return part
+            if y is None:
+                y = part.new_zeros(batch, conv.out_channels, *part.shape[2:])
+            by_group = y.view(batch, go_out, -1)
+            by_group[rows[:, None], outs] = part.reshape(len(rows), len(outs), -1)
+        if y is not None:
+            return y
+        return after(x.new_zeros(batch, conv.out_channels, *_out_size(conv, x)))
 
 
-def _channels(keep: Tensor, channels: int) -> Tensor:
-    return (keep > 0).repeat_interleave(channels // keep.shape[0]).nonzero().squeeze(1)
+class SaliencyScorer(nn.Module):
+    """A linear map of every channel's mean magnitude, and a ReLU: how much each group of outputs will matter.
+
+    FBS (arXiv:1810.05331, section 3.3): weights start as He draws them and biases at 1, so that a trained network
+    starts as it was, but for the groups that are dropped.
+
+    Args:
+        channels: of the convolution's input (B, C, H, W).
+        groups: of its output.
+    """
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.map = nn.Linear(channels, groups)
+        nn.init.kaiming_normal_(self.map.weight)
+        nn.init.ones_(self.map.bias)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Saliencies (B, groups), 0 or above."""
+        return self.map(x_BCHW.abs().mean((2, 3))).relu()
+
+
+def fbs_gate(channels: int, groups: int, density: float) -> Gate:
+    """Saliencies, of which the highest win: every row keeps ceil(density * groups) groups.
+
+    Args:
+        channels: of the convolution's input.
+        groups: of its output.
+        density: the share of groups that is kept, d in the paper.
+
+    Raises:
+        ConfigError: a density outside (0, 1].
+    """
+    if not 0 < density <= 1:
+        raise ConfigError(f"a density of {density} is no share of channels to keep; give a number above 0, at most 1")
+    return Gate(SaliencyScorer(channels, groups), TopK(ceil(density * groups - 1e-9)), units=groups)
+
+
+class SaliencyL1(Objective):
+    """The batch's mean of all saliencies of a boosted network, summed over layers (FBS, arXiv:1810.05331).
+
+    A term like those of `train`: `term(answer, y, trace)`. The paper weights it with 1e-8.
+    """
+
+    def __call__(self, answer: Any, y: Any, trace: Trace) -> Tensor:
+        """A scalar.
+
+        Raises:
+            StructureError: no boosted layer decided.
+        """
+        boosted = {name for layer, name in trace.names.items() if isinstance(layer, ChannelSkip) and layer.boost}
+        sums = [call.decision.score.abs().sum(1).mean() for call in trace.calls if call.name in boosted]
+        if not sums:
+            raise StructureError(
+                f"no ChannelSkip with boost decided here, but {trace.keys()}; this term is for such layers"
+            )
+        return torch.stack(sums).sum()
+
+    def __repr__(self) -> str:
+        return "SaliencyL1()"
+
+
+_ZERO_STAYS_ZERO = (
+    nn.Identity,
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Tanh),
+    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Dropout),
+)
+
+
+def _check(
+    conv: nn.Conv2d, go_out: int, came_in: int, gate: nn.Module, norm: nn.BatchNorm2d | None, after: nn.Module
+) -> None:
+    if go_out < 1 or conv.in_channels % came_in or conv.out_channels % go_out:
+        raise StructureError(
+            f"{conv.in_channels} channels in and {conv.out_channels} out cannot be cut into {came_in} and {go_out} "
+            f"groups; the groups of a convolution must divide its outputs, and the inputs of the next"
+        )
+    if conv.groups != 1 or isinstance(conv.padding, str) or conv.padding_mode != "zeros":
+        raise StructureError(f"channel skip needs convolutions without grouping, padded with zeros; got {conv}")
+    if norm is not None and (norm.num_features != conv.out_channels or not norm.track_running_stats):
+        raise StructureError(
+            f"a norm after {conv.out_channels} channels must have as many and keep statistics; got {norm}"
+        )
+    if isinstance(gate, Gate) and gate.units != go_out:
+        raise StructureError(f"a gate scores {gate.units} groups and its convolution has {go_out}; make them equal")
+    for layer in after if isinstance(after, nn.Sequential) else (after,):
+        if not isinstance(layer, _ZERO_STAYS_ZERO):
+            raise StructureError(
+                f"{type(layer).__name__} cannot follow a gated convolution: channels that were skipped are 0 and must "
+                f"stay so; use ReLU, pooling or nn.Identity"
+            )
+
+
+def _patterns(keep: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The distinct rows of keep (B, n), each with the positions of the rows that are like it."""
+    kept = keep > 0
+    if keep.shape[0] < 2:
+        return [(kept[0], torch.arange(1, device=keep.device))] if keep.shape[0] else []
+    if keep.shape[1] <= 62:  # as whole numbers they sort faster than as rows
+        code = (kept.long() << torch.arange(keep.shape[1], device=keep.device)).sum(1)
+        _, which, counts = code.unique(return_inverse=True, return_counts=True)
+    else:
+        _, which, counts = kept.unique(dim=0, return_inverse=True, return_counts=True)
+    return [(kept[rows[0]], rows) for rows in which.argsort(stable=True).split(counts.tolist())]
+
+
+def _block_conv(conv: nn.Conv2d, x: Tensor, ins: Tensor, outs: Tensor, came_in: int, go_out: int) -> Tensor:
+    """The convolution from some groups to some groups; from none, only its bias goes out."""
+    bias = None if conv.bias is None else _taken(conv.bias, go_out, outs, 0)
+    if not len(ins):
+        part = x.new_zeros(x.shape[0], len(outs) * (conv.out_channels // go_out), *_out_size(conv, x))
+        return part if bias is None else part + bias[:, None, None]
+    weight = _taken(_taken(conv.weight, go_out, outs, 0), came_in, ins, 1)
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation)
+
+
+def _normed(norm: nn.BatchNorm2d, x: Tensor, outs: Tensor, go_out: int) -> Tensor:
+    statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    mean, var, weight, bias = (None if t is None else _taken(t, go_out, outs, 0) for t in statistics)
+    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, norm.eps)
+
+
+def _rows(t: Tensor, rows: Tensor) -> Tensor:
+    return t if len(rows) == t.shape[0] else t.index_select(0, rows)
+
+
+def _taken(t: Tensor, groups: int, chosen: Tensor, axis: int) -> Tensor:
+    """The chosen groups of an axis, whole groups at a time; t itself where all are chosen."""
+    if len(chosen) == groups:
+        return t
+    return t.unflatten(axis, (groups, -1)).index_select(axis, chosen).flatten(axis, axis + 1)
+
+
+def _spread(per_group: Tensor, channels: int) -> Tensor:
+    """(B, groups) to (B, channels, 1, 1)."""
+    return per_group.repeat_interleave(channels // per_group.shape[1], 1)[..., None, None]
 
 
 def _out_size(conv: nn.Conv2d, x: Tensor) -> tuple[int, int]:
-    sizes = []
-    for n, k, s, p, d in zip(x.shape[2:], conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True):
-        sizes.append((n + 2 * int(p) - d * (k - 1) - 1) // s + 1)
-    return sizes[0], sizes[1]
+    assert not isinstance(conv.padding, str)  # refused at construction
+    (height, width), (tall, wide), (down, across) = x.shape[2:], conv.kernel_size, conv.stride
+    tall, wide = conv.dilation[0] * (tall - 1) + 1, conv.dilation[1] * (wide - 1) + 1
+    return (height + 2 * conv.padding[0] - tall) // down + 1, (width + 2 * conv.padding[1] - wide) // across + 1

@@ -1,17 +1,20 @@
 """Layer skip: a gate decides per row whether a residual block runs."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from dynanet.core.dynamic import Dynamic
+from dynanet.core.errors import StructureError
+from dynanet.gates.recurrent import RecurrentGate
 
 
 class LayerSkip(Dynamic):
-    """Runs a block only for the rows that keep it (SkipNet, arXiv:1711.09485; ConvNet-AIG, arXiv:1711.11503).
+    """Runs a block only for the rows that keep it (SkipNet, arXiv:1711.09485).
 
     keep * block(x) + (1 - keep) * otherwise(x). With a residual block whose input is not negative (after a ReLU) and
-    the identity as `otherwise`, that is the papers' x + keep * branch(x).
+    the identity as `otherwise`, that is x + keep * branch(x).
 
     Args:
         block: the unit, its shortcut included; answers a tensor (or pytree) shaped as `otherwise` answers.
@@ -29,3 +32,72 @@ class LayerSkip(Dynamic):
         """The block's answer where it ran, `otherwise`'s elsewhere."""
         keep = self.tap(self.gate(x)).keep
         return self.run(0, self.block, keep[..., 0], x, otherwise=self.otherwise(x))
+
+
+class BranchSkip(Dynamic):
+    """activation(shortcut(x) + keep * branch(x)): the residual branch alone is skipped (ConvNet-AIG, arXiv:1711.11503).
+
+    The shortcut always runs, once; so a block whose shortcut is a convolution belongs here and not into `LayerSkip`.
+
+    Args:
+        branch: the unit.
+        gate: maps x to a Decision with one unit, keep (rows, 1).
+        shortcut: the identity if None.
+        activation: after the sum, not in place (where no row runs the branch, the sum is x itself); none if None.
+    """
+
+    def __init__(
+        self,
+        branch: nn.Module,
+        gate: nn.Module,
+        shortcut: nn.Module | None = None,
+        activation: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.branch, self.gate = branch, gate
+        self.shortcut = shortcut if shortcut is not None else nn.Identity()
+        self.activation = activation if activation is not None else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, ...) to what the shortcut answers."""
+        keep = self.tap(self.gate(x)).keep
+        shortcut = self.shortcut(x)
+        return self.activation(self.run(0, self._added, keep[..., 0], (x, shortcut), otherwise=shortcut))
+
+    def _added(self, both: tuple[Tensor, Tensor]) -> Tensor:
+        x, shortcut = both
+        return shortcut + self.branch(x)
+
+
+class RecurrentSkip(Dynamic):
+    """A chain of blocks, each run or skipped as one recurrent gate says (SkipNet, arXiv:1711.09485, section 3.2).
+
+    Unit k is block k; the trace hears one decision per block, in order.
+
+    Args:
+        blocks: the units, shortcuts included.
+        gate: its projections fit the blocks' inputs.
+        otherwise: what takes the place of each block, always computed; identities if None.
+
+    Raises:
+        StructureError: not as many blocks as the gate decides on, or as there is an `otherwise` for.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], gate: RecurrentGate, otherwise: Sequence[nn.Module] | None = None):
+        super().__init__()
+        otherwise = otherwise if otherwise is not None else [nn.Identity() for _ in blocks]
+        if not len(blocks) == gate.blocks == len(otherwise):
+            raise StructureError(
+                f"a recurrent gate for {gate.blocks} blocks got {len(blocks)} of them and {len(otherwise)} shortcuts; "
+                f"give one width, one block and one shortcut each"
+            )
+        self.blocks, self.gate, self.otherwise = nn.ModuleList(blocks), gate, nn.ModuleList(otherwise)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, ...) to the answer of the last block."""
+        memory = self.gate.start(x)
+        for k, (block, otherwise) in enumerate(zip(self.blocks, self.otherwise, strict=True)):
+            decision, memory = self.gate(k, x, memory)
+            keep = self.tap(decision, first=k).keep
+            x = self.run(k, block, keep[..., 0], x, otherwise=otherwise(x))
+        return x

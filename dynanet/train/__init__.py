@@ -6,12 +6,26 @@ What needs Lightning (`fit`, `Training`, `Run`, `Checkpoints`, `AtomicCheckpoint
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dynanet.core.objective import Objective
+from dynanet.train.balance import LoadBalance, RouterZ, load_variation
 from dynanet.train.batches import Batches
 from dynanet.train.batchnorm import recalibrate_batchnorm
 from dynanet.train.checkpoint import load_checkpoint, load_weights, newest, save_checkpoint
+from dynanet.train.collapse import CollapseAlarm, collapsed, loads
 from dynanet.train.equilibrium import exits_reached, rescale_gradients
-from dynanet.train.objectives import CrossEntropy, MultiExit, Objective, TargetRate, Within
+from dynanet.train.objectives import CrossEntropy, MultiExit, TargetRate, Within
 from dynanet.train.optimizers import adamw, cosine, one_cycle, sgd
+from dynanet.train.reinforce import (
+    CostReward,
+    DropReward,
+    Reinforce,
+    Reward,
+    SkipReward,
+    deployed_reward,
+    sample_gates,
+    sampled,
+    surrogate,
+)  # fmt: skip
 from dynanet.train.schedules import anneal_temperature, exponential, linear, tighten_budget
 
 if TYPE_CHECKING:
@@ -23,28 +37,43 @@ __all__ = [
     "AtomicCheckpointIO",
     "Batches",
     "Checkpoints",
+    "CollapseAlarm",
+    "CostReward",
     "CrossEntropy",
+    "DropReward",
+    "LoadBalance",
     "MultiExit",
     "Objective",
+    "Reinforce",
+    "Reward",
+    "RouterZ",
     "Run",
+    "SkipReward",
     "TargetRate",
     "Training",
     "Within",
     "adamw",
     "anneal_temperature",
+    "collapsed",
     "cosine",
+    "deployed_reward",
     "exits_reached",
     "exponential",
     "fit",
     "linear",
     "load_checkpoint",
+    "load_variation",
     "load_weights",
+    "loads",
     "newest",
     "one_cycle",
     "recalibrate_batchnorm",
     "rescale_gradients",
+    "sample_gates",
+    "sampled",
     "save_checkpoint",
     "sgd",
+    "surrogate",
     "tighten_budget",
 ]
 

@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader
 
 from dynanet.core.cost import CostModel
 from dynanet.core.errors import CheckpointError, ConfigError
+from dynanet.core.objective import Objective
 from dynanet.train.batches import Batches
 from dynanet.train.checkpoint import newest, step_files, sweep
 from dynanet.train.lightning import Training
-from dynanet.train.objectives import Objective
 from dynanet.train.optimizers import OptimizerFactory, SchedulerFactory, sgd
 from dynanet.train.saving import AtomicCheckpointIO, Checkpoints
 from dynanet.train.schedules import Setting

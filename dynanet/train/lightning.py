@@ -1,6 +1,5 @@
 """Training on Lightning: a module for any dynamic model, whatever decides in it."""
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,13 +10,14 @@ from typing_extensions import override
 
 from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import execute, record
-from dynanet.core.errors import CheckpointError, TrainingError
-from dynanet.core.halt import Halt
+from dynanet.core.errors import CheckpointError, DataError, TrainingError
+from dynanet.core.objective import Objective
 from dynanet.core.trace import Trace
 from dynanet.train.batches import Batches
 from dynanet.train.checkpoint import check_same_model
+from dynanet.train.collapse import CollapseAlarm
 from dynanet.train.equilibrium import exits_reached, rescale_gradients
-from dynanet.train.objectives import Objective, Within
+from dynanet.train.objectives import Within
 from dynanet.train.optimizers import OptimizerFactory, SchedulerFactory, one_cycle, sgd
 from dynanet.train.saving import Checkpoints, advice
 from dynanet.train.schedules import Setting
@@ -28,8 +28,8 @@ class Training(LightningModule):
     """A dynamic model in training, whatever its mechanism.
 
     It records every pass, asks the objective, and logs the loss, the accuracy of the answer and of every exit, every
-    layer's mean keep, and what was spent as a share of the full model. A gate that keeps nearly all or nearly nothing
-    over an epoch has collapsed and is named, once.
+    layer's mean keep, and what was spent as a share of the full model. Gates that have collapsed are named, once
+    (`train.collapse`).
 
     The randomness of every step (dropout, Gumbel noise) is a function of the seed and the step's place, so a resumed
     run draws as one that never stopped. Training changes the global generators of torch, numpy and Python.
@@ -65,8 +65,7 @@ class Training(LightningModule):
         self.cost = cost if cost is not None else next(priced, None)
         self.equilibrium, self.seed = equilibrium, seed
         self._counts: dict[Tensor, int] | None = None
-        self._kept: dict[str, tuple[Tensor | float, int]] = {}  # by layer: decisions to keep, of so many
-        self._collapsed: set[str] = set()
+        self._alarm = CollapseAlarm()
         self._run: dict[str, Any] = {}  # what makes this run the one it is
         self._restored: dict[str, Any] | None = None
 
@@ -117,11 +116,17 @@ class Training(LightningModule):
         x, y = batch
         with record(self.model) as trace:
             answer = self.model(x)
-        loss = self.objective(answer, y, trace)
+        try:
+            loss = self.objective(answer, y, trace)
+        except IndexError as error:  # so torch says that a label is no class
+            raise DataError(
+                f"the objective found no answer for a label ({error}) (labels {int(y.min())} to {int(y.max())}); "
+                f"build the model with as many classes as the data has"
+            ) from error
         self._check_finite(loss)
         if self.equilibrium and self._counts is None:
             self._counts = exits_reached(trace)
-        self._count_kept(trace)
+        self._alarm.hear(trace)
         if (self.global_step + 1) % max(1, self.trainer.log_every_n_steps) == 0:
             self.log("train/loss", loss.detach(), prog_bar=True)
             self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
@@ -137,19 +142,8 @@ class Training(LightningModule):
     @override
     def on_train_epoch_end(self) -> None:
         """Name the gates that have collapsed."""
-        for name, (kept, decisions) in list(self._kept.items()):
-            if decisions < 200:  # too few to tell, as after a resume near an epoch's end: they count in the next one
-                continue
-            del self._kept[name]
-            rate = float(kept) / decisions
-            if not 0.02 <= rate <= 0.98 and name not in self._collapsed and self.trainer.is_global_zero:
-                self._collapsed.add(name)
-                warnings.warn(
-                    f"the gate of {name!r} has collapsed: it kept {rate:.1%} of its rows in epoch "
-                    f"{self.current_epoch}; change the weight of the budget, start with a higher temperature, or warm "
-                    f"up with every unit kept",
-                    stacklevel=2,
-                )
+        if self.trainer.is_global_zero:
+            self._alarm.warn()
 
     @override
     def validation_step(self, batch: tuple[Any, Any], batch_idx: int) -> None:
@@ -213,15 +207,6 @@ class Training(LightningModule):
         if self.cost is not None and trace.calls:
             figures["spent"] = (self.cost.spent(trace).detach().mean() / self.cost.full).float()
         return figures
-
-    def _count_kept(self, trace: Trace) -> None:
-        """How often each learnt gate kept the rows it saw. An exit that always goes on in training is no such gate."""
-        halts = {name for layer, name in trace.names.items() if isinstance(layer, Halt)}
-        for call in trace.calls:
-            if call.decision.keep.requires_grad or (call.decision.score.requires_grad and call.name not in halts):
-                kept, decisions = self._kept.get(call.name, (0.0, 0))
-                keep = call.decision.keep.detach()
-                self._kept[call.name] = (kept + keep.sum(), decisions + keep.numel())
 
 
 def _accuracy(answer: Any, y: Any) -> Tensor | None:

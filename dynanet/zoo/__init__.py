@@ -3,15 +3,28 @@
 `MODELS` are the functions that build them, by name.
 """
 
+from dynanet.zoo.blockdrop import blockdrop
+from dynanet.zoo.branchynet import branchy_alexnet, branchy_lenet, branchy_resnet
+from dynanet.zoo.cgnet import cgnet
+from dynanet.zoo.convnet_aig import convnet_aig, convnet_aig_cifar
+from dynanet.zoo.ds_net import ds_net
+from dynanet.zoo.fbs import fbs, static_vgg
+from dynanet.zoo.moe import moe_encoder, moe_vit
 from dynanet.zoo.msdnet import msdnet, msdnet_anytime, msdnet_imagenet
 from dynanet.zoo.reference import load_reference
+from dynanet.zoo.skipnet import skipnet
 from dynanet.zoo.spectral import scene_form, scene_macs, spectral_exit, spectral_static
 from dynanet.zoo.staged_resnet import staged_resnet, static_resnet
+from dynanet.zoo.vit import vit_exits, vit_static
 
 MODELS = {
     build.__name__: build
     for build in (
-        msdnet, msdnet_anytime, msdnet_imagenet, spectral_exit, spectral_static, staged_resnet, static_resnet
+        branchy_alexnet, branchy_lenet, branchy_resnet, vit_exits, vit_static,
+        msdnet, msdnet_anytime, msdnet_imagenet, spectral_exit, spectral_static, staged_resnet, static_resnet,
+        moe_vit, moe_encoder,
+        ds_net, fbs, static_vgg, cgnet,
+        skipnet, convnet_aig, convnet_aig_cifar, blockdrop,
     )
 }  # fmt: skip
 

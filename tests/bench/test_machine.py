@@ -1,5 +1,6 @@
 """What stands beside every figure."""
 
+import csv
 import json
 import subprocess
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 
 import dynanet
 from dynanet.bench import machine
-from dynanet.bench.machine import facts
+from dynanet.bench.machine import append_rows, facts
 
 
 def test_all_columns_are_there():
@@ -44,3 +45,16 @@ def test_without_a_package_there_is_no_version(monkeypatch):
 
     monkeypatch.setattr(machine.metadata, "version", missing)
     assert facts()["onnxruntime"] == ""
+
+
+def test_rows_of_measurements_add_up(tmp_path):
+    path = tmp_path / "bench.csv"
+    path.write_text("batch,older\n4,yes\n")
+    append_rows(path, [{"batch": 8, "ms": 1.5}], {"data": "digits"})
+    append_rows(path, [{"batch": 16}, {"batch": 32, "ms": 2.5}], {"data": "digits", "more": "said"})
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [r["batch"] for r in rows] == ["4", "8", "16", "32"]
+    assert rows[0]["older"] == "yes" and rows[1]["older"] == "" and rows[1]["more"] == "" and rows[2]["more"] == "said"
+    assert rows[3]["ms"] == "2.5" and rows[2]["ms"] == "" and rows[3]["torch"] == torch.__version__
+    assert all(row["measured"] for row in rows[1:]) and [file.name for file in tmp_path.iterdir()] == ["bench.csv"]

@@ -9,7 +9,7 @@ from torch import nn
 
 from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import everything, execute, forced, layers, record
-from dynanet.core.errors import StructureError
+from dynanet.core.errors import InputError, StructureError
 from dynanet.core.gate import Gate
 from dynanet.core.macs import CountMacs
 from dynanet.gates.rules import Soft, StraightThrough, Threshold
@@ -246,7 +246,7 @@ def test_modes_and_forms_come_back_also_after_an_error():
     before = [(m.training, getattr(m, "sparse", None)) for m in model.modules()]
     CostModel(model, torch.randn(2, D))
     assert [(m.training, getattr(m, "sparse", None)) for m in model.modules()] == before
-    with pytest.raises(RuntimeError):
+    with pytest.raises(InputError, match="cannot take this example"):
         CostModel(model, torch.randn(2, D + 1))
     assert [(m.training, getattr(m, "sparse", None)) for m in model.modules()] == before
     assert all(layer.trace is None and layer.force is None for layer in layers(model).values())

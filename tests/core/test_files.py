@@ -1,5 +1,6 @@
 """Whole or not at all: for files and folders, whatever fails on the way."""
 
+import csv
 import errno
 import os
 import signal
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from dynanet.core import files
-from dynanet.core.files import set_aside, write_atomically, write_folder_atomically
+from dynanet.core.files import set_aside, write_atomically, write_csv, write_folder_atomically
 
 
 def fill_with(text):
@@ -162,3 +163,28 @@ def test_set_aside_finds_nothing_where_nothing_is(tmp_path):
     (tmp_path / ".d.old.tmp").touch()
     (tmp_path / ".e.1.old").touch()
     assert set_aside(tmp_path / "d") is None and set_aside(tmp_path / "x" / "d") is None
+
+
+def test_rows_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    rows = [{"input": "a, b", "class": 'say "x"', "exit": 1}, {"input": "c", "class": "y", "exit": 2}]
+    write_csv(tmp_path / "rows.csv", rows)
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        read = list(csv.DictReader(file))
+    assert read == [{name: str(value) for name, value in row.items()} for row in rows]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_csv(tmp_path / "rows.csv", rows[:1])
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        assert list(csv.DictReader(file)) == read
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.csv"]
+
+
+def test_columns_are_those_of_all_rows(tmp_path):
+    write_csv(tmp_path / "rows.csv", [{"b": 1}, {"c": 2, "a": 3}], ("a",))
+    assert (tmp_path / "rows.csv").read_text() == "a,b,c\n,1,\n3,,2\n"
+    write_csv(tmp_path / "rows.csv", [], ("input",))
+    assert (tmp_path / "rows.csv").read_text() == "input\n"

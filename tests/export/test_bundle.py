@@ -110,7 +110,7 @@ def test_the_card_says_what_it_was_told(tmp_path):
     card = Card(summary="For tests.", results=rows, data="None at all.", licence="CC0-1.0", citation="@misc{x}")
     bundle(make(), tmp_path / "a", card=card, inputs=INPUTS)
     text = (tmp_path / "a" / "README.md").read_text()
-    for part in ("For tests.", "| 1.25e+07 | 91.3 | c\\|d |", "None at all.", "CC0-1.0", "@misc{x}", "dynanet.load("):
+    for part in ("For tests.", "| 12,500,000 | 91.3 | c\\|d |", "None at all.", "CC0-1.0", "@misc{x}", "dynanet.load("):
         assert part in text
     assert f"parameters: {sum(p.numel() for p in make().parameters())}" in text
 

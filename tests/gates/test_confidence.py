@@ -5,7 +5,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynanet.gates.confidence import Confidence, Entropy, Margin, MaxProbability, Patience
+from dynanet.core.errors import StructureError
+from dynanet.gates.confidence import (
+    Confidence,
+    Entropy,
+    LearnedGate,
+    LearnedScore,
+    Margin,
+    MaxProbability,
+    Patience,
+    PerExit,
+)
 
 STATELESS = [MaxProbability(), Entropy(), Margin()]
 
@@ -158,4 +168,42 @@ def test_patience_counts_row_by_row():
 
 def test_most_criteria_remember_nothing():
     assert all(c.remember(torch.randn(2, 3), None) is None for c in STATELESS)
-    assert {type(c) for c in STATELESS} | {Patience} == set(Confidence.__subclasses__())
+    learned = {LearnedGate, LearnedScore, PerExit}
+    assert {type(c) for c in STATELESS} | {Patience} | learned == set(Confidence.__subclasses__())
+
+
+def test_a_new_learned_confidence_is_max_probability():
+    logits = 5 * torch.randn(20, 4)
+    expected, score = MaxProbability()(logits), LearnedScore(4)
+    assert torch.allclose(LearnedGate()(logits), expected)
+    memory = score.remember(logits, score.remember(torch.randn(20, 4), None))
+    assert torch.allclose(score(logits, memory), expected)
+
+
+def test_a_learned_gate_leaves_the_logits_alone():
+    logits = torch.randn(5, 3, requires_grad=True)
+    gate, score = LearnedGate(), LearnedScore(3)
+    (gate(logits) + score(logits, score.remember(logits, None))).sum().backward()
+    assert logits.grad is None
+    assert gate.linear.weight.grad.abs().sum() > 0 and score.linear.weight.grad.abs().sum() > 0
+
+
+def test_a_learned_score_sees_the_class_and_the_exit_before():
+    score, logits = LearnedScore(3), torch.tensor([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
+    first = score.features(logits, None)
+    assert torch.allclose(first[0, :4], first[1, :4]) and not torch.allclose(first[0], first[1])
+    memory = (torch.tensor([[0], [0]]), torch.tensor([[1.5], [-0.5]]))
+    assert score.features(logits, memory)[:, 4].tolist() == [1, 0], "agreement"
+    assert score.features(logits, memory)[:, 5].tolist() == [1.5, -0.5], "the score before"
+
+
+def test_another_confidence_at_every_exit():
+    both = PerExit([MaxProbability(), Margin()])
+    logits = torch.randn(3, 4)
+    assert torch.equal(both.at(1)(logits), Margin()(logits))
+    assert MaxProbability().at(5)(logits).shape == (3, 1)
+    for k in (-1, 2):
+        with pytest.raises(StructureError, match="one that has 2"):
+            both.at(k)
+    with pytest.raises(StructureError, match=r"confidence\.at\(k\)"):
+        both(logits)

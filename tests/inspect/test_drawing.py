@@ -9,7 +9,7 @@ from dynanet.inspect.charts import HEIGHT, WIDTH, Axis, Series, scatter
 from dynanet.inspect.colours import class_colours, css, distances, ink, ramp
 from dynanet.inspect.markup import Markup, join, tag
 from dynanet.inspect.pictures import coloured, data_uri, depth, dimmed, places, stride
-from dynanet.inspect.words import points, quantity
+from dynanet.inspect.words import pairs, points, quantity
 
 JUST_VISIBLE = 0.02  # in Oklab
 
@@ -30,12 +30,20 @@ def test_the_ramp_grows_lighter_in_even_steps():
     assert neighbours.min() > 2 * JUST_VISIBLE  # every tenth is told apart, without red or green cones too
 
 
-@pytest.mark.parametrize(("classes", "times"), [(2, 15), (10, 6), (16, 4)])
-def test_class_colours_differ_without_red_or_green_cones(classes, times):
+@pytest.mark.parametrize(("classes", "times", "blind"), [(2, 20, 15), (10, 10, 5), (16, 8, 4), (20, 7, 3)])
+def test_class_colours_differ_also_without_red_or_green_cones(classes, times, blind):
     colours = class_colours(classes)
-    between = distances(colours)[~np.eye(classes, dtype=bool)]
-    assert between.min() > times * JUST_VISIBLE
-    assert (np.ptp(colours.astype(int), axis=1) > 30).all()  # none is grey
+    others = ~np.eye(classes, dtype=bool)
+    assert distances(colours, blind=False)[others].min() > times * JUST_VISIBLE
+    assert distances(colours)[others].min() > blind * JUST_VISIBLE
+    assert (np.ptp(colours.astype(int), axis=1) > 30).all()  # none is grey: that is for pixels without a class
+    for paper in ([255, 255, 255], [20, 23, 27]):
+        assert distances(np.array([paper, *colours]), blind=False)[0, 1:].min() > 5 * JUST_VISIBLE
+
+
+@pytest.mark.parametrize("classes", [1, 41, 300])
+def test_any_number_of_classes_has_colours(classes):
+    assert class_colours(classes).shape == (classes, 3)
 
 
 def test_ink_is_readable_on_every_colour():
@@ -104,6 +112,15 @@ def test_labels_of_a_chart_do_not_overlap_and_stay_inside():
             assert abs(x - other_x) >= width or abs(y - other_y) >= 13
 
 
+@pytest.mark.parametrize("x", [0.0, 100.0])
+def test_a_mark_at_the_edge_has_its_name_though_none_of_the_places_beside_it_is_free(x):
+    name = "a network of 21 signs"
+    wall = [(at, float(y)) for at in (45.5, 57.0) for y in np.linspace(0, 100, 30)] + [(100.0 - x, 50.0)]
+    other = Series("other", "static", [(x, 50.0)], "circle", labels=[name])
+    chart = scatter(Axis("x"), Axis("y"), [Series("wall", "alone", wall, "diamond"), other], "a chart")
+    assert [text for text, _, _ in _boxes(chart)] == [name]
+
+
 @pytest.mark.parametrize("values", [[5.0], [0.0], [1e-3, 1.0], [100.0, 100.0]])
 def test_charts_of_few_or_equal_values_are_drawn(values):
     spots = [(value, value) for value in values]
@@ -123,3 +140,9 @@ def test_figures_are_short_and_signed():
         "0", "7", "999", "1.00 k", "929 k", "3.98 M", "10.0 G",
     ]  # fmt: skip
     assert [points(v) for v in (0.0004, -0.0004, 0.012, -0.059)] == ["0.0", "0.0", "+1.2", "−5.9"]
+
+
+def test_arguments_are_pairs():
+    given = {"widths": [16, (32, 64)], "rate": 0.10000000001, "kind": "se", "more": {"a": None}}
+    assert pairs(given) == "widths=[16, [32, 64]], rate=0.1, kind=se, more=(a=None)"
+    assert pairs({}) == ""

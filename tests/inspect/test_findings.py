@@ -119,6 +119,13 @@ def test_measured_times_go_before_those_of_the_exits(draw, choices):
     assert find(draw(2, ms=False), choices, ORIGIN, NAMES).how_timed == ""
 
 
+def test_times_of_exits_say_how_they_were_measured(draw, choices):
+    origin = Origin(data="d", test="t", timed="batch 64, 1 thread")
+    assert "(batch 64, 1 thread)" in find(draw(2), choices, origin, NAMES).how_timed
+    assert "(" not in find(draw(2), choices, ORIGIN, NAMES).how_timed
+    assert find(draw(2, ms=False), choices, origin, NAMES).how_timed == ""
+
+
 def test_statistics_agree_with_sums_by_hand():
     truth, said = np.array([0] * 50 + [1] * 50), np.array([0] * 40 + [1] * 10 + [1] * 30 + [0] * 20)
     assert kappa(truth, said) == pytest.approx((0.7 - 0.5) / 0.5)

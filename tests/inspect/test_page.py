@@ -1,5 +1,6 @@
 import errno
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -132,6 +133,72 @@ def test_the_page_loads_nothing_and_runs_nothing(draw, choices):
     assert "url(" not in style and "@import" not in style
     assert not re.search("(?i)https?://|//cdn", re.sub("data:image/png;base64,[A-Za-z0-9+/=]+", "", text))
     assert len(text.encode()) < 500_000
+
+
+def charts(text: str) -> list[str]:
+    """Each chart of the page with its legend, in its order: MACs, then milliseconds."""
+    return re.findall('<div class="chart">.*?</svg></div>', text, re.DOTALL)
+
+
+def test_static_networks_stand_beside_the_exits_in_both_charts(draw, choices):
+    static = [Point("small CNN", 3e6, 0.7, 0.02), Point("SVM", None, 0.65, 0.01), Point("large CNN", 7e6, 0.85)]
+    text = page(whole(draw, choices, static=static))
+    against_macs, against_ms = charts(text)
+    for chart, named, not_named in (
+        (against_macs, "small CNN|large CNN", "SVM"),
+        (against_ms, "small CNN|SVM", "large"),
+    ):
+        legend, drawn = chart.split("</ul>")
+        assert "static networks" in legend
+        assert len(re.findall('class="static"', drawn)) == 2
+        assert set(re.findall('class="label static"[^>]*>([^<]*)<', drawn)) == set(named.split("|"))
+        assert not_named not in drawn
+    assert all(point.name in Reader(text).said for point in static)
+
+
+def test_of_static_networks_nothing_is_said_where_there_are_none(draw, choices):
+    text = page(whole(draw, choices, static=()))
+    assert len(charts(text)) == 2
+    assert "static" not in Reader(text).said and 'class="static"' not in text
+
+
+def test_the_line_below_the_title_says_nothing_twice_and_no_python(draw, choices):
+    origin = replace(
+        ORIGIN, model="staged", arguments={"widths": [16, 32], "stem_stride": 1}, timed="batch 64, 1 thread"
+    )
+    text = page(whole(draw, choices, title=ORIGIN.data, timing=None)) + page(
+        find(draw(2), choices, origin, NAMES, title="A title")
+    )
+    same, other = re.findall('</h1><p class="soft">(.*?)</p>', text)
+    assert ORIGIN.data not in same and ORIGIN.device in same
+    assert other.startswith(f"{ORIGIN.data} · staged (widths=[16, 32], stem_stride=1) · ")
+    assert text.count("(batch 64, 1 thread)") >= 2  # beside the answer, and among the origins
+
+
+@pytest.mark.parametrize(
+    ("about", "said"),
+    [("", "The scene has 30 × 24 pixels. At"), ("A field", "A field. The scene has 30 × 24 pixels. At")],
+)
+def test_the_size_of_a_scene_is_said_once(draw, choices, about, said):
+    text = Reader(page(whole(draw, choices, scene=replace(scene(), about=about)))).said
+    assert said in text and text.count("30 × 24") == 1
+
+
+def test_marks_stay_inside_the_picture(draw, choices):
+    corners = np.array([[0, 0], [0, 29], [23, 0], [23, 29]])[np.arange(400) % 4]
+    text = page(whole(draw, choices, shown=Samples(positions=corners)))
+    at = 'viewBox="0 0 30 24"'
+    overlay = text[text.index(at) : text.index("</svg>", text.index(at))]
+    line = 0.9 * 0.014 * 30 / 2
+    circles = re.findall('<circle class="place" cx="([^"]*)" cy="([^"]*)" r="([^"]*)"', overlay)
+    spots = [
+        tuple(map(float, pair.split(","))) for said in re.findall('points="([^"]*)"', overlay) for pair in said.split()
+    ]
+    for x, y, radius in np.array(circles, float):
+        spots += [(x - radius, y - radius), (x + radius, y + radius)]
+    assert len(spots) > 30
+    low, high = np.min(spots, 0), np.max(spots, 0)
+    assert (low >= line - 0.06).all() and (high <= np.array([30, 24]) - line + 0.06).all()  # written with few digits
 
 
 @pytest.mark.parametrize("part", ["scene", "shown", "line", "static", "timing"])

@@ -5,13 +5,24 @@ import torch
 from torch import nn
 
 from dynanet.core.gate import Gate
+from dynanet.gates.confidence import LearnedGate, LearnedScore, Patience, PerExit
+from dynanet.gates.recurrent import RecurrentGate
 from dynanet.gates.rules import Gumbel, Soft, StraightThrough, Threshold, TopK
 from dynanet.gates.scorers import PooledScorer, TileScorer
-from dynanet.mechanisms.channel_skip import ChannelSkip
+from dynanet.mechanisms.cascade import Cascade
+from dynanet.mechanisms.channel_gating import ChannelGating
+from dynanet.mechanisms.channel_skip import ChannelSkip, fbs_gate
 from dynanet.mechanisms.early_exit import EarlyExit
-from dynanet.mechanisms.layer_skip import LayerSkip
+from dynanet.mechanisms.experts import BiasedTopK, Experts, RouterScorer, sigmoid_over_kept, softmax_over_kept
+from dynanet.mechanisms.layer_skip import BranchSkip, LayerSkip, RecurrentSkip
+from dynanet.mechanisms.neuron_skip import LowRankScorer, NeuronSkip
+from dynanet.mechanisms.path_select import PathSelect, PickPaths, by_score, summed
+from dynanet.mechanisms.policy_skip import PolicySkip
+from dynanet.mechanisms.pondering import ACT, PonderNet
 from dynanet.mechanisms.position_halting import PositionHalting
 from dynanet.mechanisms.scene_exit import SceneExit
+from dynanet.mechanisms.slimmable import OneWidth, SlimBatchNorm2d, SlimConv2d, Slimmable, SlimSequential
+from dynanet.mechanisms.soft_tree import SoftTree, expected
 from dynanet.mechanisms.spatial_skip import SpatialSkip
 from dynanet.mechanisms.token_drop import TokenDrop
 from dynanet.mechanisms.update_skip import UpdateSkip
@@ -64,6 +75,27 @@ def cell():
 def early_exit(wrap, confidence=None, threshold=-1.3):
     model = EarlyExit([wrap(mlp()) for _ in range(4)], [nn.Linear(D, 5) for _ in range(4)], confidence)
     model.thresholds.fill_(threshold)
+    return model
+
+
+def learned_exits(wrap):
+    """Another gate at every exit, so that each has to know which exit it speaks of."""
+    model = early_exit(wrap, PerExit([LearnedGate(), LearnedScore(5), LearnedScore(5)]), threshold=-0.5)
+    for linear in (gate.linear for gate in model.confidence.exits):
+        nn.init.normal_(linear.weight, std=0.5)
+    return model
+
+
+def exits_off(wrap):
+    model = early_exit(wrap, Patience(), threshold=1.0)
+    model.active = (0, 2, 3)
+    return model
+
+
+def cascade(wrap, ensemble="none"):
+    networks = [nn.Sequential(nn.Linear(D, n), nn.ReLU(), nn.Linear(n, D)) for n in (4, 16, 32)]
+    model = Cascade([nn.Sequential(wrap(n), nn.Linear(D, 5)) for n in networks], ensemble=ensemble)
+    model.thresholds.fill_(-1.2)
     return model
 
 
@@ -135,6 +167,30 @@ def channels(wrap):
     return ChannelSkip([conv(3), conv(3), nn.Conv2d(C, 2 * C, 3, stride=2)], gates, groups=4)
 
 
+def boosted_channels(wrap):
+    """FBS: saliencies, batch norms, pooling, a first convolution without groups, a stride, single channels."""
+    convs = [nn.Conv2d(C, 12, 3, bias=False), nn.Conv2d(12, 8, 1), nn.Conv2d(8, C, 3, stride=2, padding=1, bias=False)]
+    norms = [nn.BatchNorm2d(12), None, nn.BatchNorm2d(C)]
+    afters = [nn.Sequential(nn.ReLU(), nn.MaxPool2d(2, 1)), nn.ReLU(), nn.Identity()]
+    groups = (3, 2, C)
+    gates = [fbs_gate(c.in_channels, g, 0.5) for c, g in zip(convs, groups, strict=True)]
+    return warm(ChannelSkip(convs, gates, groups, norms=norms, afters=afters, boost=True))
+
+
+def gated_channels(groups=1, tiles=None, **options):
+    return lambda wrap: warm(ChannelGating(nn.Conv2d(C, 6, 3, **options), 2, groups=groups, tiles=tiles, threshold=0.0))
+
+
+def widths(wrap):
+    """Features at three widths; the last layer has the same channels at each."""
+    slim = (4, 6, 9)
+    net = SlimSequential(
+        SlimConv2d((C, C, C), slim, 3, 2), SlimBatchNorm2d(slim), nn.ReLU(),
+        SlimConv2d(slim, slim, 3, depthwise=True), SlimBatchNorm2d(slim), SlimConv2d(slim, (C, C, C), 1),
+    )  # fmt: skip
+    return warm(Slimmable(net, Gate(PooledScorer(C, 3, hidden=4, bias=0.0), OneWidth(), units=3)))
+
+
 def images(height, width, batch=5):
     return torch.randn(batch, C, height, width)
 
@@ -169,12 +225,124 @@ def rows_to_rows(wrap):
     return LayerSkip(wrap(mlp()), row_gate())
 
 
+def branch_skip(wrap):
+    """The branch changes the shape, the shortcut is a convolution."""
+    branch = nn.Sequential(wrap(conv(3)), nn.BatchNorm2d(C), nn.ReLU(), nn.Conv2d(C, 6, 3, stride=2, padding=1))
+    gate = Gate(PooledScorer(C, hidden=4, bias=0.0), Gumbel())
+    return warm(BranchSkip(branch, gate, nn.Conv2d(C, 6, 1, stride=2), nn.ReLU()))
+
+
+def recurrent_skip(wrap):
+    return RecurrentSkip([wrap(mlp()) for _ in range(3)], RecurrentGate([D] * 3, StraightThrough(), hidden=4, bias=0.0))
+
+
+def policy_skip(wrap):
+    policy = Gate(nn.Linear(D, 3), StraightThrough(), units=3)
+    shortcuts = [nn.Identity(), nn.Tanh(), nn.Identity()]
+    return PolicySkip(policy, [wrap(mlp()) for _ in range(3)], shortcuts, before=nn.Linear(D, D), after=nn.Linear(D, 4))
+
+
+def act(wrap, bias=-0.5):
+    heads = [nn.Linear(D, 1) for _ in range(3)]
+    for head in heads:
+        nn.init.constant_(head.bias, bias)
+    return ACT([wrap(mlp()) for _ in range(4)], heads)
+
+
+def act_image(wrap):
+    return warm(ACT([residual(wrap) for _ in range(3)], [PooledScorer(C, hidden=0, bias=0.4) for _ in range(2)], 0.3))
+
+
+def ponder_net(wrap):
+    return PonderNet([wrap(mlp()) for _ in range(4)], [nn.Linear(D, 5)] * 4, [nn.Linear(D, 1) for _ in range(3)], 0.6)
+
+
+def paths(wrap, rule, **settings):
+    """Three branches of three prices."""
+    branches = [wrap(nn.Linear(D, D)), wrap(mlp()), nn.Sequential(mlp(), wrap(mlp()))]
+    return PathSelect(branches, Gate(nn.Linear(D, 3), rule, units=3), **settings)
+
+
+def image_paths(wrap):
+    """Branches that change the shape, any number of them; a strided shortcut where none runs."""
+    branches = [nn.Sequential(wrap(conv(k)), nn.ReLU(), nn.Conv2d(C, 6, 1, stride=2)) for k in (1, 3, 5)]
+    gate = Gate(PooledScorer(C, units=3, hidden=4, bias=0.0), Gumbel(), units=3)
+    return PathSelect(branches, gate, mix=summed, otherwise=nn.Conv2d(C, 6, 1, stride=2))
+
+
+def tree(wrap):
+    """A leaf at depth 1, two at 2, transformers before both decisions. All paths differ in price."""
+    inner = SoftTree(row_gate(Gumbel()), nn.Linear(D, D), wrap(mlp()), before=wrap(nn.Linear(D, D)), mix=expected)
+    return SoftTree(row_gate(Soft()), wrap(mlp()), inner, before=nn.Tanh(), mix=expected)
+
+
+def differentiable_gates(model):
+    """What law 5 asks for gradients, where it is no Gate; None for the Gates."""
+    ponder = [head for m in model.modules() if isinstance(m, PonderNet) for head in m.halting]
+    return [m.delta for m in model.modules() if isinstance(m, UpdateSkip)] or ponder or None
+
+
+def neurons(rule, scorer=None):
+    def make(wrap):
+        gate = Gate(scorer or LowRankScorer(D, 6, rank=4, bias=0.0), rule, units=6)
+        return NeuronSkip(nn.Linear(D, 24), nn.Linear(24, D), gate, activation=nn.GELU(), block=4)
+
+    return make
+
+
+class OfTheMean(nn.Module):
+    """One decision for all tokens of a sample."""
+
+    def __init__(self, units):
+        super().__init__()
+        self.map = nn.Linear(D, units)
+
+    def forward(self, x):
+        return self.map(x.mean(1))
+
+
+def experts(rule, scorer=None, unit=mlp, **settings):
+    def make(wrap):
+        gate = Gate(scorer or RouterScorer(D, 4), rule, units=4)
+        return Experts([wrap(unit()) for _ in range(4)], gate, **settings)
+
+    return make
+
+
 LAYERS = {
+    "neuron skip, samples": (neurons(StraightThrough()), torch.randn(7, D)),
+    "neuron skip, tokens": (neurons(TopK(2)), torch.randn(4, 5, D)),
+    "neuron skip, samples of tokens": (neurons(StraightThrough(), OfTheMean(6)), torch.randn(4, 9, D)),
+    "experts, switch": (experts(TopK(1)), torch.randn(7, D)),
+    "experts, two and a shared one": (
+        experts(TopK(2), mix=softmax_over_kept, shared=mlp()),
+        torch.randn(4, 5, D),
+    ),
+    "experts, balanced by biases": (experts(BiasedTopK(2, 4), mix=sigmoid_over_kept), torch.randn(7, D)),
+    "experts, any number": (experts(Gumbel()), torch.randn(7, D)),
+    "experts, samples of tokens": (experts(TopK(2), OfTheMean(4)), torch.randn(5, 3, D)),
+    "experts, images": (
+        lambda wrap: Experts(
+            [wrap(residual(wrap)) for _ in range(3)], Gate(PooledScorer(C, 3, bias=0.0), TopK(1), units=3)
+        ),
+        images(5, 6),
+    ),
     "early exit": (early_exit, torch.randn(7, D)),
+    "early exit, learned gates": (learned_exits, torch.randn(7, D)),
+    "early exit, patience, an exit off": (exits_off, torch.randn(7, D)),
+    "cascade": (cascade, torch.randn(7, D)),
+    "cascade, mean logits": (lambda wrap: cascade(wrap, "logits"), torch.randn(7, D)),
+    "cascade, mean probabilities": (lambda wrap: cascade(wrap, "probabilities"), torch.randn(7, D)),
     "layer skip, samples": (rows_to_rows, torch.randn(7, D)),
     "layer skip, tokens": (lambda wrap: LayerSkip(wrap(mlp()), row_gate(Soft())), torch.randn(4, 5, D)),
     "layer skip, images": (layer_skip_image, images(6, 7)),
     "layer skip, shared cell": (shared_cell, torch.randn(7, D)),
+    "branch skip, a shape that changes": (branch_skip, images(6, 7)),
+    "recurrent skip": (recurrent_skip, torch.randn(7, D)),
+    "policy skip": (policy_skip, torch.randn(7, D)),
+    "ACT": (act, torch.randn(7, D)),
+    "ACT, images": (act_image, images(5, 6)),
+    "PonderNet": (ponder_net, torch.randn(7, D)),
     "skip in skip in skip": (
         lambda wrap: rows_to_rows(
             lambda u: nn.Sequential(u, rows_to_rows(lambda v: nn.Sequential(v, rows_to_rows(wrap))))
@@ -202,7 +370,15 @@ LAYERS = {
         torch.randn(4, 7, D),
     ),
     "channel skip, in x out": (channels, images(6, 6)),
+    "channel skip, boosted": (boosted_channels, images(7, 6)),
+    "channel gating, groups": (gated_channels(groups=3, stride=2), images(7, 6)),
+    "channel gating, tiles": (gated_channels(tiles=Tiles(4, 1), padding=1), images(9, 6)),
+    "slimmable widths": (widths, images(7, 6)),
     "scene exit": (scene_exit, images(4, 5, 3)),
+    "path select, one of three": (lambda wrap: paths(wrap, PickPaths()), torch.randn(7, D)),
+    "path select, two of three, tokens": (lambda wrap: paths(wrap, PickPaths(2), mix=by_score), torch.randn(4, 5, D)),
+    "path select, any number, images": (image_paths, images(6, 7)),
+    "soft tree": (tree, torch.randn(9, D)),
     "update skip": (lambda wrap: UpdateSkip(nn.GRUCell(D, 6), D, 6), torch.randn(5, 6, D)),
 }
 
@@ -212,8 +388,7 @@ def test_laws(name):
     torch.manual_seed(0)
     make, example = LAYERS[name]
     model = make(lambda unit: unit)
-    gates = [m.delta for m in model.modules() if isinstance(m, UpdateSkip)] or None
-    check_dynamic(model, example, gates=gates)
+    check_dynamic(model, example, gates=differentiable_gates(model))
 
 
 @pytest.mark.parametrize("name", LAYERS)

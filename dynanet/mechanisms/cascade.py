@@ -1,0 +1,83 @@
+"""Cascade: whole networks of growing size; the next one runs only for the rows the earlier ones were not sure of."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dynanet.core.errors import ConfigError, StructureError
+from dynanet.core.halt import Halt
+from dynanet.gates.confidence import Confidence, MaxProbability
+
+Ensemble = Literal["none", "logits", "probabilities"]
+
+
+class Cascade(Halt):
+    """Independent networks in a row, each asked only where those before were unsure (Bolukbasi et al. 2017,
+    arXiv:1702.07811: network selection).
+
+    Nothing is shared but the input and, with `ensemble`, the answers; so any trained networks will do. In training all
+    networks answer for all rows; in eval mode a row goes on past network k while its confidence is below
+    `thresholds[k]`. A new cascade always asks all networks; `infer.calibrate` finds thresholds for a budget.
+
+    Args:
+        networks: each maps x to logits (B, classes), the cheapest first. One that wants another resolution resizes
+            first: nn.Sequential(nn.Upsample(...), network).
+        confidence: how sure logits are; `PerExit` for another criterion after every network.
+        ensemble: what network k answers. "none": its own logits. "logits": the mean of the logits so far.
+            "probabilities": the logarithm of the mean of the probabilities so far.
+
+    Attributes:
+        thresholds: (networks - 1,), in the units of `confidence`. +inf: nobody leaves here; -inf: everybody.
+
+    Raises:
+        StructureError: no networks, or a confidence that does not speak of every network.
+        ConfigError: another word for `ensemble`.
+    """
+
+    def __init__(
+        self, networks: Sequence[nn.Module], confidence: Confidence | None = None, *, ensemble: Ensemble = "none"
+    ):
+        super().__init__()
+        if not networks:
+            raise StructureError("a cascade needs at least one network; got none")
+        if ensemble not in ("none", "logits", "probabilities"):
+            raise ConfigError(f"ensemble is {ensemble!r}; expected 'none', 'logits' or 'probabilities'")
+        self.networks, self.steps, self.ensemble = nn.ModuleList(networks), len(networks), ensemble
+        self.confidence = confidence if confidence is not None else MaxProbability()
+        if self.steps > 1:
+            self.confidence.at(self.steps - 2)  # now is the time to say that it has no such exit
+        self.thresholds: Tensor
+        self.register_buffer("thresholds", torch.full((self.steps - 1,), torch.inf))
+
+    def start(self, x: Any) -> Any:
+        """The input, no answers yet, and no memory."""
+        return x, None, None
+
+    def step(self, k: int, state: Any) -> tuple[Any, Tensor]:
+        """Network k on the input, and what it says together with those before."""
+        x, total, memory = state
+        logits = self.networks[k](x)
+        if self.ensemble == "logits":
+            total = logits if total is None else total + logits
+            logits = total / (k + 1)
+        elif self.ensemble == "probabilities":
+            log_p = logits.log_softmax(-1)
+            total = log_p if total is None else torch.logaddexp(total, log_p)
+            logits = total - math.log(k + 1)
+        if k + 1 < self.steps:
+            memory = self.confidence.at(k).remember(logits, memory)
+        return (x, total, memory), logits
+
+    def score(self, k: int, state: Any, answer: Tensor) -> Tensor:
+        """The confidence after network k."""
+        return self.confidence.at(k)(answer, state[2])
+
+    def goes_on(self, k: int, score: Tensor) -> Tensor:
+        """To the next network while confidence is below the threshold; always in training."""
+        if self.training:
+            return torch.ones_like(score)
+        # Compared in float32: a half-precision score would round the threshold and let out who is tied with it.
+        return (score.float() < self.thresholds[k].float()).to(score.dtype)

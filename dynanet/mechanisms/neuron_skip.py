@@ -1,0 +1,206 @@
+"""Neuron skip: a gate decides, row by row, which blocks of an FFN's hidden neurons run."""
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dynanet.core.dynamic import Dynamic
+from dynanet.core.errors import ConfigError, StructureError
+from dynanet.core.gate import Gate
+from dynanet.core.trace import Frame
+from dynanet.gates.rules import TopK
+from dynanet.nets.moefication import balanced_clusters, fit_router
+
+
+class NeuronSkip(Dynamic):
+    """Linear, activation, Linear, of whose hidden neurons a row runs only the blocks that its gate keeps.
+
+    A unit is a block of neurons: its rows of the first weight matrix and its columns of the second. A neuron that does
+    not run hands on 0. Trained with a gate: conditional computation (Bengio et al. 2015, arXiv:1511.06297) and Deja Vu
+    (Liu et al. 2023, arXiv:2310.17157). Made from a trained ReLU network: `moefy`.
+
+    Rows are whatever the gate decides on, and the layer works on everything that lies behind them: with x (B, T, D), a
+    keep (B, blocks) is one decision per sample that all its tokens share (much the quickest, because weights are read
+    once), a keep (B, T, blocks) one per token.
+
+    Args:
+        up: D -> hidden.
+        down: hidden -> out. Weights are copied; these are stored as (hidden, out), so that a block lies in one piece.
+        gate: maps x to a Decision with keep (rows..., hidden / block).
+        activation: works on each neuron by itself; ReLU if None.
+        block: neurons per unit.
+
+    Raises:
+        StructureError: layers that do not fit together, a block that does not divide the hidden neurons, or a gate for
+            another number of units.
+    """
+
+    def __init__(
+        self, up: nn.Linear, down: nn.Linear, gate: nn.Module, *, activation: nn.Module | None = None, block: int = 16
+    ):
+        super().__init__()
+        hidden = up.out_features
+        if down.in_features != hidden:
+            raise StructureError(f"the first layer answers {hidden} neurons, the second takes {down.in_features}")
+        if block < 1 or hidden % block:
+            raise StructureError(f"{hidden} hidden neurons cannot be cut into blocks of {block}; give a divisor")
+        self.block, self.blocks = block, hidden // block
+        if isinstance(gate, Gate) and gate.units != self.blocks:
+            raise StructureError(
+                f"the gate decides on {gate.units} units, and {hidden} neurons make {self.blocks} blocks of {block}"
+            )
+        # Parameters, not layers: a session puts engines in the place of static layers, and these are taken in slices.
+        self.up, self.down = _copied(up.weight), _copied(down.weight.t())
+        self.up_bias = None if up.bias is None else _copied(up.bias)
+        self.bias = None if down.bias is None else _copied(down.bias)
+        self.gate = gate
+        self.activation = activation if activation is not None else nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows..., others..., D) to (rows..., others..., out).
+
+        Raises:
+            StructureError: a gate whose rows are no leading axes of x.
+        """
+        keep = self.tap(self.gate(x)).keep
+        lead = tuple(keep.shape[:-1])
+        if x.shape[: len(lead)] != keep.shape[:-1]:
+            raise StructureError(f"the gate decided for rows {lead}, which are no leading axes of x {tuple(x.shape)}")
+        if not self.gathers:
+            hidden = self.activation(functional.linear(x, self.up, self.up_bias))
+            mask = keep.to(x.dtype).reshape(*lead, *[1] * (x.dim() - 1 - len(lead)), self.blocks, 1)
+            answer = (hidden.unflatten(-1, (self.blocks, self.block)) * mask).flatten(-2) @ self.down
+            return answer if self.bias is None else answer + self.bias
+        rows, others = math.prod(lead), math.prod(x.shape[len(lead) : -1])
+        kept = (keep > 0).reshape(rows, self.blocks)
+        # One frame for all: a (row, block) costs the same wherever it runs, and nothing is decided in here.
+        index = torch.arange(rows, device=x.device)
+        with self.within(Frame(self, range(self.blocks), lead, index, None, True)):
+            answer = self._gathered(x.reshape(rows, others, x.shape[-1]), kept)
+        return answer.reshape(*x.shape[:-1], self.down.shape[1])
+
+    def _gathered(self, x_RTD: Tensor, kept: Tensor) -> Tensor:
+        rows, others, _ = x_RTD.shape
+        if rows == 0 or others == 0:
+            return x_RTD.new_zeros(rows, others, self.down.shape[1])
+        if rows == 1 or bool((kept == kept[:1]).all()):
+            return self._slices(x_RTD.flatten(0, 1), kept[0])
+        if rows <= _FEW_ROWS or others >= _MANY_OTHERS:
+            return torch.stack([self._slices(x, k) for x, k in zip(x_RTD, kept, strict=True)])
+        return self._by_block(x_RTD, kept)
+
+    def _slices(self, x_TD: Tensor, kept: Tensor) -> Tensor:
+        """All rows run the same blocks. Neighbouring blocks are one slice of the weights, and nothing is copied:
+        gathering would move every weight three times, where the reading of weights is all that few rows cost."""
+        edges = functional.pad(kept, (1, 1)).diff().nonzero()[:, 0] * self.block
+        bounds = edges.tolist()
+        alone = x_TD.new_zeros(self.down.shape[1]) if self.bias is None else self.bias
+        answer = alone.expand(x_TD.shape[0], -1)
+        if not bounds:
+            return answer
+        runs = [b - a for a, b in zip([0, *bounds], [*bounds, self.up.shape[0]], strict=True)]
+        up, down, sizes = self.up.split(runs)[1::2], self.down.split(runs)[1::2], runs[1::2]
+        if x_TD.shape[0] == 1:  # a product with a vector is quicker than one with a matrix of one row
+            hidden = torch.cat([torch.mv(w, x_TD[0]) for w in up])[None]
+        else:
+            hidden = torch.cat([torch.mm(x_TD, w.t()) for w in up], 1)
+        if self.up_bias is not None:
+            hidden = hidden + self.up_bias.reshape(self.blocks, self.block)[kept].flatten()
+        answer = answer.clone(memory_format=torch.contiguous_format)
+        for h, w in zip(self.activation(hidden).split(sizes, 1), down, strict=True):
+            # `out` and not addmm_: that one is no operator of which MACs are counted.
+            answer = torch.addmm(answer, h, w, out=None if torch.is_grad_enabled() else answer)
+        return answer
+
+    def _by_block(self, x_RTD: Tensor, kept: Tensor) -> Tensor:
+        """Rows run different blocks: every block runs once, for the rows that keep it."""
+        rows, others, width = x_RTD.shape
+        answer = x_RTD.new_zeros(rows, others, self.down.shape[1])
+        if self.bias is not None:
+            answer = answer + self.bias
+        counts = kept.sum(0).tolist()
+        index = kept.t().nonzero()[:, 1].split(counts)  # of every block, the rows that keep it
+        up, down = self.up.split(self.block), self.down.split(self.block)
+        biases = [None] * self.blocks if self.up_bias is None else self.up_bias.split(self.block)
+        for r, w_up, b, w_down in zip(index, up, biases, down, strict=True):
+            if r.shape[0]:
+                x = x_RTD.index_select(0, r).reshape(r.shape[0] * others, width)
+                y = self.activation(functional.linear(x, w_up, b)) @ w_down
+                answer = answer.index_add_(0, r, y.reshape(r.shape[0], others, y.shape[1]))
+        return answer
+
+
+class LowRankScorer(nn.Module):
+    """Two linear maps through a narrow middle: what Deja Vu predicts neurons with (arXiv:2310.17157).
+
+    Its MACs are rank * (inputs + units) per row, against 2 * inputs * hidden of the FFN.
+
+    Args:
+        inputs: features D.
+        units: scores per row.
+        rank: width of the middle.
+        bias: the last bias at the start. Positive: everything is kept at first.
+    """
+
+    def __init__(self, inputs: int, units: int, rank: int = 16, bias: float = 1.0):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(inputs, rank, bias=False), nn.Linear(rank, units)
+        nn.init.constant_(self.outer.bias, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to scores (..., units)."""
+        return self.outer(self.inner(x))
+
+
+def moefy(
+    up: nn.Linear, down: nn.Linear, inputs_ND: Tensor, *, keep: int, block: int = 16, rank: int = 32, seed: int = 0
+) -> NeuronSkip:
+    """A trained Linear, ReLU, Linear as blocks of neurons with a router (MoEfication: Zhang et al. 2022,
+    arXiv:2110.01786).
+
+    Neurons whose weights are alike are put into one block (balanced k-means), and a router learns from `inputs_ND`
+    which blocks are active. The FFN's own weights are only put in another order: with everything kept it answers what
+    it answered before. Needs a ReLU: the skipping relies on neurons that are 0.
+
+    Args:
+        up: D -> hidden, trained.
+        down: hidden -> out, trained.
+        inputs_ND: what the FFN sees, (N, D): a few thousand rows of training data. Not of test data.
+        keep: how many blocks a row keeps, the best by the router.
+        block: neurons per block; the paper's are of 32.
+        rank: of the router, a `LowRankScorer`.
+        seed: of clustering and fitting.
+
+    Raises:
+        StructureError: a block that does not divide the hidden neurons.
+        ConfigError: more blocks to keep than there are, or no inputs.
+    """
+    if block < 1 or up.out_features % block:
+        raise StructureError(f"{up.out_features} hidden neurons cannot be cut into blocks of {block}; give a divisor")
+    blocks = up.out_features // block
+    if not 1 <= keep <= blocks:
+        raise ConfigError(f"moefy is to keep {keep} blocks of {blocks}; give a number from 1 to {blocks}")
+    order = balanced_clusters(up.weight.detach(), block, seed=seed)
+    ordered_up, ordered_down = copy.deepcopy(up), copy.deepcopy(down)  # the trained network stays as it was
+    with torch.no_grad():
+        ordered_up.weight.copy_(up.weight[order])
+        ordered_down.weight.copy_(down.weight[:, order])
+        if up.bias is not None:
+            ordered_up.bias.copy_(up.bias[order])
+        active = ordered_up(inputs_ND).relu().unflatten(-1, (blocks, block)).sum(-1)
+    scorer = LowRankScorer(up.in_features, blocks, rank, bias=0.0).to(up.weight)
+    fit_router(scorer, inputs_ND, active, seed=seed)
+    return NeuronSkip(ordered_up, ordered_down, Gate(scorer, TopK(keep), units=blocks), block=block)
+
+
+def _copied(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
+
+
+# Measured on one thread (512 and 2,048 features, a tenth to half of the blocks kept): up to so many rows that differ,
+# row by row is the quicker way; and at any number of rows when so many tokens share a row's blocks.
+_FEW_ROWS = 4
+_MANY_OTHERS = 8

@@ -1,0 +1,36 @@
+"""Squeeze and excitation: channels are weighed by what the whole image holds."""
+
+from torch import Tensor, nn
+
+from dynanet.core.errors import ConfigError
+
+
+class SqueezeExcite(nn.Module):
+    """x times sigmoid(linear(ReLU(linear(pool(x))))), channel by channel (Hu et al. 2018, arXiv:1709.01507, eq. 2-4).
+
+    Dynamic features, and the same thing as weights that change with the sample: scaling the output channels of a
+    convolution scales its kernels. Nothing is skipped; channels near 0 are computed all the same. Overhead per sample:
+    2 x channels x (channels / reduction) MACs.
+
+    Args:
+        channels: of x (B, channels, H, W).
+        reduction: the hidden layer has channels / reduction units (1 at least); the paper's is 16.
+
+    Raises:
+        ConfigError: a size below 1.
+    """
+
+    def __init__(self, channels: int, *, reduction: int = 16) -> None:
+        super().__init__()
+        if channels < 1 or reduction < 1:
+            raise ConfigError(f"squeeze-excite got channels={channels}, reduction={reduction}; give 1 or more")
+        hidden = max(1, channels // reduction)
+        self.squeeze, self.excite = nn.Linear(channels, hidden), nn.Linear(hidden, channels)
+
+    def scale(self, x_BCHW: Tensor) -> Tensor:
+        """The factor of every channel, (B, channels), each in (0, 1)."""
+        return self.excite(self.squeeze(x_BCHW.mean((2, 3))).relu()).sigmoid()
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """(B, channels, H, W) to the same shape."""
+        return x_BCHW * self.scale(x_BCHW)[:, :, None, None]

@@ -1,0 +1,109 @@
+"""A small VGG for CIFAR whose convolutions keep the channels that matter for the image at hand.
+
+The M-CifarNet of Gao, Zhao, Dudziak, Mullins, Xu: Dynamic Channel Pruning: Feature Boosting and Suppression, ICLR 2019,
+https://arxiv.org/abs/1810.05331: eight 3x3 convolutions, global average pooling, a linear layer.
+"""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from dynanet.core.architecture import architecture
+from dynanet.core.errors import ConfigError
+from dynanet.mechanisms.channel_skip import ChannelSkip, fbs_gate
+
+WIDTHS = (64, 64, 128, 128, 128, 192, 192, 192)
+STRIDES = (1, 1, 2, 1, 1, 2, 1, 1)
+
+
+@architecture
+def fbs(
+    *,
+    num_classes: int,
+    in_channels: int = 3,
+    widths: Sequence[int] = WIDTHS,
+    strides: Sequence[int] = STRIDES,
+    groups: int | None = 4,
+    density: float = 0.5,
+) -> nn.Sequential:
+    """M-CifarNet with feature boosting and suppression: (B, C, H, W) to logits (B, num_classes).
+
+    Args:
+        num_classes: width of the logits.
+        in_channels: channels of the input.
+        widths: channels of every convolution.
+        strides: of every convolution. The first one is not padded, as in the paper.
+        groups: the channels of a convolution are kept in so many groups; None makes every channel a group, as the
+            paper does. Few groups make the images of a batch choose alike more often.
+        density: the share of groups that every image keeps.
+
+    Returns:
+        A `ChannelSkip`, then the classifier.
+
+    Raises:
+        ConfigError: not one stride per width, groups that do not divide a width, or a density outside (0, 1].
+
+    Example:
+        >>> import torch
+        >>> model = fbs(num_classes=10, widths=(8, 16), strides=(1, 2)).eval()
+        >>> tuple(model(torch.zeros(2, 3, 32, 32)).shape)
+        (2, 10)
+    """
+    _check(widths, strides, groups)
+    counts = [groups if groups is not None else width for width in widths]
+    convs, norms, gates = [], [], []
+    inputs = in_channels
+    for i, (width, stride) in enumerate(zip(widths, strides, strict=True)):
+        conv = nn.Conv2d(inputs, width, 3, stride, padding=1 if i else 0, bias=False)
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        convs.append(conv)
+        norms.append(nn.BatchNorm2d(width))
+        gates.append(fbs_gate(inputs, counts[i], density))
+        inputs = width
+    chain = ChannelSkip(convs, gates, counts, norms=norms, boost=True)
+    return nn.Sequential(chain, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes))
+
+
+@architecture
+def static_vgg(
+    *,
+    num_classes: int,
+    in_channels: int = 3,
+    widths: Sequence[int] = WIDTHS,
+    strides: Sequence[int] = STRIDES,
+    width_multiplier: float = 1.0,
+) -> nn.Sequential:
+    """The same network without gates: what `fbs` has to be compared with.
+
+    Args:
+        num_classes: width of the logits.
+        in_channels: channels of the input.
+        widths: as in `fbs`.
+        strides: as in `fbs`.
+        width_multiplier: scales every width, rounded to whole channels; MACs grow about with its square.
+
+    Returns:
+        (B, C, H, W) -> (B, num_classes).
+
+    Raises:
+        ConfigError: not one stride per width, or a multiplier that is not above 0.
+    """
+    if not width_multiplier > 0:
+        raise ConfigError(f"static_vgg: width_multiplier is {width_multiplier}; expected a number above 0")
+    widths = [max(1, round(width * width_multiplier)) for width in widths]
+    _check(widths, strides, None)
+    layers: list[nn.Module] = []
+    inputs = in_channels
+    for i, (width, stride) in enumerate(zip(widths, strides, strict=True)):
+        conv = nn.Conv2d(inputs, width, 3, stride, padding=1 if i else 0, bias=False)
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        layers += [conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        inputs = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes))
+
+
+def _check(widths: Sequence[int], strides: Sequence[int], groups: int | None) -> None:
+    if not widths or len(widths) != len(strides):
+        raise ConfigError(f"fbs: {len(widths)} widths and {len(strides)} strides; expected one stride per width")
+    if groups is not None and (groups < 1 or any(width % groups for width in widths)):
+        raise ConfigError(f"fbs: groups is {groups}; expected a number that divides every width of {tuple(widths)}")

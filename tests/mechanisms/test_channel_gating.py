@@ -1,0 +1,111 @@
+import pytest
+import torch
+from torch import nn
+
+from dynanet.core.cost import CostModel
+from dynanet.core.dynamic import execute, forced, record
+from dynanet.core.errors import StructureError
+from dynanet.mechanisms.channel_gating import ChannelGating, ThresholdTarget
+from dynanet.ops.tiles import Tiles
+from dynanet.testing import check_equal, check_gradients
+
+
+def conv(**options):
+    torch.manual_seed(0)
+    return nn.Conv2d(8, 12, 3, **{"padding": 1, **options})
+
+
+def on(d):
+    return torch.ones_like(d.keep)
+
+
+def off(d):
+    return torch.zeros_like(d.keep)
+
+
+@pytest.fixture
+def x():
+    torch.manual_seed(1)
+    return torch.randn(6, 8, 9, 7)
+
+
+@pytest.mark.parametrize("options", [{"groups": 3}, {"tiles": Tiles(4, 1)}])
+def test_open_it_is_the_convolution_and_closed_its_base(x, options):
+    whole = conv()
+    layer = ChannelGating(whole, 2, **options)
+    for sparse in (False, True):
+        execute(layer.eval(), sparse=sparse)
+        scale = (1 + 1e-5) ** 0.5  # of norms that are new
+        with torch.no_grad():
+            with forced(layer, on):
+                torch.testing.assert_close(layer(x) * scale, whole(x))
+            base = nn.functional.conv2d(x[:, :2], whole.weight[:, :2], whole.bias, padding=1)
+            with forced(layer, off):
+                torch.testing.assert_close(layer(x) * scale, base)
+
+
+def test_prices_are_the_channels_that_were_left(x):
+    layer = ChannelGating(conv(bias=False), 2, groups=3)
+    cost = CostModel(layer, x[:1])
+    full = 8 * 12 * 9 * 9 * 7
+    assert cost.always == full / 4
+    assert cost.unit[""].tolist() == [full / 4] * 3
+    assert cost.full == full
+
+
+def test_what_is_far_below_its_threshold_is_left(x):
+    layer = ChannelGating(conv(), 4, groups=3).eval()
+    with torch.no_grad():
+        layer.thresholds.copy_(torch.tensor([-9.0, 9.0, -9.0]).repeat_interleave(4))
+        with record(layer) as trace:
+            layer(x)
+    assert trace[""][0].tolist() == [[1.0, 0.0, 1.0]] * 6
+
+
+def test_tiles_that_are_bright_are_finished(x):
+    layer = ChannelGating(nn.Conv2d(8, 4, 1), 4, tiles=Tiles(3), threshold=0.0).eval()
+    with torch.no_grad():
+        layer.base.weight.fill_(1.0)
+        layer.base.bias.zero_()
+        x = -torch.ones(1, 8, 6, 6)
+        x[:, :, :3, 3:] = 1
+        with record(execute(layer, sparse=True)) as trace:
+            layer(x)
+    assert trace[""][0][0, :, :, 0].tolist() == [[0.0, 1.0], [0.0, 0.0]]
+
+
+def test_strided_convolutions_keep_the_laws_by_sample(x):
+    check_equal(ChannelGating(conv(stride=2, padding=2, dilation=2, bias=False), 3, groups=2), x, draws=2)
+
+
+@pytest.mark.parametrize("options", [{"groups": 4}, {"tiles": Tiles(4, 1)}])
+def test_gradients_reach_thresholds_from_both_sides(x, options):
+    torch.manual_seed(3)
+    check_gradients(ChannelGating(conv(), 4, **options, threshold=0.0), x)
+
+
+def test_the_threshold_term_pulls_towards_its_target(x):
+    layer = ChannelGating(conv(), 4, threshold=0.5)
+    with record(layer) as trace:
+        loss = ThresholdTarget(2.0)(layer(x), None, trace)
+    assert loss.item() == pytest.approx(1.5**2)
+    loss.backward()
+    assert (layer.thresholds.grad < 0).all()
+    other = nn.Linear(2, 2)
+    with record(other) as trace, pytest.raises(StructureError, match="no ChannelGating"):
+        ThresholdTarget(2.0)(None, None, trace)
+
+
+@pytest.mark.parametrize("change, says", [
+    ({"base": 0}, "at least one input channel"),
+    ({"base": 8}, "leave at least one of 8"),
+    ({"conv": nn.Conv2d(8, 12, 3, groups=2)}, "without grouping"),
+    ({"groups": 5}, "12 output channels in 5 groups"),
+    ({"groups": 0}, "12 output channels in 0 groups"),
+    ({"groups": 2, "tiles": Tiles(4, 1)}, "1 where tiles decide"),
+    ({"tiles": Tiles(4, 0)}, "the halo is 0"),
+    ({"conv": conv(stride=2), "tiles": Tiles(4, 1)}, "stride-1"),
+])  # fmt: skip
+def test_what_cannot_be_split_is_refused(change, says):
+    with pytest.raises(StructureError, match=says):
+        ChannelGating(**{"conv": conv(), "base": 4, **change})
