@@ -28,6 +28,7 @@ from dynanet.data.augment import channel_stats, normalise
 from dynanet.data.parquet import load_parquet
 from dynanet.data.splits import hold_out
 from dynanet.infer import Session, anytime, at_random, calibrate, outcome, tabulate
+from dynanet.mechanisms.cascade import Cascade
 
 EXITING = {
     "staged": partial(zoo.staged_resnet, num_classes=10, depths=(1, 2, 2), context=64),
@@ -154,7 +155,11 @@ def main():
     static = trained(args.runs, STATIC)
     rows = [static_row(name, network, held_out, test) for name, network in static.items()]
     static_rows, speeds = list(rows), []
-    for name, network in trained(args.runs, EXITING).items():
+    exiting = trained(args.runs, EXITING)
+    if {"static-0.5", "static-1.0"} <= static.keys():
+        small, large = static["static-0.5"], static["static-1.0"]
+        exiting["cascade"] = Trained(Cascade([small.model, large.model]).eval(), small.epochs + large.epochs)
+    for name, network in exiting.items():
         cost = CostModel(network.model, test.x[:1])
         frontier = calibrate(network.model, held_out.loader(), cost)
         table = tabulate(network.model, test.loader(), cost)
