@@ -209,9 +209,10 @@ def report(run: Path, out: Path | None = None, static: list[Path] | None = None,
         static: runs of networks without exits on the same data, to show beside it.
         json: print the result as JSON.
     """
+    from dynanet import reports
     from dynanet.runs import Run
 
-    path = Run(run).report(out, static=[Run(each).point() for each in static or ()])
+    path = reports.report(Run(run), out, static=[reports.point(Run(each)) for each in static or ()])
     _say(json, {"report": str(path)}, [f"report: {path}"])
 
 
@@ -243,6 +244,7 @@ def demo(out: Path = Path("runs/demo"), seed: int = 0, json: bool = False) -> No
     import shutil
     import time
 
+    from dynanet.reports import report as write_report
     from dynanet.runs import Asked, Run, in_words
 
     start = time.monotonic()
@@ -277,7 +279,7 @@ def demo(out: Path = Path("runs/demo"), seed: int = 0, json: bool = False) -> No
     step("Timing, interleaved in one process: the session against the same weights without skipping")
     rows = run.bench(batches=(1, 64), rounds=5, tell=(lambda line: None) if json else (lambda line: print("  " + line)))
     step("Report, with the whole scene classified")
-    path = run.report()
+    path = write_report(run)
     if not json:
         print(f"\nOpen {path} in a browser. {time.monotonic() - start:.0f} s in all.")
     else:

@@ -7,7 +7,7 @@ frontier/         its table of held-out data
 choices.json      the budgets asked for, and the thresholds found
 results.json      what they reach on test data
 bench.csv         what they are worth in milliseconds
-report.html       all of it, to read
+report.html       all of it, to read: `reports.py`
 """
 
 import json
@@ -15,11 +15,9 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -39,7 +37,6 @@ from dynanet.infer.anytime import at_random
 from dynanet.infer.budgeted import outcome
 from dynanet.infer.calibrate import Frontier, apply, calibrate
 from dynanet.infer.choice import Choice
-from dynanet.infer.session import Session
 from dynanet.infer.table import Table, tabulate
 from dynanet.inspect import words
 from dynanet.loading import load
@@ -51,7 +48,6 @@ from dynanet.train.optimizers import one_cycle, sgd
 
 Tell = Callable[[str], None]
 SHARES = (0.75, 0.5, 0.25)
-BATCH = 64  # at which reports measure milliseconds
 
 
 @dataclass(frozen=True)
@@ -263,75 +259,6 @@ class Run:
         frontier = self.frontier()
         return classified(frontier.at(Budget(macs=share * _full(frontier))), pines, rounds=rounds)
 
-    @torch.no_grad()
-    def point(self) -> inspect.Point:
-        """A network with one answer, to compare others with: its test accuracy, MACs, and ms at a batch of 64.
-
-        Raises:
-            ConfigError: a run of a network with exits.
-        """
-        model, problem = self.model(), self.problem
-        if not isinstance(model, nn.Sequential):
-            kind = type(model).__name__
-            raise ConfigError(f"{self.folder} is the run of a {kind}; expected one of a network with one answer")
-        right = sum(int((model(x).argmax(1) == y).sum()) for x, y in problem.test)
-        if problem.scene is None:
-            macs = CostModel(model, problem.example()).full
-        else:  # as those with exits are priced: the stem once per pixel
-            stem, rest, pixels = model[0], model[1:], problem.scene.cube[None, :, :PRICED, :PRICED]
-            macs = CostModel(stem, pixels).full / PRICED**2 + CostModel(rest, stem(problem.example())).full
-        (measured,) = _measured(Session(model, problem.example(), batches=(BATCH,))) or [{}]
-        ms = min(measured[BATCH].values()) / BATCH if measured else None
-        return inspect.Point(self.folder.name, macs, right / problem.test.samples, ms)
-
-    def report(self, path: Path | None = None, *, static: Sequence[inspect.Point] = ()) -> Path:
-        """Write report.html, with other networks to compare with."""
-        frontier, table, problem = self.frontier(), self.test_table(), self.problem
-        model = frontier.model
-        session = Session(model, problem.example(), batches=(BATCH,))
-        ms = np.cumsum([min(unit[BATCH].values()) / BATCH if unit else np.nan for unit in _measured(session)])
-        if len(ms) == table.exits and np.isfinite(ms).all():
-            table, frontier = replace(table, ms=ms), frontier.timed(ms)
-        versions = facts()
-        origin = inspect.Origin(
-            data=problem.title,
-            test="test split, looked at once",
-            held_out="held-out split, not augmented",
-            held_out_samples=frontier.table.samples,
-            model=self.experiment.model.name,
-            arguments=self.experiment.model.arguments,
-            timed=f"batch {BATCH}, {_threads()}, every exit in its faster engine",
-            device=f"{versions['device']}, {_threads()}",
-            versions={name: versions[name] for name in ("dynanet", "torch", "onnxruntime")},
-            commit=versions["commit"],
-            date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            more={"load": versions["load"]},
-        )
-        shown, scene = None, None
-        if problem.scene is not None:
-            scene, seconds = self.scene(rounds=2)
-            origin.more["whole scene"] = (
-                f"{seconds['seconds']:.2f} s at {seconds['macs_share']:.0%} of the MACs, "
-                f"{seconds['full_seconds']:.2f} s in full: {seconds['speed_up']:.2f} times faster"
-            )
-            pines = problem.scene
-            positions = pines.positions("test")
-            shown = inspect.Samples(
-                spectra=pines.cube[:, positions[:, 0], positions[:, 1]].T.numpy(),
-                wavelengths_nm=np.asarray(pines.wavelengths_nm),
-                unit="standardised reflectance",
-                positions=positions.numpy(),
-            )
-        elif problem.channels in (1, 3):
-            shown = inspect.Samples(pictures=_pictures(problem))
-        findings = inspect.find(
-            table, self.choices(), origin, problem.classes, title=problem.title, line=frontier.curve(), static=static,
-            shown=shown, scene=scene,
-        )  # fmt: skip
-        path = path if path is not None else self.folder / "report.html"
-        inspect.write_report(findings, path)
-        return path
-
     def export(self, folder: Path, share: float | None) -> str:
         """Save the model as a bundle, at a budget if one is given. Answers its fingerprint."""
         frontier = self.frontier() if share is not None else None
@@ -421,15 +348,6 @@ def _lines(epochs: int) -> Any:
     return Lines()
 
 
-def _threads() -> str:
-    count = torch.get_num_threads()
-    return f"{count} thread{'s' if count > 1 else ''}"
-
-
-def _measured(session: Session) -> list[dict[int, dict[str, float]]]:
-    return list(session.units.values())
-
-
 def _some(batches: Any, count: int) -> Tensor:
     taken: list[Tensor] = []
     for x, _ in batches:
@@ -437,15 +355,6 @@ def _some(batches: Any, count: int) -> Tensor:
         if sum(len(t) for t in taken) >= count:
             break
     return torch.cat(taken)[:count].contiguous()
-
-
-def _pictures(problem: Problem) -> np.ndarray:
-    """The test images as they were, uint8."""
-    x = torch.cat([x for x, _ in problem.test])
-    if problem.mean is not None and problem.std is not None:
-        x = x * torch.tensor(problem.std)[:, None, None] + torch.tensor(problem.mean)[:, None, None]
-    pictures = (255 * x).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-    return pictures[..., 0] if pictures.shape[-1] == 1 else pictures
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -217,10 +217,14 @@ def test_a_risk_that_cannot_be_promised_never_exits_early_and_says_why(call, run
         (["train", "new", "--data.name", "mnist"], "expected one of 'indian_pines', 'parquet', 'folder', 'digits'"),
         (["train", "new", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["train", "new", "--recipe.epochs", "0"], "epochs is 0"),
+        (["train", "new", "--data.seed", "-1"], "data.seed is -1; expected 0 or more"),
+        (["train", "new", *DIGITS, "--data.split", "foo"], "data.split says nothing about digits"),
+        (["train", "new", *DIGITS, "--data.place", "/nope"], "data.place says nothing about digits"),
+        (["train", "new", "--data.size", "9"], "data.size says nothing about indian_pines"),
         (["train", "new", "--recipe.lr", "-1"], "lr is -1"),
         (["train", "new", *DIGITS, "--model.name", "resnet50"], "no model 'resnet50'; the zoo has "),
         (["train", "new", *DIGITS, "--model.arguments.num_classes", "3"], "num_classes = 3, but the data has 10"),
-        (["train", "new", *DIGITS, "--model.arguments.colour", "red"], "colour"),
+        (["train", "new", *DIGITS, "--model.arguments.colour", "red"], "'colour'; it takes widths, "),
         (["train", "new", *DIGITS, "--model.arguments.widths", "[0, 8]"], "widths"),
         (["train", "new", *DIGITS, "--recipe.batch", "100000"], "100000"),
         (["train", "new", *DIGITS, "--recipe.exit_weights", "1"], "1 weights"),
@@ -285,6 +289,9 @@ def test_an_empty_data_folder(refused, tmp_path):
         (["calibrate", "--confidence", "1"], "confidence=1 is no probability"),
         (["bench", "--share", "0.01"], "below the cheapest path"),
         (["bench", "--share", "0.75", "--batches", "5000"], "360 samples for a batch of 5000"),
+        (["bench", "--share", "0.75", "--rounds", "0"], "rounds is 0; expected 1 or more"),
+        (["bench", "--share", "0.75", "--threads", "0"], "threads is [0]"),
+        (["bench", "--share", "0.75", "--batches", "0"], "batches is [0]"),
         (["export-bundle", "bundle", "--share", "0"], "below the cheapest path"),
         (["export-bundle", "logs"], "neither empty nor a bundle"),
         (["train", *DIGITS], "holds a run already; go on with --resume"),
@@ -402,6 +409,19 @@ def test_ctrl_c_leaves_a_run_that_goes_on(call, tmp_path, monkeypatch):
     assert contents(cut / "model")[str(cut / "model" / "model.safetensors")] == (
         whole / "model" / "model.safetensors"
     ).read_bytes()
+
+
+def test_a_finished_run_has_nothing_to_resume(call, run):
+    code, out, err = call("train", run, "--resume")
+    assert code == 0 and "had come to its end" in out and err == ""
+    assert json.loads(call("train", run, "--resume", "--json")[1]) == {}
+
+
+def test_a_device_is_no_place_for_answers(refused, run, tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((1, 1, 8, 8), "float32"))
+    assert "Not a regular file: /dev/null" in refused("predict", run, tmp_path / "x.npy", "--out", "/dev/null")
+    assert Path("/dev/null").is_char_device()
+    assert f"Is a directory: {tmp_path}" in refused("predict", run, tmp_path / "x.npy", "--out", tmp_path)
 
 
 def test_a_full_disk(refused, run, monkeypatch):

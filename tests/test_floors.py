@@ -14,8 +14,9 @@ FLOORS = {
     **dict.fromkeys(("bench", "loading", "experiment"), 4),
     **dict.fromkeys(("scenes", "prediction", "arguments"), 5),
     **dict.fromkeys(("runs",), 6),
-    **dict.fromkeys(("cli",), 7),
-    **dict.fromkeys(("__init__", "__main__"), 8),
+    **dict.fromkeys(("reports",), 7),
+    **dict.fromkeys(("cli",), 8),
+    **dict.fromkeys(("__init__", "__main__"), 9),
 }
 NAMELESS = {"utils", "common", "helpers", "base", "misc", "manager", "registry"}
 

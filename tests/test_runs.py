@@ -15,6 +15,7 @@ from dynanet.core.dynamic import record
 from dynanet.core.errors import BudgetError, CheckpointError, ConfigError, InputError, TrainingError
 from dynanet.experiment import Data, Experiment, Model, Recipe
 from dynanet.infer.calibrate import apply
+from dynanet.reports import point, report
 from dynanet.runs import Asked, Run, in_words
 from dynanet.train.checkpoint import step_files
 
@@ -169,10 +170,24 @@ def test_digits_are_no_scene(run):
 
 
 def test_the_report_is_one_file(run, tmp_path):
-    path = run.report(tmp_path / "there.html")
+    path = report(run, tmp_path / "there.html")
     text = path.read_text()
     assert "scikit-learn digits" in text and "http://" not in text.replace("http://www.w3.org", "")
     assert names(tmp_path) == {"there.html", "digits"}
+
+
+def test_a_report_shows_static_networks_beside(run, tmp_path):
+    small = Model("static_resnet", {"widths": [8], "depths": [1]})
+    static = Run(tmp_path / "beside", replace(DIGITS, model=small))
+    static.train(progress=False)
+    other = point(static)
+    model, test = static.model(), static.problem.test
+    right = sum(int((model(x).argmax(1) == y).sum()) for x, y in test)
+    assert other.name == "beside" and other.accuracy == right / test.samples and other.ms > 0
+    assert other.macs == CostModel(model, static.problem.example()).full
+    assert "beside" in report(run, tmp_path / "report.html", static=[other]).read_text()
+    with pytest.raises(ConfigError, match="is the run of a EarlyExit; expected one of a network with one answer"):
+        point(run)
 
 
 def test_a_whole_scene_is_classified_as_its_patches_are(tmp_path):
