@@ -27,7 +27,8 @@ def seeded():
 
 
 def test_every_rule_is_held_to_these_laws():
-    assert {type(rule) for rule in RULES.values()} == set(Rule.__subclasses__())
+    ours = {rule for rule in Rule.__subclasses__() if rule.__module__ == Rule.__module__}  # mechanisms bring their own
+    assert {type(rule) for rule in RULES.values()} == ours
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

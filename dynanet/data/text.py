@@ -1,0 +1,110 @@
+"""Sentences with labels, one per line ("3 How far is it ?"), as numbers of words, padded batch by batch.
+
+The format of the sentence classification sets that Kim (2014, arXiv:1408.5882) made customary: SST, TREC, MR, CR. Words
+are what stands between spaces, in lower case; these sets come tokenised.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dynanet.core.errors import ConfigError, DataError
+
+PADDING, UNKNOWN = 0, 1  # the numbers of no word, and of a word that the vocabulary does not have
+
+
+class Vocabulary:
+    """The number of every word that is frequent enough; 0 is padding, 1 any other word.
+
+    Args:
+        texts: training sentences.
+        least: a word must occur so often.
+
+    Raises:
+        ConfigError: least below 1.
+    """
+
+    def __init__(self, texts: Iterable[str], *, least: int = 1):
+        if least < 1:
+            raise ConfigError(f"least is {least}; expected how often a word must occur, 1 or more")
+        counts = Counter(word for text in texts for word in words(text))
+        frequent = sorted((word for word, count in counts.items() if count >= least), key=lambda w: (-counts[w], w))
+        self._numbers = {word: number for number, word in enumerate(frequent, start=2)}
+
+    def __len__(self) -> int:
+        """Numbers in all, padding and unknown included: what an embedding needs."""
+        return 2 + len(self._numbers)
+
+    def encode(self, text: str, longest: int | None = None) -> Tensor:
+        """The words' numbers, (T,) int64; at most `longest`. A text without words is one unknown word."""
+        numbers = [self._numbers.get(word, UNKNOWN) for word in words(text)[:longest]]
+        return torch.tensor(numbers or [UNKNOWN])
+
+
+class Sentences(Dataset[tuple[Tensor, int]]):
+    """Sentences and their classes.
+
+    Args:
+        texts: sentences.
+        labels: (N,) int64.
+        vocabulary: of the training sentences.
+        longest: words of a sentence beyond this are cut off.
+
+    Raises:
+        DataError: not one label per sentence.
+    """
+
+    def __init__(self, texts: Sequence[str], labels: Tensor, vocabulary: Vocabulary, *, longest: int = 128):
+        if len(texts) != len(labels):
+            raise DataError(f"{len(texts)} sentences and {len(labels)} labels; give one label per sentence")
+        self.ids, self.labels = [vocabulary.encode(text, longest) for text in texts], labels
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.ids[index], int(self.labels[index])
+
+    @staticmethod
+    def collate(samples: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+        """Sentences to (B, T) padded with 0, and their labels (B,)."""
+        ids, labels = zip(*samples, strict=True)
+        return torch.nn.utils.rnn.pad_sequence(list(ids), batch_first=True, padding_value=PADDING), torch.tensor(labels)
+
+
+def load_labelled_lines(path: str | Path) -> tuple[list[str], Tensor]:
+    """Sentences and labels (N,) int64 of a file with "label sentence" on every line, in UTF-8 or Latin-1.
+
+    Raises:
+        DataError: the file cannot be read, has no lines, or a line does not begin with the number of a class.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path} ({error.strerror}); expected a file of labelled sentences") from error
+    try:
+        text = content.decode()
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")
+    texts, labels = [], []
+    # Not splitlines: it would break sentences at form feeds and at characters of Latin-1.
+    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), start=1):
+        if not line.strip():
+            continue
+        label, _, sentence = line.partition(" ")
+        if not (label.isascii() and label.isdigit()):
+            raise DataError(f"line {number} of {path} begins with {label[:20]!r}; expected the number of a class")
+        texts.append(sentence.strip())
+        labels.append(int(label))
+    if not texts:
+        raise DataError(f"{path} has no sentences; expected lines such as '3 How far is it ?'")
+    return texts, torch.tensor(labels)
+
+
+def words(text: str) -> list[str]:
+    """What stands between spaces, in lower case."""
+    return text.lower().split()

@@ -1,0 +1,264 @@
+"""Write the measured results into README.md, results/README.md and the cards, from the rows in results/.
+
+    python recipes/results.py            # rewrite
+    python recipes/results.py --check    # exit 1 if one of them does not say what the rows say
+
+No figure there is typed by hand. A block lies between `<!-- results:NAME -->` and `<!-- end of results -->`.
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+CARDS = ROOT / "dynanet" / "mechanisms" / "cards"
+END = "<!-- end of results -->"
+NOTHING = ["Not measured yet: no row in `results/`."]
+
+
+def rows(name):
+    path = ROOT / "results" / name
+    return list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+
+
+def spread(found, column, form):
+    """The median, and in brackets the lowest and the highest."""
+    values = [float(row[column]) for row in found if row.get(column)]
+    if not values:
+        return "not measured"
+    return f"{form(np.median(values))} ({form(min(values))} to {form(max(values))})"
+
+
+def percent(value):
+    return f"{100 * value:.1f} %"
+
+
+def times(value):
+    return f"{value:.2f}"
+
+
+def source(found, name):
+    """Where rows come from: file, device, load, versions, commits."""
+    if not found:
+        return ""
+    loads = [float(row["load"]) for row in found]
+    commits = sorted({row["commit"] for row in found})
+    return (
+        f"[{name}](results/{name}): {found[0]['device']}, load average {min(loads):.1f} to {max(loads):.1f}, torch "
+        f"{found[0]['torch']}, ONNX Runtime {found[0]['onnxruntime']}, commit {', '.join(commits)}."
+    )
+
+
+def indian_pines():
+    found = rows("indian_pines.csv")
+    lines = [
+        f"**Indian Pines**, fields cut so that train and test share no pixel; medians over {len(found)} splits, lowest and",
+        "highest in brackets. MACs are those of a whole scene, as a share of the full model's.",
+        source(found, "indian_pines.csv"),
+        "",
+        "| | test accuracy | MACs spent on test pixels |",
+        "|---|---|---|",
+        f"| full model | {spread(found, 'full', percent)} | 100 % |",
+    ]
+    for share in ("50", "25"):
+        accuracy, macs = spread(found, f"at_{share}", percent), spread(found, f"macs_{share}", percent)
+        lines.append(f"| budget of {share} % | {accuracy} | {macs} |")
+        lines.append(f"| random exits at the same rates | {spread(found, f'random_{share}', percent)} | as above |")
+    lines.append(f"| static network, same layers and recipe, one exit | {spread(found, 'static', percent)} | 100 % |")
+    lines.append(f"| RBF SVM on single spectra | {spread(found, 'svm', percent)} | |")
+    lines += [
+        "",
+        "The whole scene, against the full model run the same way, one thread:",
+        "",
+        "| | times faster | MACs |",
+    ]
+    lines += ["|---|---|---|"]
+    for share in ("50%", "25%"):
+        speed, macs = spread(found, f"scene_times_{share}", times), spread(found, f"scene_macs_{share}", percent)
+        lines.append(f"| budget of {share.replace('%', ' %')} | {speed} | {macs} |")
+    return lines
+
+
+def msdnet():
+    found = [row for row in rows("msdnet_speed.csv") if row["threads"] == "1"]
+    repeats = max((sum(row["batch"] == b for row in found) for b in {row["batch"] for row in found}), default=0)
+    lines = [
+        f"**MSDNet**, the authors' CIFAR network with geometric exits: a session against the same weights; medians over "
+        f"{repeats} processes, one thread.",
+        source(found, "msdnet_speed.csv"),
+        "",
+        "| batch | times faster than eager, all exits computed | than the same engine, nothing skipped | than the best "
+        "dense engine | of the FLOP ratio | of the latency theory | the stream, of the latency theory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    columns = ("over_reference", "over_same_engine", "over_best_dense", "over_flop_ratio", "over_latency_theory",
+               "stream_over_latency_theory")  # fmt: skip
+    for batch in sorted({int(row["batch"]) for row in found}):
+        mine = [row for row in found if int(row["batch"]) == batch]
+        lines.append(f"| {batch} | " + " | ".join(spread(mine, column, times) for column in columns) + " |")
+    return lines
+
+
+def cifar10():
+    points, speeds = rows("cifar10_frontier.csv"), rows("cifar10_speed.csv")
+    lines = [
+        "**CIFAR-10**, a staged ResNet and MSDNet, five exits each, against static networks by the same recipe "
+        f"({' or '.join(sorted({row['epochs'] for row in points}))} epochs). The budget is the cheapest whose held-out accuracy reaches "
+        "the static network's; one thread, each in its best engine.",
+        source(points, "cifar10_frontier.csv"),
+        "",
+        "| with exits | static network | its test accuracy | its MACs | early exit's test accuracy | its MACs | times the "
+        "images per second, batch 1 | batch 64 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for pair in dict.fromkeys((row["network"], row["static"]) for row in speeds):
+        mine = {row["batch"]: row for row in speeds if (row["network"], row["static"]) == pair}
+        any_ = next(iter(mine.values()))
+        lines.append(f"| {pair[0]} | {pair[1]} ")
+        if any_.get("note"):
+            lines[-1] += f"| {percent(float(any_['static_accuracy']))} | | {any_['note']} | | | |"
+            continue
+        lines[-1] += (
+            f"| {percent(float(any_['static_accuracy']))} | {float(any_['static_macs']) / 1e6:.1f} M | "
+            f"{percent(float(any_['accuracy']))} | {float(any_['macs']) / 1e6:.1f} M | "
+            f"{times(float(mine['1']['times']))} | {times(float(mine['64']['times']))} |"
+        )
+    return lines
+
+
+def scene():
+    found = rows("indian_pines.csv")
+    lines = [
+        f"A whole hyperspectral scene (Indian Pines, 145 x 145 pixels), one thread, against the full model run the same "
+        f"way; medians over {len(found)} splits, lowest and highest in brackets.",
+        source(found, "indian_pines.csv"),
+        "",
+        "| | times faster | MACs |",
+        "|---|---|---|",
+    ]
+    for share in ("50%", "25%"):
+        speed, macs = spread(found, f"scene_times_{share}", times), spread(found, f"scene_macs_{share}", percent)
+        lines.append(f"| budget of {share.replace('%', ' %')} | {speed} | {macs} |")
+    return lines
+
+
+def mechanism(*names):
+    """Rows of `recipes/cifar10_mechanisms.py`."""
+    found = [row for row in rows("cifar10_mechanisms.csv") if row["network"] in names]
+    speeds = [row for row in rows("cifar10_mechanisms_speed.csv") if row["network"] in names]
+    if not found:
+        return NOTHING
+    lines = [
+        f"CIFAR-10, a small ResNet, {found[0]['epochs']} epochs, test accuracy. Static: the same network, narrower, by the "
+        "same recipe, at the same MACs (interpolated). Random: the same decisions, but another image's.",
+        source(found, "cifar10_mechanisms.csv"),
+        "",
+        "| | accuracy | MACs | static, same MACs | full network | its MACs | random gates |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in found:
+        accuracy, static, full, chance = (
+            percent(float(row[k])) for k in ("accuracy", "static_accuracy", "full_accuracy", "random_accuracy")
+        )
+        spent, dense = (f"{float(row[k]) / 1e6:.1f} M" for k in ("macs", "full_macs"))
+        lines.append(f"| {row['network']} | {accuracy} | {spent} | {static} | {full} | {dense} | {chance} |")
+    lines += ["", "A session against the same weights with nothing skipped, one thread:", ""]
+    lines += [
+        "| | batch | times faster, same engine | than the best dense engine | of the FLOP ratio | of the latency theory |"
+    ]
+    lines += ["|---|---|---|---|---|---|"]
+    columns = ("over_same_engine", "over_best_dense", "over_flop_ratio", "over_latency_theory")
+    for row in speeds:
+        cells = " | ".join(times(float(row[column])) for column in columns)
+        lines.append(f"| {row['network']} | {row['batch']} | {cells} |")
+    return lines
+
+
+def targets():
+    """What was asked before anything was measured, and the medians."""
+    lines = ["| what | asked | reached | |", "|---|---|---|---|"]
+
+    def line(what, asked, values, form=times, below=False):
+        if not values:
+            lines.append(f"| {what} | {'at most' if below else 'at least'} {form(asked)} | not measured | |")
+            return
+        value = float(np.median(values))
+        met = value <= asked if below else value >= asked
+        word = "at most" if below else "at least"
+        lines.append(f"| {what} | {word} {form(asked)} | {form(value)} | {'met' if met else '**missed**'} |")
+
+    speeds = rows("msdnet_speed.csv")
+
+    def cells(column, batch, threads="1"):
+        return [float(r[column]) for r in speeds if r["batch"] == str(batch) and r["threads"] == threads]
+
+    for batch, asked in ((1, 10), (8, 6), (64, 4.5)):
+        line(f"MSDNet session over eager with all exits, batch {batch}", asked, cells("over_reference", batch))
+    for batch, asked in ((1, 0.95), (8, 0.85), (64, 0.95)):
+        line(f"MSDNet over the latency theory, batch {batch}", asked, cells("over_latency_theory", batch))
+    line("the same, refilled, batch 8", 0.95, cells("stream_over_latency_theory", 8))
+    line("the same, batch 64, all threads", 0.9, cells("over_latency_theory", 64, "2"))
+    pines = rows("indian_pines.csv")
+
+    def column(get):
+        return [get({k: float(v) for k, v in row.items() if k in NUMBERS and v}) for row in pines]
+
+    points = lambda value: f"{100 * value:.1f} points"  # noqa: E731
+    line("Indian Pines, full model", 0.80, column(lambda r: r["full"]), percent)
+    line("its lead over an RBF SVM", 0.02, column(lambda r: r["full"] - r["svm"]), points)
+    line("lost at 50 % of the MACs", 0.005, column(lambda r: r["full"] - r["at_50"]), points, below=True)
+    line("lost at 25 % of the MACs", 0.03, column(lambda r: r["full"] - r["at_25"]), points, below=True)
+    line("its lead over random exits at 50 %", 0.04, column(lambda r: r["at_50"] - r["random_50"]), points)
+    for share in (50, 25):
+        off = column(lambda r, s=share: abs(r[f"macs_{s}"] / (s / 100) - 1))
+        line(f"realised MACs off the budget of {share} %", 0.05, off, percent, below=True)
+    for share, asked in (("50%", 1.6), ("25%", 2.5)):
+        line(f"scene, times faster at {share}", asked, column(lambda r, s=share: r[f"scene_times_{s}"]))
+    for row in rows("cifar10_speed.csv"):
+        if row.get("times"):
+            what = f"CIFAR-10, {row['network']} over {row['static']} at its held-out accuracy, batch {row['batch']}"
+            line(what, 1.3, [float(row["times"])])
+    return lines
+
+
+NUMBERS = {
+    *("svm", "full", "at_50", "at_25", "random_50", "macs_50", "macs_25"),
+    *("scene_times_50%", "scene_times_25%"),
+}
+
+
+def blocks():
+    """Every block: the file it is in, its name, its lines."""
+    yield ROOT / "README.md", "readme", ["", *indian_pines(), "", *msdnet(), "", *cifar10(), ""]
+    yield ROOT / "results" / "README.md", "targets", targets()
+    mine = {
+        "early_exit": [*msdnet(), "", *cifar10()],
+        "scene_exit": scene(),
+        "layer_skip": mechanism("layer_skip", "recurrent_skip"),
+        "policy_skip": mechanism("policy_skip"),
+        "path_select": mechanism("path_select"),
+        "channel_skip": mechanism("channel_skip"),
+        "pondering": mechanism("pondernet"),
+    }
+    for card in sorted(CARDS.glob("*.md")):
+        yield card, card.stem, mine.get(card.stem, NOTHING)
+
+
+def main():
+    stale = []
+    for path, name, lines in blocks():
+        text, begin = path.read_text(), f"<!-- results:{name} -->"
+        before, rest = text.split(begin)
+        new = "\n".join([f"{before}{begin}", *lines, f"{END}{rest.split(END)[1]}"])
+        if new != text:
+            stale.append(str(path.relative_to(ROOT)))
+            if "--check" not in sys.argv:
+                path.write_text(new)
+    if stale and "--check" in sys.argv:
+        sys.exit(f"{', '.join(stale)}: not what results/ says; run python recipes/results.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""TREC or SST-2: a small transformer with experts or skipped neurons beside static ones of the same recipe (`beside.py`).
+
+    python recipes/text_mechanisms.py train --data DIR       # the files of one set: TREC.train.all, TREC.test.all
+    python recipes/text_mechanisms.py measure --data DIR
+
+Trained from scratch on the words of the training sentences; a tenth of these is held out.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from beside import Experiment, Recipe, arguments
+
+from dynanet import Budget, Gate, convert, zoo
+from dynanet.data.splits import stratified
+from dynanet.data.text import Sentences, Vocabulary, load_labelled_lines
+from dynanet.gates.rules import Gumbel
+from dynanet.mechanisms.neuron_skip import LowRankScorer, NeuronSkip
+from dynanet.train import Batches, CrossEntropy, LoadBalance, RouterZ, Within, adamw, tighten_budget
+
+LONGEST, WIDTH, HIDDEN, ACTIVE, EXPERTS = 40, 128, 256, 2, 8
+
+
+def encoder(vocabulary, classes, experts=0, hidden=HIDDEN):
+    """Four blocks; with experts in two of them."""
+    return zoo.moe_encoder(
+        num_classes=classes, vocabulary=vocabulary, longest=LONGEST, width=WIDTH, hidden=hidden, experts=experts,
+        active=ACTIVE,
+    )  # fmt: skip
+
+
+def neurons(vocabulary, classes):
+    """The static network with four times the neurons, a quarter of which a token may use."""
+    static = encoder(vocabulary, classes, hidden=4 * HIDDEN)
+
+    def gated(feed_forward):
+        up, activation, down = feed_forward
+        blocks = up.out_features // 16
+        gate = Gate(LowRankScorer(WIDTH, blocks), Gumbel(), units=blocks)
+        return NeuronSkip(up, down, gate, activation=activation)
+
+    return convert(static, {r"blocks\.\d\.feed_forward": gated})
+
+
+def quarter(cost):
+    """Cross-entropy, and a budget of a quarter of the gated MACs."""
+    budget = Within(Budget(macs=cost.always + 0.25 * (cost.full - cost.always)), cost)
+    return CrossEntropy() + 4.0 * budget, (tighten_budget(budget),)
+
+
+def balanced(cost):
+    """Cross-entropy, and loads that do not collapse."""
+    return CrossEntropy() + 0.01 * LoadBalance() + 0.001 * RouterZ(), ()
+
+
+if __name__ == "__main__":
+    args = arguments(__doc__.split("\n")[0], "text_mechanisms", epochs=8)
+    torch.manual_seed(0)
+    texts, labels = load_labelled_lines(Path(args.data) / "TREC.train.all")
+    test_texts, test_labels = load_labelled_lines(Path(args.data) / "TREC.test.all")
+    kept, aside = stratified(labels, [len(labels) - len(labels) // 10, len(labels) // 10], seed=0)
+    vocabulary = Vocabulary([texts[i] for i in kept], least=2)
+    classes = int(labels.max()) + 1
+
+    def part(rows, **more):
+        data = Sentences([texts[i] for i in rows], labels[rows], vocabulary, longest=LONGEST)
+        return Batches(data, 32, collate=Sentences.collate, **more)
+
+    test = Sentences(test_texts, test_labels, vocabulary, longest=LONGEST)
+    sized = partial(encoder, len(vocabulary), classes)
+    Experiment(
+        "text_mechanisms", "TREC, 6 classes",
+        static={f"hidden x {n}": Recipe(partial(sized, hidden=int(n * HIDDEN))) for n in (0.25, 1, 4)},
+        dynamic={
+            "experts": Recipe(partial(sized, experts=EXPERTS), balanced),
+            "neuron_skip": Recipe(partial(neurons, len(vocabulary), classes), quarter),
+        },
+        train=part(kept, shuffle=True, drop_last=True, seed=args.seed), held_out=part(aside),
+        test=Batches(test, 32, collate=Sentences.collate),
+        samples=torch.stack([ids[:6] for ids in test.ids if len(ids) >= 6]), optimizer=adamw(1e-3, weight_decay=0.1),
+    ).run(args)  # fmt: skip
