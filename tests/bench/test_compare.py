@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import asdict
+from importlib import import_module
 
 import pytest
 import torch
@@ -65,8 +66,9 @@ def test_a_row_for_every_batch_and_thread_count(rows):
 
 def test_every_thread_count_has_its_rows(model, monkeypatch):
     counts = []  # not timed: on a busy machine several threads wait for each other
-    monkeypatch.setattr("dynanet.bench.compare._row", lambda *_: counts.append(torch.get_num_threads()) or counts[-1])
-    monkeypatch.setattr("dynanet.bench.compare.line", str)
+    module = import_module("dynanet.bench.compare")  # the package has a function of that name
+    monkeypatch.setattr(module, "_row", lambda *_: counts.append(torch.get_num_threads()) or counts[-1])
+    monkeypatch.setattr(module, "line", str)
     assert compare(model, X, batches=(1,), threads=(1, 2), tell=lambda _: None) == [1, 2] == counts
 
 
