@@ -149,6 +149,8 @@ class Experiment:
         try:
             raw = yaml.safe_load(path.read_text())
             return cls(Data(**raw["data"]), Model(**raw["model"]), Recipe(**raw["recipe"]))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
         except OSError as error:
             raise ConfigError(f"{path} cannot be read ({error.strerror}); a run folder has a config.yaml") from error
         except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:

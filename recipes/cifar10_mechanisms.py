@@ -23,7 +23,7 @@ from dynanet.mechanisms.layer_skip import BranchSkip, RecurrentSkip
 from dynanet.mechanisms.path_select import PathSelect, PickPaths
 from dynanet.mechanisms.policy_skip import PolicySkip
 from dynanet.mechanisms.pondering import PonderLoss, PonderNet
-from dynanet.train import CrossEntropy, Within, sgd, tighten_budget
+from dynanet.train import CrossEntropy, TargetRate, Within, sgd, tighten_budget
 
 WIDTHS, DEPTHS = (24, 48, 96), (2, 2, 2)
 
@@ -114,6 +114,7 @@ def inputs(block):
 STATIC = {f"static-{width}": Recipe(partial(static, width)) for width in (0.5, 0.7, 0.85, 1.0)}
 DYNAMIC = {
     "layer_skip": Recipe(layer_skip, within(0.5)),
+    "layer_skip_rates": Recipe(layer_skip, lambda cost: (CrossEntropy() + 2.0 * TargetRate(0.5), ())),
     "recurrent_skip": Recipe(recurrent_skip, within(0.5)),
     "policy_skip": Recipe(policy_skip, within(0.5)),
     "path_select": Recipe(path_select, within(0.5)),

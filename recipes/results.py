@@ -236,7 +236,7 @@ def blocks():
     mine = {
         "early_exit": [*msdnet(), "", *cifar10()],
         "scene_exit": scene(),
-        "layer_skip": mechanism("layer_skip", "recurrent_skip"),
+        "layer_skip": mechanism("layer_skip", "layer_skip_rates", "recurrent_skip"),
         "policy_skip": mechanism("policy_skip"),
         "path_select": mechanism("path_select"),
         "channel_skip": mechanism("channel_skip"),
