@@ -43,6 +43,46 @@ class TileScorer(nn.Module):
         return tile_mean(self.map(x_BCHW), self.tile)
 
 
+class ContextScorer(nn.Module):
+    """A 3x3 convolution of what lies around a position, plus a linear map of the whole image's mean.
+
+    The mask unit of DynConv (Verelst and Tuytelaars 2020, arXiv:1912.03203) and, with `norm` and a bias of -3, the
+    halting score of SACT (Figurnov et al. 2017, arXiv:1612.02297).
+
+    Args:
+        channels: of the feature map (B, C, H, W).
+        tile: side of a tile, in positions; its score is the mean of its positions'. 1: every position has its own.
+        bias: at the start. Positive: a unit is kept at first.
+        norm: normalise both inputs first, as SACT does.
+
+    Attributes:
+        local: (B, C, H, W) to (B, 1, H, W), from neighbours.
+    """
+
+    def __init__(self, channels: int, tile: int = 1, *, bias: float = 2.0, norm: bool = False):
+        super().__init__()
+        conv = nn.Conv2d(channels, 1, 3, padding=1)
+        assert conv.bias is not None
+        nn.init.constant_(conv.bias, bias)
+        self.local = nn.Sequential(nn.BatchNorm2d(channels), conv) if norm else nn.Sequential(conv)
+        self.norm: nn.Module = nn.BatchNorm2d(channels) if norm else nn.Identity()
+        self.context, self.tile = nn.Conv2d(channels, 1, 1, bias=False), tile
+
+    def overall(self, x_BCHW: Tensor) -> Tensor:
+        """What the whole image adds to every score, (B, 1, 1, 1)."""
+        return self.context(self.norm(x_BCHW.mean((2, 3), keepdim=True)))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Scores (B, tiles down, tiles across, 1)."""
+        *before, conv = self.local
+        assert isinstance(conv, nn.Conv2d) and conv.bias is not None
+        x = before[0](x_BCHW) if before else x_BCHW
+        # A 3x3 convolution to one channel reads x nine times. So: nine products per position, then shifted sums.
+        products = nn.functional.conv2d(x, conv.weight.flatten(2).flip(2).permute(2, 1, 0)[..., None])
+        local = nn.functional.fold(products.flatten(2), x.shape[2:], 3, padding=1) + conv.bias[:, None, None]
+        return tile_mean(local, self.tile) + self.overall(x_BCHW)
+
+
 def tile_mean(x_B1HW: Tensor, tile: int) -> Tensor:
     """Mean over tiles of any image size: (B, 1, H, W) to (B, tiles down, tiles across, 1)."""
     pooled = nn.functional.avg_pool2d(x_B1HW, tile, ceil_mode=True, count_include_pad=False)

@@ -1,29 +1,129 @@
-"""Spatial skip: a gate decides per tile (or position) whether a branch runs there. First form."""
+"""Spatial skip: a gate decides per tile (or position) whether a branch runs there."""
 
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
+from dynanet.core.cost import CostModel
+from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic
-from dynanet.ops.tiles import Tiles
+from dynanet.core.errors import ConfigError, StructureError
+from dynanet.core.objective import Objective
+from dynanet.core.trace import Trace
+from dynanet.gates.scorers import ContextScorer, TileScorer
+from dynanet.ops.tiles import Compact, Tiles
 
 
 class SpatialSkip(Dynamic):
     """x + branch(x) where a tile keeps the branch, x elsewhere (DynConv, arXiv:1912.03203; LASNet, arXiv:2210.06223).
 
+    The unit is the branch and rows are tiles; with `dilate` rows are positions, and the branch has one unit for every
+    convolution that reads neighbours and one for what comes before the first.
+
     Args:
         branch: stride-1 same convolutions and position-wise layers, output shaped as the input.
-        gate: maps (B, C, H, W) to a Decision with keep (B, tiles down, tiles across, 1).
+        gate: maps (B, C, H, W) to a Decision with keep (B, tiles down, tiles across, 1), say a `ContextScorer` with a
+            `Gumbel` rule: DynConv's mask unit.
         tiles: the size of a tile, and the halo that the branch reads.
+        dilate: every convolution runs where the next one reads, the mask dilated as in DynConv, computed as compact
+            rows. Otherwise each tile brings a halo of its own.
 
     Raises:
-        StructureError: a branch that tiles cannot run, or a dynamic layer inside it.
+        StructureError: a branch that tiles cannot run, a dynamic layer inside it, or scores of tiles of another size.
     """
 
-    def __init__(self, branch: nn.Module, gate: nn.Module, tiles: Tiles):
+    def __init__(self, branch: nn.Module, gate: nn.Module, tiles: Tiles, *, dilate: bool = False):
         super().__init__()
-        tiles.check(branch)
+        if not dilate:
+            tiles.check(branch)
+        for scorer in gate.modules():
+            if isinstance(scorer, ContextScorer | TileScorer) and scorer.tile != tiles.tile:
+                raise StructureError(
+                    f"scores of tiles of {scorer.tile} came for tiles of {tiles.tile}; make them equal"
+                )
+        self.compact = Compact(branch) if dilate else None
         self.branch, self.gate, self.tiles = branch, gate, tiles
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B, C, H, W) to the same shape."""
-        keep = self.tap(self.gate(x_BCHW)).keep[..., 0]
-        return x_BCHW + self.run(0, self.branch, keep, x_BCHW, otherwise=0 * x_BCHW, rows=self.tiles)
+        if self.compact is None:
+            keep = self.tap(self.gate(x_BCHW)).keep[..., 0]
+            return x_BCHW + self.run(0, self.branch, keep, x_BCHW, otherwise=0 * x_BCHW, rows=self.tiles)
+        decision = self.obey(self.gate(x_BCHW))
+        mask = self.tiles.spread(decision.keep[..., 0], x_BCHW)
+        if self.trace is not None:
+            score = self.tiles.spread(decision.score[..., 0], x_BCHW)[:, 0, :, :, None]
+            self.tell(Decision(torch.stack(self.compact.sets(mask), -1), score))
+        return self.compact.add(self, range(len(self.compact.parts)), mask, x_BCHW)
+
+
+class SpatialBudget(Objective):
+    """DynConv's budget: the network's share of its MACs is pulled to a target, each layer's kept between two bounds.
+
+    With f_l the share that layer l spent of what it costs everywhere, averaged over the batch, F that of all layers
+    together, and p falling from 1 to 0: (F - target)^2 + the layers' mean of max(0, f_l - (1 - p (1 - target)))^2 +
+    max(0, p target - f_l)^2 (Verelst and Tuytelaars 2020, arXiv:1912.03203, section 3.4). At first every layer is held
+    to the target, so that none is switched off before it has learnt anything; in the end only the sum is.
+
+    Args:
+        target: the share of the layers' MACs, theta in the paper.
+        cost: of this model; its example has the size of the training images.
+
+    Attributes:
+        tightness: p. Lower it with `anneal_bounds`.
+
+    Raises:
+        ConfigError: a target outside [0, 1].
+    """
+
+    def __init__(self, target: float, cost: CostModel):
+        if not 0 <= target <= 1:
+            raise ConfigError(f"a budget of {target} is no share of the MACs; give a number between 0 and 1")
+        self.target, self.cost, self.tightness = target, cost, 1.0
+
+    def __call__(self, answer: Any, y: Any, trace: Trace) -> Tensor:
+        """Over the decisions of the spatial layers in the trace.
+
+        Raises:
+            StructureError: no spatial layer decided, or one that the cost model never saw.
+        """
+        shares = []
+        for layer, name in trace.names.items():
+            if isinstance(layer, SpatialSkip):
+                shares += [self._spent(layer, name, keep) for keep in trace[name]]
+        if not shares:
+            raise StructureError(f"no SpatialSkip decided in this trace; the layers heard are {trace.keys()}")
+        spent, full = (torch.stack(column) for column in zip(*shares, strict=True))
+        share = spent / full.clamp(min=1)
+        above = (share - (1 - self.tightness * (1 - self.target))).clamp(min=0)
+        below = (self.tightness * self.target - share).clamp(min=0)
+        loss = (spent.sum() / full.sum() - self.target).square() + (above.square() + below.square()).mean()
+        return loss.to(answer.dtype) if isinstance(answer, Tensor) else loss
+
+    def _spent(self, layer: SpatialSkip, name: str, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch's mean of MACs spent, and what everything kept would be."""
+        if name not in self.cost.unit:
+            raise StructureError(f"the trace has a layer {name!r} that this cost model never saw; make one for it")
+        prices = self.cost.unit[name].to(keep.device)
+        return layer.price(keep, prices).mean(), layer.price(torch.ones_like(keep), prices).mean().detach()
+
+    def __repr__(self) -> str:
+        return f"SpatialBudget({self.target:g}, full={self.cost.full:.0f})"
+
+
+def anneal_bounds(budget: SpatialBudget, *, share: float = 0.33) -> Callable[[float], None]:
+    """A schedule: lowers the tightness from 1 to 0 as a squared cosine over the first `share` of training.
+
+    Raises:
+        ConfigError: a share outside (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise ConfigError(f"bounds annealed over a share of {share} of training; give a number above 0 and at most 1")
+
+    def set_tightness(progress: float) -> None:
+        budget.tightness = math.cos(min(max(progress / share, 0.0), 1.0) * math.pi / 2) ** 2
+
+    return set_tightness

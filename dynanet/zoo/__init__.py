@@ -11,6 +11,7 @@ from dynanet.zoo.ds_net import ds_net
 from dynanet.zoo.fbs import fbs, static_vgg
 from dynanet.zoo.moe import moe_encoder, moe_vit
 from dynanet.zoo.msdnet import msdnet, msdnet_anytime, msdnet_imagenet
+from dynanet.zoo.ranet import ranet, ranet_cifar, ranet_imagenet
 from dynanet.zoo.reference import load_reference
 from dynanet.zoo.skipnet import skipnet
 from dynanet.zoo.spectral import scene_form, scene_macs, spectral_exit, spectral_static
@@ -25,6 +26,7 @@ MODELS = {
         moe_vit, moe_encoder,
         ds_net, fbs, static_vgg, cgnet,
         skipnet, convnet_aig, convnet_aig_cifar, blockdrop,
+        ranet, ranet_cifar, ranet_imagenet,
     )
 }  # fmt: skip
 

@@ -16,18 +16,23 @@ from dynanet.core.errors import CheckpointError, ConfigError
 from dynanet.core.macs import CountMacs
 from dynanet.mechanisms.early_exit import EarlyExit
 from dynanet.zoo.msdnet import msdnet
+from dynanet.zoo.ranet import Stage, ranet
 
 
-def load_reference(system: Literal["MSDNet"], config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> EarlyExit:
+def load_reference(
+    system: Literal["MSDNet", "RANet"], config: Mapping[str, Any], state_dict: Mapping[str, Tensor]
+) -> EarlyExit:
     """Build our model from the authors' configuration and fill it with the weights of their checkpoint.
 
     MSDNet is https://github.com/kalviny/MSDNet-PyTorch (MIT): `config` has the names of its command line (data,
     nBlocks, base, step, stepmode, nChannels, growthRate, grFactor and bnFactor as a list or as "1-2-4", nScales, prune,
-    bottleneck, reduction), with its defaults for what is left out. Names that do not shape the network (epochs, lr)
-    are not read.
+    bottleneck, reduction), with its defaults for what is left out. RANet is https://github.com/yangle15/RANet-pytorch:
+    data, nBlocks, block_step, step, stepmode, nChannels, growthRate, scale_list, grFactor and bnFactor as lists or as
+    "1-2-3", nScales, compress_factor, reduction, and likewise. Names that do not shape the network (epochs, lr) are not
+    read.
 
     Args:
-        system: the paper, "MSDNet".
+        system: the paper, "MSDNet" or "RANet".
         config: the authors' arguments by name.
         state_dict: the authors' weights by their names, with or without the `module.` of DataParallel. The counters
             `num_batches_tracked`, which old checkpoints lack, may be missing.
@@ -39,21 +44,22 @@ def load_reference(system: Literal["MSDNet"], config: Mapping[str, Any], state_d
         ConfigError: an unknown system, or a configuration that means no network.
         CheckpointError: missing or unexpected names, or shapes that are not this configuration's.
     """
-    if system != "MSDNet":
-        raise ConfigError(f"load_reference: unknown system {system!r}; expected 'MSDNet'")
-    model = _msdnet_from(config)
+    builders = {"MSDNet": _msdnet_from, "RANet": _ranet_from}
+    if system not in builders:
+        raise ConfigError(f"load_reference: unknown system {system!r}; expected 'MSDNet' or 'RANet'")
+    model = builders[system](config)
     own = _network(model)
     theirs = _without_module(state_dict)
-    names = {_msdnet_key(key, own): key for key in own}
+    names = {theirs: key for key, theirs in _names(model, own).items()}
     _check_state(system, {name: own[key] for name, key in names.items()}, theirs)
     model.load_state_dict({names[name]: tensor for name, tensor in theirs.items()}, strict=False)
     return model.eval()
 
 
 def reference_state_dict(model: EarlyExit) -> dict[str, Tensor]:
-    """The weights of an MSDNet under the authors' names, so that their code can load what was trained here."""
+    """The weights of an MSDNet or RANet under the authors' names and in their order, for their code to load."""
     own = _network(model)
-    return {_msdnet_key(key, own): tensor for key, tensor in own.items()}
+    return {theirs: own[key] for key, theirs in _names(model, own).items()}
 
 
 def paper_flops(
@@ -87,18 +93,14 @@ def macs_per_exit(model: EarlyExit, input_shape: tuple[int, int, int]) -> list[i
 
 
 def _msdnet_from(config: Mapping[str, Any]) -> EarlyExit:
-    data = str(config.get("data", "cifar10"))
-    classes = {"cifar100": 100, "cifar10": 10, "imagenet": 1000}
-    known = [name for name in classes if data.lower().startswith(name)]  # the authors test by prefix: cifar10+
-    if not known:
-        raise ConfigError(f"load_reference: MSDNet's data is {data!r}; expected cifar10, cifar100 or ImageNet")
+    data, classes = _data("MSDNet", config)
     growth_factors = _factors(config, "grFactor")
     scales = config.get("nScales", len(growth_factors))
     bottleneck = config.get("bottleneck", True)
     if not isinstance(bottleneck, bool):
         raise ConfigError(f"load_reference: MSDNet's bottleneck is {bottleneck!r}; expected True or False")
     return msdnet(
-        num_classes=classes[known[0]],
+        num_classes=classes,
         blocks=config.get("nBlocks", 1),
         base=config.get("base", 4),
         step=config.get("step", 1),
@@ -110,13 +112,48 @@ def _msdnet_from(config: Mapping[str, Any]) -> EarlyExit:
         prune=config.get("prune", "max"),
         bottleneck=bottleneck,
         reduction=config.get("reduction", 0.5),
-        head="imagenet" if known[0] == "imagenet" else "cifar",
+        head="imagenet" if data == "imagenet" else "cifar",
     )
 
 
-def _factors(config: Mapping[str, Any], name: str) -> tuple[int, ...]:
+def _ranet_from(config: Mapping[str, Any]) -> EarlyExit:
+    data, classes = _data("RANet", config)
+    modes: dict[str, Literal["even", "lin_grow"]] = {"even": "even", "lg": "lin_grow", "lin_grow": "lin_grow"}
+    mode = config.get("stepmode") or "even"
+    if mode not in modes:
+        raise ConfigError(f"load_reference: RANet's stepmode is {mode!r}; expected 'even' or 'lg'")
+    growth_factors = _factors(config, "grFactor", "4-2-1")
+    scales = config.get("nScales", len(growth_factors))
+    return ranet(
+        num_classes=classes,
+        blocks=config.get("nBlocks", 2),
+        block_step=config.get("block_step", 2),
+        step=config.get("step", 4),
+        step_mode=modes[mode],
+        channels=config.get("nChannels", 16),
+        growth=config.get("growthRate", 6),
+        scales=_factors(config, "scale_list", "1-2-3")[:scales],
+        growth_factors=growth_factors[:scales],
+        bottleneck_factors=_factors(config, "bnFactor", "4-2-1")[:scales],
+        compress=config.get("compress_factor", 0.25),
+        reduction=config.get("reduction", 0.5),
+        head="imagenet" if data == "imagenet" else "cifar",
+    )
+
+
+def _data(system: str, config: Mapping[str, Any]) -> tuple[str, int]:
+    """The data set and its number of classes."""
+    data = str(config.get("data", "cifar10"))
+    classes = {"cifar100": 100, "cifar10": 10, "imagenet": 1000}
+    known = [name for name in classes if data.lower().startswith(name)]  # the authors test by prefix: cifar10+
+    if not known:
+        raise ConfigError(f"load_reference: {system}'s data is {data!r}; expected cifar10, cifar100 or ImageNet")
+    return known[0], classes[known[0]]
+
+
+def _factors(config: Mapping[str, Any], name: str, otherwise: str = "1-2-4") -> tuple[int, ...]:
     """One factor per scale, from a list or from the command line's "1-2-4"."""
-    value = config.get(name, "1-2-4")
+    value = config.get(name, otherwise)
     try:
         factors = tuple(int(f) for f in (value.split("-") if isinstance(value, str) else value))
     except (TypeError, ValueError) as error:
@@ -130,6 +167,15 @@ def _factors(config: Mapping[str, Any], name: str) -> tuple[int, ...]:
 def _network(model: EarlyExit) -> dict[str, Tensor]:
     """The weights of stages and exits, without what we add to the authors' network (thresholds)."""
     return {key: tensor for key, tensor in model.state_dict().items() if key.startswith(("stages.", "exits."))}
+
+
+def _names(model: EarlyExit, own: Mapping[str, Tensor]) -> dict[str, str]:
+    """Our keys and the authors' names of them, in the authors' order."""
+    if not isinstance(model.stages[0], Stage):
+        return {key: _msdnet_key(key, own) for key in own}
+    names = {key: _ranet_key(key, model, own) for key in own}
+    order = ("scale_flows", "classifier", "FirstLayer")
+    return dict(sorted(names.items(), key=lambda pair: order.index(pair[1].split(".")[0])))
 
 
 _MSDNET_KEYS = (
@@ -150,6 +196,31 @@ def _msdnet_key(key: str, own: Mapping[str, Tensor]) -> str:
         if found:
             return name
     raise CheckpointError(f"{key} is no part of an MSDNet; expected a model made by zoo.msdnet")
+
+
+_RANET_KEYS = (
+    (r"layers\.(\d+)\.(normal|up)\.", r"layers.\1.conv_\2.net."),
+    (r"last\.", "conv_last.net."),
+    (r"trans\.", "trans.net."),
+)
+
+
+def _ranet_key(key: str, model: EarlyExit, own: Mapping[str, Tensor]) -> str:
+    """The authors' name of our key: their blocks are numbered by sub-network, ours by exit."""
+    part, number, *rest = key.split(".")
+    if part == "exits":
+        return _msdnet_key(key, own)
+    stage = model.stages[int(number)]
+    assert isinstance(stage, Stage)
+    if rest[0] == "stem":
+        bare = rest[2] == "0" and "stages.0.stem.scales.0.0.bias" in own  # ImageNet: a bare Sequential
+        return ".".join(["FirstLayer.layers", rest[2], *([] if bare else ["net"]), *rest[3:]])
+    name = ".".join(rest[2:])
+    for pattern, theirs in _RANET_KEYS:
+        name, found = re.subn(f"^{pattern}", theirs, name)
+        if found:
+            break
+    return f"scale_flows.{stage.subnet}.{stage.place + int(rest[1])}.{name}"
 
 
 def _without_module(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,22 +5,26 @@ import torch
 from torch import nn
 
 from dynanet.core.gate import Gate
+from dynanet.data.ragged import Sequences
 from dynanet.gates.confidence import LearnedGate, LearnedScore, Patience, PerExit
 from dynanet.gates.recurrent import RecurrentGate
 from dynanet.gates.rules import Gumbel, Soft, StraightThrough, Threshold, TopK
-from dynanet.gates.scorers import PooledScorer, TileScorer
+from dynanet.gates.scorers import ContextScorer, PooledScorer, TileScorer
 from dynanet.mechanisms.cascade import Cascade
 from dynanet.mechanisms.channel_gating import ChannelGating
 from dynanet.mechanisms.channel_skip import ChannelSkip, fbs_gate
 from dynanet.mechanisms.early_exit import EarlyExit
+from dynanet.mechanisms.early_stop import EarlyStop
 from dynanet.mechanisms.experts import BiasedTopK, Experts, RouterScorer, sigmoid_over_kept, softmax_over_kept
 from dynanet.mechanisms.layer_skip import BranchSkip, LayerSkip, RecurrentSkip
 from dynanet.mechanisms.neuron_skip import LowRankScorer, NeuronSkip
 from dynanet.mechanisms.path_select import PathSelect, PickPaths, by_score, summed
+from dynanet.mechanisms.pixel_cascade import PixelCascade
 from dynanet.mechanisms.policy_skip import PolicySkip
 from dynanet.mechanisms.pondering import ACT, PonderNet
 from dynanet.mechanisms.position_halting import PositionHalting
 from dynanet.mechanisms.scene_exit import SceneExit
+from dynanet.mechanisms.skim import Skim
 from dynanet.mechanisms.slimmable import OneWidth, SlimBatchNorm2d, SlimConv2d, Slimmable, SlimSequential
 from dynanet.mechanisms.soft_tree import SoftTree, expected
 from dynanet.mechanisms.spatial_skip import SpatialSkip
@@ -221,6 +225,39 @@ def scene_exit(wrap):
     return SceneExit(nn.Sequential(conv(1), nn.ReLU()), nn.Linear(C, 3), rest, patch=3, threshold=0.0)
 
 
+def fixed(height, width):
+    """Three images, the same in every run."""
+    return torch.randn(3, C, height, width, generator=torch.Generator().manual_seed(0))
+
+
+def dynconv(tile, halo, branch):
+    """DynConv's mask unit over a branch whose convolutions run on the dilated mask."""
+    return lambda wrap: warm(
+        SpatialSkip(branch(), Gate(ContextScorer(C, tile, bias=0.0), Gumbel()), Tiles(tile, halo), dilate=True)
+    )
+
+
+def pixel_cascade(wrap):
+    """A strided backbone, two later stages of which one cell starts with what reads no neighbours."""
+    backbone = nn.Sequential(wrap(conv(3)), nn.ReLU(), nn.Conv2d(C, C, 3, stride=2, padding=1))
+    exits = [conv(1, C, 4), nn.Sequential(conv(3), nn.ReLU(), conv(1, C, 4)), conv(1, C, 4)]
+    model = warm(PixelCascade(backbone, [[cell()], [nn.Sequential(bottleneck(), nn.Tanh()), conv(3)]], exits))
+    model.thresholds.fill_(-0.7)
+    return model
+
+
+def sact(tile, *, dilate, first=None):
+    """Halting scores with a local part that runs only where a position goes on."""
+
+    def make(wrap):
+        cells = [nn.Sequential(bottleneck(), nn.Tanh()) for _ in range(3)]
+        heads = [ContextScorer(C, tile, bias=-0.5, norm=True) for _ in range(2 if first is None else 3)]
+        start = None if first is None else first()
+        return warm(PositionHalting(cells, heads, Tiles(tile, 1), first=start, residual=True, dilate=dilate))
+
+    return make
+
+
 def rows_to_rows(wrap):
     return LayerSkip(wrap(mlp()), row_gate())
 
@@ -274,6 +311,23 @@ def tree(wrap):
     """A leaf at depth 1, two at 2, transformers before both decisions. All paths differ in price."""
     inner = SoftTree(row_gate(Gumbel()), nn.Linear(D, D), wrap(mlp()), before=wrap(nn.Linear(D, D)), mix=expected)
     return SoftTree(row_gate(Soft()), wrap(mlp()), inner, before=nn.Tanh(), mix=expected)
+
+
+def early_stop(wrap, kind=nn.GRUCell, threshold=-0.8, **options):
+    model = EarlyStop(kind(D, 6), nn.Linear(6, 4), D, 6, 7, **options)
+    model.thresholds.fill_(threshold)
+    return model
+
+
+class OfLengths(nn.Module):
+    """Cuts sequences (B, T, D) to lengths of their own; the layer inside sees how long each one is."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(Sequences(x, 1 + (x[:, :, 0] > 0)[:, 1:].sum(1)))
 
 
 def differentiable_gates(model):
@@ -354,6 +408,13 @@ LAYERS = {
     "spatial skip, positions of 7x7": spatial(7, 7, 1),
     "spatial skip, two convolutions": spatial(9, 10, 4, 2, lambda: nn.Sequential(conv(3), nn.ReLU(), conv(3))),
     "spatial skip, dilated": spatial(9, 10, 3, 2, lambda: conv(3, dilation=2)),
+    "spatial skip, dilated mask of positions": (dynconv(1, 1, bottleneck), fixed(5, 7)),
+    "spatial skip, dilated mask of tiles of 4": (dynconv(4, 1, bottleneck), fixed(9, 6)),
+    "spatial skip, dilated masks of a chain": (
+        dynconv(2, 3, lambda: nn.Sequential(nn.ReLU(), conv(3), nn.ReLU(), conv(3, dilation=2), conv(1))),
+        fixed(5, 7),
+    ),
+    "pixel cascade": (pixel_cascade, fixed(9, 13)),
     "position halting, positions": (
         lambda wrap: PositionHalting([cell() for _ in range(3)], TileScorer(C, 1), Tiles(1, 2), eps=0.3),
         images(5, 6, 3),
@@ -361,6 +422,12 @@ LAYERS = {
     "position halting, tiles": (
         lambda wrap: PositionHalting([cell() for _ in range(4)], TileScorer(C, 3), Tiles(3, 2), eps=0.3),
         images(7, 8, 3),
+    ),
+    "SACT, positions, dilated": (sact(1, dilate=True), fixed(5, 6)),
+    "SACT, tiles of 3, dilated": (sact(3, dilate=True), fixed(7, 8)),
+    "SACT, tiles of 3, halos, a strided first unit": (
+        sact(3, dilate=False, first=lambda: nn.Conv2d(C, C, 3, stride=2, padding=1)),
+        fixed(9, 14),
     ),
     "token drop, ragged": (drop_twice, torch.randn(4, 9, D)),
     "mixture of depths": (
@@ -379,7 +446,25 @@ LAYERS = {
     "path select, two of three, tokens": (lambda wrap: paths(wrap, PickPaths(2), mix=by_score), torch.randn(4, 5, D)),
     "path select, any number, images": (image_paths, images(6, 7)),
     "soft tree": (tree, torch.randn(9, D)),
+    "early stop": (early_stop, torch.randn(5, 6, D)),
+    "early stop, LSTM, lengths, two at a time": (
+        lambda wrap: OfLengths(early_stop(wrap, nn.LSTMCell, every=2, confidence=Patience(), threshold=1.0)),
+        torch.randn(5, 7, D),
+    ),
+    "early stop, policy": (
+        lambda wrap: early_stop(wrap, threshold=0.1, policy=nn.Linear(6, 1)),
+        torch.randn(5, 6, D),
+    ),
     "update skip": (lambda wrap: UpdateSkip(nn.GRUCell(D, 6), D, 6), torch.randn(5, 6, D)),
+    "skim": (lambda wrap: Skim(nn.GRUCell(D, 6), nn.GRUCell(D + 4, 2), D, 6, 2), torch.randn(5, 6, D)),
+    "skim, LSTM, lengths": (
+        lambda wrap: OfLengths(Skim(nn.LSTMCell(D, 6), nn.LSTMCell(D + 4, 2), D, 6, 2, StraightThrough())),
+        torch.randn(5, 6, D),
+    ),
+    "update skip, LSTM, lengths": (
+        lambda wrap: OfLengths(UpdateSkip(nn.LSTMCell(D, 6), D, 6, every_step=True)),
+        torch.randn(5, 6, D),
+    ),
 }
 
 

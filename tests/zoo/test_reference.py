@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from dynanet.core.errors import CheckpointError, ConfigError
-from dynanet.zoo import load_reference, msdnet
+from dynanet.zoo import load_reference, msdnet, ranet
 from dynanet.zoo.reference import paper_flops, reference_state_dict
 
 PARITY = Path(os.environ.get("DYNANET_DATA", Path(__file__).parents[2].parent / "shared")) / "parity"
-CASES = sorted(PARITY.glob("msdnet*.json"))
+CASES = sorted([*PARITY.glob("msdnet*.json"), *PARITY.glob("ranet*.json")])
 SMALL = {"data": "cifar10", "nBlocks": 2, "base": 1, "step": 1, "stepmode": "even", "nChannels": 4, "growthRate": 2}
 
 
@@ -26,7 +26,7 @@ def test_the_authors_logits(path, weight, seeded_input):
         key: weight(key, shape) if dtype == "float32" else torch.zeros(shape, dtype=torch.int64)
         for key, shape, dtype in case["keys"]
     }
-    model = load_reference("MSDNet", case["config"], state)
+    model = load_reference(case["system"], case["config"], state)
     with torch.no_grad():
         answers = model.answers(seeded_input(case["input_shape"]))
     theirs = np.load(path.with_suffix(".npz"))
@@ -37,7 +37,9 @@ def test_the_authors_logits(path, weight, seeded_input):
     assert sum(p.numel() for p in model.parameters()) == case["parameters"]
     assert paper_flops(model, tuple(case["input_shape"][1:])) == case["counter_flops_per_exit"]
     assert list(reference_state_dict(model)) == [key for key, _, _ in case["keys"]]
-    parallel = load_reference("MSDNet", case["config"], {f"module.{key}": tensor for key, tensor in state.items()})
+    parallel = load_reference(
+        case["system"], case["config"], {f"module.{key}": tensor for key, tensor in state.items()}
+    )
     assert all(
         torch.equal(a, b) for a, b in zip(parallel.state_dict().values(), model.state_dict().values(), strict=True)
     )
@@ -74,6 +76,55 @@ def test_the_authors_names():
         "classifier.1.linear.bias",
     ):
         assert name in names
+
+
+RANET = {"data": "ImageNet", "nBlocks": 1, "block_step": 1, "step": 2, "nChannels": 2, "growthRate": 4}
+RANET |= {"scale_list": "1-2-2", "grFactor": [2, 1, 1], "bnFactor": "2-1-1", "nScales": 3}
+
+
+@pytest.mark.parametrize("data", ["cifar100", "ImageNet"])
+@pytest.mark.parametrize("stepmode", ["even", "lg"])
+def test_ranet_there_and_back(data, stepmode, seeded, seeded_input):
+    model = ranet(
+        num_classes=100 if data == "cifar100" else 1000, blocks=1, block_step=1, step=2, channels=2, growth=4,
+        step_mode="even" if stepmode == "even" else "lin_grow", scales=(1, 2, 2), growth_factors=(2, 1, 1),
+        bottleneck_factors=(2, 1, 1), head="cifar" if data == "cifar100" else "imagenet",
+    )  # fmt: skip
+    state = reference_state_dict(seeded(model))
+    again = load_reference("RANet", {**RANET, "data": data, "stepmode": stepmode}, state)
+    x = seeded_input((2, 3, 32, 32))
+    for one, other in zip(model.answers(x), again.answers(x), strict=True):
+        assert torch.equal(one, other)
+    assert ("FirstLayer.layers.0.0.bias" in state) == (data == "ImageNet")
+    for name in (
+        "scale_flows.0.0.layers.1.conv_normal.net.3.weight",
+        "scale_flows.1.0.layers.0.conv_up.net.0.weight",
+        "scale_flows.1.0.conv_last.net.1.running_var",
+        "scale_flows.2.0.trans.net.0.weight",
+        "FirstLayer.layers.2.net.0.weight",
+        "classifier.2.m.1.net.0.weight",
+        "classifier.0.linear.bias",
+    ):
+        assert name in state
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"stepmode": "odd"}, "RANet's stepmode is 'odd'; expected 'even' or 'lg'"),
+        ({"scale_list": "1-2"}, "scale_list has 2 factors for nScales 3"),
+        ({"data": "mnist"}, "RANet's data is 'mnist'"),
+        ({"compress_factor": 0}, "compress is 0"),
+    ],
+)
+def test_a_ranet_configuration_that_means_no_network_is_refused(change, says):
+    with pytest.raises(ConfigError, match=says):
+        load_reference("RANet", {**RANET, **change}, {})
+
+
+def test_weights_of_another_ranet_are_refused():
+    with pytest.raises(CheckpointError, match="of a RANet of this configuration: .* missing .*scale_flows.0.0"):
+        load_reference("RANet", RANET, {})
 
 
 @pytest.fixture

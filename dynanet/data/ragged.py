@@ -1,0 +1,135 @@
+"""Sequences of different lengths in one batch: padded in memory, never in the cost."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dynanet.core.errors import DataError, InputError
+
+
+class Sequences(NamedTuple):
+    """A padded batch that knows how long each row is. What lies behind a row's end is never computed with.
+
+    Attributes:
+        x: (B, T, features); 0 behind the end of a row. NaN there would spread in dense form.
+        lengths: (B,) int64, from 1 to T.
+    """
+
+    x: Tensor
+    lengths: Tensor
+
+
+class SequenceSet(Dataset[tuple[Tensor, int]]):
+    """Labelled sequences of any lengths.
+
+    Args:
+        sequences: (steps, features) each, of one number of features.
+        labels: (N,) int64.
+        classes: the classes' names.
+
+    Raises:
+        DataError: no sequences, not one label per sequence, one that `check` refuses, or other numbers of features.
+    """
+
+    def __init__(self, sequences: Sequence[Tensor], labels: Tensor, classes: Sequence[str]):
+        if not sequences or len(sequences) != len(labels):
+            raise DataError(f"{len(sequences)} sequences and {len(labels)} labels; give one or more, with a label each")
+        for number, sequence in enumerate(sequences):
+            check(sequence, f"sequence {number}")
+        widths = sorted({s.shape[1] for s in sequences})
+        if len(widths) > 1:
+            raise DataError(f"sequences of {widths} features in one set; expected the same number in all")
+        self.sequences, self.labels, self.classes = list(sequences), labels, list(classes)
+
+    @property
+    def features(self) -> int:
+        """Of a step."""
+        return self.sequences[0].shape[1]
+
+    @property
+    def longest(self) -> int:
+        """Steps of the longest sequence."""
+        return max(s.shape[0] for s in self.sequences)
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.sequences[index], int(self.labels[index])
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of every feature over all steps, (features,) each; deviations of 0 become 1.
+
+        Take those of the training set for every part.
+        """
+        steps = torch.cat(self.sequences).double()
+        deviation = steps.std(0, correction=0)
+        return steps.mean(0).float(), deviation.where(deviation > 0, 1.0).float()
+
+    def standardized(self, mean: Tensor, deviation: Tensor) -> "SequenceSet":
+        """The same set with every feature shifted and scaled."""
+        return SequenceSet([(s - mean) / deviation for s in self.sequences], self.labels, self.classes)
+
+    @staticmethod
+    def collate(samples: Sequence[tuple[Tensor, int]]) -> tuple[Sequences, Tensor]:
+        """A padded batch and its labels (B,); for a DataLoader's `collate_fn`."""
+        sequences, labels = zip(*samples, strict=True)
+        return pad(sequences), torch.tensor(labels)
+
+
+def pad(sequences: Sequence[Tensor]) -> Sequences:
+    """Sequences (steps, features) of any lengths to one batch.
+
+    Raises:
+        DataError: no sequences, or one that `check` refuses.
+    """
+    if not sequences:
+        raise DataError("no sequences to make a batch of; give at least one")
+    for number, sequence in enumerate(sequences):
+        check(sequence, f"sequence {number}")
+    lengths = torch.tensor([s.shape[0] for s in sequences])
+    return Sequences(torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True), lengths)
+
+
+def check(sequence: Tensor, name: str) -> None:
+    """Refuse what no recurrent layer can read.
+
+    Raises:
+        DataError: not (steps, features), no step, or NaN or infinite values.
+    """
+    if sequence.dim() != 2 or 0 in sequence.shape:
+        raise DataError(f"{name} has the shape {tuple(sequence.shape)}; expected (steps, features), neither of them 0")
+    broken = ~sequence.isfinite().all(1)
+    if broken.any():
+        first = int(broken.nonzero()[0])
+        raise DataError(f"{name} holds NaN or infinite values, first at step {first}; fill them in or leave it out")
+
+
+def as_sequences(x: Tensor | Sequences, features: int) -> Sequences:
+    """What a recurrent layer was given, with lengths: a tensor (B, T, features) is as long as it looks in every row.
+
+    Raises:
+        InputError: another shape, no step, or lengths that are not one per row and from 1 to T.
+    """
+    given = x.x if isinstance(x, Sequences) else x
+    if given.dim() != 3 or given.shape[1] == 0 or given.shape[2] != features:
+        raise InputError(
+            f"sequences of shape {tuple(given.shape)}; expected (batch, steps, {features}) with at least one step"
+        )
+    if not isinstance(x, Sequences):
+        return Sequences(x, torch.full((x.shape[0],), x.shape[1], device=x.device))
+    if x.lengths.shape != given.shape[:1] or x.lengths.is_floating_point():
+        raise InputError(
+            f"lengths of shape {tuple(x.lengths.shape)} and {x.lengths.dtype} for {given.shape[0]} sequences; expected "
+            f"one whole number each"
+        )
+    if not torch.compiler.is_compiling() and x.lengths.numel():
+        least, most = (int(n) for n in x.lengths.aminmax())
+        if least < 1 or most > given.shape[1]:
+            raise InputError(
+                f"lengths from {least} to {most} in a batch of {given.shape[1]} steps; expected 1 to {given.shape[1]}"
+            )
+    return x

@@ -1,0 +1,235 @@
+"""Early stop: a recurrent network answers as soon as it has seen enough of a sequence; what comes later is not read."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dynanet.core.decision import Decision
+from dynanet.core.dynamic import Dynamic
+from dynanet.core.errors import ConfigError, InputError, StructureError
+from dynanet.core.halt import Halt
+from dynanet.core.objective import Objective
+from dynanet.core.trace import Trace
+from dynanet.data.ragged import Sequences, as_sequences
+from dynanet.gates.confidence import Confidence, MaxProbability
+
+
+class EarlyStop(Halt):
+    """Temporal early exit: step k reads the next frames, answers, and lets go whoever is sure enough.
+
+    Every step has the same weights. Two ways to stop:
+
+    - By confidence: in training every step answers all rows (for `train.MultiExit`). In eval mode a row stops once its
+      confidence reaches the step's threshold. Thresholds start at infinity, so that a new model reads to the end;
+      `infer.calibrate` finds them for a budget or a risk.
+    - By a learned policy (EARLIEST: Hartvigsen et al. 2019, doi:10.1145/3292500.3330974): the policy maps the hidden
+      state to the log-odds of stopping. In training stops are drawn, for `Earliest`, and the answer is that of the step
+      drawn; in eval mode thresholds of 0 stop where stopping is likelier than not. They too can be calibrated.
+
+    A row always stops at the end of its sequence. Frames behind a row's stop or end cost nothing, also where thresholds
+    are being found. `steps_read` says how early rows stopped.
+
+    Args:
+        cell: maps (x_t, state) to the next state: nn.GRUCell, nn.RNNCell or alike; an nn.LSTMCell has the state (h, c).
+        head: from the state (h of an LSTM), (rows, hidden), to logits (rows, classes).
+        inputs: features per frame.
+        hidden: size of the state; of h and c each.
+        longest: frames of the longest sequence that will come.
+        every: frames read between two decisions.
+        confidence: how sure logits are; None for `MaxProbability`. Not with a policy.
+        policy: from the state (h of an LSTM) to the log-odds of stopping (rows, 1): nn.Linear(hidden, 1).
+
+    Attributes:
+        thresholds: (steps - 1,), in the units of confidence or policy. +inf: nobody stops here; -inf: everybody.
+
+    Raises:
+        ConfigError: sizes below 1, or both a confidence and a policy.
+        StructureError: a confidence that does not speak of every step.
+    """
+
+    def __init__(
+        self,
+        cell: nn.Module,
+        head: nn.Module,
+        inputs: int,
+        hidden: int,
+        longest: int,
+        *,
+        every: int = 1,
+        confidence: Confidence | None = None,
+        policy: nn.Module | None = None,
+    ):
+        super().__init__()
+        if min(inputs, hidden, longest, every) < 1 or (confidence is not None and policy is not None):
+            raise ConfigError(
+                f"early stop of {inputs} inputs, {hidden} hidden features, at most {longest} frames, {every} at a "
+                f"time; expected numbers of at least 1, and a confidence or a policy, not both"
+            )
+        self.frames, self.inputs, self.hidden = Frames(cell, head), inputs, hidden
+        self.longest, self.every, self.steps = longest, every, math.ceil(longest / every)
+        self.policy, self.confidence = policy, confidence if confidence is not None else MaxProbability()
+        if self.steps > 1:
+            self.confidence.at(self.steps - 2)  # now is the time to say that it has no such step
+        self.thresholds: Tensor
+        self.register_buffer("thresholds", torch.full((self.steps - 1,), torch.inf if policy is None else 0.0))
+
+    def start(self, x: Tensor | Sequences) -> Any:
+        """Frames, lengths, an empty state, no answer, and no memory of earlier answers.
+
+        Raises:
+            InputError: another shape than (B, T, inputs), no frame, impossible lengths, or more than `longest` frames.
+        """
+        x_BTD, lengths = as_sequences(x, self.inputs)
+        if x_BTD.shape[1] > self.longest:
+            raise InputError(
+                f"sequences of {x_BTD.shape[1]} frames for a layer made for {self.longest} at most; cut them, or make "
+                f"it with a larger `longest`"
+            )
+        zero = x_BTD.new_zeros(x_BTD.shape[0], self.hidden)
+        return x_BTD, lengths, (zero, zero) if isinstance(self.frames.cell, nn.LSTMCell) else zero, None, None
+
+    def step(self, k: int, state: Any) -> tuple[Any, Tensor]:
+        """The frames of step k, and the answer after them. Rows that have ended keep their answer."""
+        x, lengths, hidden, logits, memory = state
+        first, end = k * self.every, min((k + 1) * self.every, x.shape[1])
+        for t in range(first, end):
+            hidden = self.frames.read(x[:, t], hidden, t < lengths)
+        if first < end:
+            logits = self.frames.answer(_hidden(hidden), logits, first < lengths)
+        if self.policy is None and k + 1 < self.steps:
+            memory = self.confidence.at(k).remember(logits, memory)
+        return (x, lengths, hidden, logits, memory), logits
+
+    def score(self, k: int, state: Any, answer: Tensor) -> Tensor:
+        """The confidence, or the log-odds of stopping, (rows, 1); as high as can be where a sequence has ended."""
+        _, lengths, hidden, _, memory = state
+        sure = self.confidence.at(k)(answer, memory) if self.policy is None else self.policy(_hidden(hidden))
+        return torch.where((lengths <= (k + 1) * self.every)[:, None], _ended(sure.dtype), sure)
+
+    def goes_on(self, k: int, score: Tensor) -> Tensor:
+        """Below the threshold while there are frames left; in training always, or as drawn from the policy."""
+        if self.training and self.policy is None:
+            return torch.ones_like(score)
+        if self.training:
+            return torch.bernoulli((-score.detach()).sigmoid())
+        # Compared in float32: a half-precision score would round the threshold and let out who is tied with it.
+        waits = (score.float() < self.thresholds[k].float()) & (score < _ended(score.dtype))
+        return waits.to(score.dtype)
+
+
+class Frames(Dynamic):
+    """The part of an EarlyStop that costs: the cell (unit 0) and the head (unit 1), for rows that have not ended.
+
+    Nothing is decided here: a sequence lasts as long as it does, whatever is forced.
+    """
+
+    def __init__(self, cell: nn.Module, head: nn.Module):
+        super().__init__()
+        self.cell, self.head = cell, head
+
+    def read(self, x: Tensor, state: Any, present: Tensor) -> Any:
+        """The state after a frame (rows, inputs), as it was where the sequence has ended."""
+        keep = self._there(x, present, first=0)
+        return self.run(0, lambda given: self.cell(*given), keep, (x, state), otherwise=state)
+
+    def answer(self, hidden: Tensor, before: Tensor | None, present: Tensor) -> Tensor:
+        """The logits of a state; those given before where the sequence had ended."""
+        if before is None:  # at the first step every sequence is there
+            return self.head(hidden)
+        return self.run(1, self.head, self._there(hidden, present, first=1), hidden, otherwise=before)
+
+    def _there(self, x: Tensor, present: Tensor, first: int) -> Tensor:
+        there = present.to(x.dtype)[:, None]
+        return self.tap(Decision(there, there), first=first, pinned=there, present=there).keep[:, 0]
+
+
+class Earliest(Objective):
+    """Trains the policy of an EarlyStop (EARLIEST: Hartvigsen et al. 2019): `CrossEntropy() + Earliest(0.1)`.
+
+    REINFORCE with a reward of 1 for a right answer and -1 for a wrong one, for every decision up to the stop; and
+    earliness * (minus the log-probability of stopping, summed over these decisions). The baseline is the mean reward of
+    the other rows of the batch. Decisions at the end of a sequence are none. Where nothing is drawn because the model
+    is in eval mode (validation), it is 0.
+
+    Args:
+        earliness: the paper's lambda: the larger, the earlier rows stop.
+        halt: the name of the EarlyStop; None where the model has only one.
+
+    Raises:
+        ConfigError: a negative earliness.
+    """
+
+    def __init__(self, earliness: float, *, halt: str | None = None):
+        if not earliness >= 0:
+            raise ConfigError(f"earliness is {earliness}; expected the weight of stopping early, 0 or more")
+        self.earliness, self.halt = earliness, halt
+
+    def __call__(self, answer: Tensor, y: Tensor, trace: Trace) -> Tensor:
+        """Over the log-odds in the trace; `answer` is that of the drawn step, (B, classes).
+
+        Raises:
+            StructureError: no EarlyStop with a policy, several and none named, or rows that were not computed.
+        """
+        layer, name = _layer(trace, self.halt)
+        calls = [call for call in trace.calls if call.name == name]
+        if layer.policy is None:
+            raise StructureError(f"{name!r} stops by confidence, which is not trained so; use train.MultiExit")
+        if not layer.training or not calls:
+            return answer.new_zeros(())
+        if any(call.decision.score.shape[0] != y.shape[0] for call in calls):
+            raise StructureError(f"only some rows reached {name!r}; this loss needs every row: use train mode")
+        score = torch.cat([call.decision.score for call in calls], 1)  # (B, decisions), log-odds of stopping
+        waits = torch.cat([call.keep.detach() for call in calls], 1)  # those before the stop, all 1
+        decides = torch.cat([torch.ones_like(waits[:, :1]), waits[:, :-1]], 1) * (score < _ended(score.dtype))
+        score = score.where(decides > 0, 0.0)
+        stop, wait = functional.logsigmoid(score), functional.logsigmoid(-score)
+        reward = (answer.detach().argmax(1) == y).to(score.dtype) * 2 - 1
+        rows = reward.shape[0]
+        advantage = (reward - reward.mean()) * (rows / (rows - 1)) if rows > 1 else reward
+        drawn = ((waits * wait + (1 - waits) * stop) * decides).sum(1)
+        return (-drawn * advantage - self.earliness * (stop * decides).sum(1)).mean()
+
+    def __repr__(self) -> str:
+        return f"Earliest({self.earliness:g}, halt={self.halt!r})"
+
+
+def steps_read(trace: Trace, halt: str | None = None) -> Tensor:
+    """How many frames of every sequence were read, (B,); times the seconds between frames it is a latency.
+
+    Args:
+        trace: of a pass.
+        halt: the name of the EarlyStop; None where the model has only one.
+
+    Raises:
+        StructureError: no EarlyStop, several and none named, or one that did not run.
+    """
+    layer, name = _layer(trace, halt)
+    frames = trace.names[layer.frames]
+    keeps = [call.keep[:, 0] for call in trace.calls if call.name == frames and call.first == 0]
+    if not keeps:
+        raise StructureError(f"{name!r} read nothing in this trace; run the model inside `with record(model) as trace`")
+    return torch.stack(keeps).sum(0)
+
+
+def _layer(trace: Trace, halt: str | None) -> tuple[EarlyStop, str]:
+    found = {name: layer for layer, name in trace.names.items() if isinstance(layer, EarlyStop)}
+    name = next(iter(found)) if halt is None and len(found) == 1 else halt
+    if name is None or name not in found:
+        raise StructureError(
+            f"one EarlyStop is meant and {'none is' if name is None else repr(name) + ' was'} named; this model has "
+            f"{sorted(found)}"
+        )
+    return found[name], name
+
+
+def _ended(dtype: torch.dtype) -> float:
+    """The score of a sequence that has ended: the highest finite one, which tables of scores can hold."""
+    return min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+
+
+def _hidden(state: Any) -> Tensor:
+    """h of a state: the state itself, or the first of (h, c)."""
+    return state[0] if isinstance(state, tuple) else state

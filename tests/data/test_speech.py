@@ -1,0 +1,106 @@
+"""Spoken digits: files become frames, parts stay apart, and broken files are named."""
+
+import math
+import os
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dynanet.core.errors import ConfigError, DataError
+from dynanet.data.speech import load_spoken_digits, log_mel, read_wav
+
+SHARED = Path(os.environ.get("DYNANET_DATA", Path(__file__).parents[3] / "shared" / "data")) / "fsdd"
+
+
+def write(path, samples, rate=8000, channels=1, width=2):
+    path.parent.mkdir(exist_ok=True)
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(channels)
+        file.setsampwidth(width)
+        file.setframerate(rate)
+        file.writeframes(np.asarray(samples, dtype=f"<i{width}").tobytes())
+    return path
+
+
+def tone(hertz, seconds=0.5, rate=8000):
+    return torch.sin(2 * math.pi * hertz * torch.arange(int(seconds * rate)) / rate)
+
+
+def test_samples_come_out_as_they_are(tmp_path):
+    samples, rate = read_wav(write(tmp_path / "a.wav", [0, 16384, -32768, 32767]))
+    assert rate == 8000 and samples.tolist() == [0, 0.5, -1, 32767 / 32768]
+
+
+def test_a_tone_lies_in_the_band_of_its_pitch():
+    top = 2595 * math.log10(1 + 4000 / 700)
+    for hertz in (300, 1000, 3000):
+        frames = log_mel(tone(hertz), 8000, bands=20)
+        place = 2595 * math.log10(1 + hertz / 700) / top * 21 - 1
+        assert (frames.argmax(1) - place).abs().max() <= 1
+
+
+def test_frames_are_apart_by_the_hop_and_do_not_look_ahead():
+    sound = tone(500)
+    frames = log_mel(sound, 8000)
+    assert frames.shape == (1 + (4000 - 256) // 80, 40)
+    changed = sound.clone()
+    changed[2000:] = 0
+    heard = (frames != log_mel(changed, 8000)).any(1)
+    assert not heard[: (2000 - 256) // 80].any() and heard[-1]
+
+
+def test_a_sound_too_short_for_a_frame_is_one():
+    assert log_mel(torch.ones(1), 8000).shape == (1, 40)
+    assert log_mel(torch.zeros(300), 8000).isfinite().all()
+
+
+def test_parts_are_the_official_ones(tmp_path):
+    for index in (0, 4, 5, 9, 10, 49):
+        for digit in (3, 8):
+            write(tmp_path / "recordings" / f"{digit}_some_one_{index}.wav", 1000 * np.ones(300 + index))
+    write(tmp_path / "recordings" / "noise.wav", np.ones(300))
+    for folder in (tmp_path, tmp_path / "recordings"):
+        for split in ("train", "val", "test"):
+            data = load_spoken_digits(folder, split, bands=8)
+            assert data.labels.tolist() == [3, 3, 8, 8] and data.features == 8 and len(data.classes) == 10
+
+
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (lambda p: write(p, [1, 2], channels=2), "2 channels of 16 bits"),
+        (lambda p: write(p, [1, 2], width=4), "1 channels of 32 bits"),
+        (lambda p: write(p, []), "0 of 0 samples"),
+        (lambda p: p.write_bytes(b"RIFF"), "expected a wav file"),
+        (lambda p: p.write_bytes(b""), "expected a wav file"),
+        (lambda p: p.write_bytes(write(p, range(100)).read_bytes()[:-50]), "75 of 100 samples"),
+        (lambda p: None, "No such file"),
+    ],
+)
+def test_what_is_no_recording(tmp_path, make, says):
+    make(path := tmp_path / "a.wav")
+    with pytest.raises(DataError, match=says):
+        read_wav(path)
+
+
+def test_what_it_refuses(tmp_path):
+    with pytest.raises(DataError, match="no split 'dev'"):
+        load_spoken_digits(tmp_path, "dev")
+    with pytest.raises(DataError, match="no recordings of the test part"):
+        load_spoken_digits(tmp_path, "test")
+    with pytest.raises(DataError, match="at least one"):
+        log_mel(torch.zeros(0), 8000)
+    with pytest.raises(ConfigError, match="take fewer"):
+        log_mel(torch.zeros(500), 8000, bands=100)
+    with pytest.raises(ConfigError, match="at 10 samples per second"):
+        log_mel(torch.zeros(500), 10)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the Free Spoken Digit Dataset")
+def test_the_real_recordings():
+    data = load_spoken_digits(SHARED, "test")
+    assert len(data) == 300 and data.labels.bincount().tolist() == [30] * 10
+    assert data.features == 40 and 10 < data.longest < 250
