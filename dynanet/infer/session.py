@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from dynanet.core.errors import InputError
 from dynanet.core.halt import Halt
 from dynanet.core.rows import over_tensors
 from dynanet.infer.deploy import Plan, deploy
-from dynanet.infer.engines import folded
+from dynanet.infer.engines import OnnxRuntime, folded
 from dynanet.infer.inputs import check_input
 from dynanet.infer.parts import ByBatch, StagedHalt, Unit
 from dynanet.infer.stream import Line
@@ -82,8 +83,11 @@ class Session(nn.Module):
                 raise InputError(f"the model cannot take this example ({reason}); give one that it takes") from error
             deployed = deploy(deployed, self.example, plan)
         self.units = plan.measured
+        self._only_gathers = False
         # Not registered: the layers of a session have the names they have in the model.
         vars(self)["model"] = execute(deployed.eval(), sparse=True)
+        engines_ = [engine for each in self.engines() for engine in each.engines.values()]
+        self._only_gathers = bool(engines_) and all(isinstance(engine, OnnxRuntime) for engine in engines_)
 
     if TYPE_CHECKING:
         model: nn.Module
@@ -114,7 +118,8 @@ class Session(nn.Module):
             x = tree_map(lambda t: t.to(self.device), x)
         if (x if isinstance(x, Tensor) else tree_flatten(x)[0][0]).shape[0] == 0:
             return self._empty
-        return self.model(x)
+        with self._torch_threads():
+            return self.model(x)
 
     def stream(self, samples: Iterable[Any], batch: int = 64) -> Iterator[Any]:
         """Answers of single samples, in order, with batches kept full: survivors of several arrivals merge.
@@ -148,17 +153,32 @@ class Session(nn.Module):
         for sample in samples:
             group.append(sample)
             if len(group) == batch:
-                line.arrive(self._batched(group, arrived), range(arrived, arrived + batch))
+                with self._torch_threads():
+                    line.arrive(self._batched(group, arrived), range(arrived, arrived + batch))
                 arrived, group = arrived + batch, []
             while yielded in ready:
                 yield ready.pop(yielded)
                 yielded += 1
-        if group:
-            line.arrive(self._batched(group, arrived), range(arrived, arrived + len(group)))
-        line.finish()
+        with self._torch_threads():
+            if group:
+                line.arrive(self._batched(group, arrived), range(arrived, arrived + len(group)))
+            line.finish()
         while yielded in ready:
             yield ready.pop(yielded)
             yielded += 1
+
+    @contextmanager
+    def _torch_threads(self) -> Iterator[None]:
+        """One, where torch does nothing but move rows: more would wait, spinning, on the cores of the runtime."""
+        threads = torch.get_num_threads()
+        if threads == 1 or not self._only_gathers:
+            yield
+            return
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
     def _batched(self, group: list[Any], first: int) -> Any:
         try:

@@ -338,3 +338,23 @@ def test_on_a_gpu(name, deployed):
     session = Session(each.model, each.x, device="cuda")
     answers = tree_map(lambda t: t.cpu(), session(each.x))
     same(answers, dense(each.model, each.x)[0])
+
+
+@pytest.mark.parametrize("engines_, inside", [("onnxruntime", 1), ("eager", 2)])
+def test_torch_moves_rows_on_one_thread_and_gets_the_others_back(engines_, inside, monkeypatch):
+    each = make("skips in exits" if engines_ == "eager" else "msdnet")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        session = Session(each.model, each.x[:1], engines=engines_, batches=(4,))
+        seen = []
+        rule = type(session.model).goes_on
+        monkeypatch.setattr(type(session.model), "goes_on", lambda *a: seen.append(torch.get_num_threads()) or rule(*a))
+        same(session(each.x), dense(each.model, each.x)[0])
+        assert set(seen) == {inside} and torch.get_num_threads() == 2
+        with pytest.raises(InputError):
+            session(each.x * torch.nan)
+        list(session.stream(each.x, batch=2))
+        assert set(seen) == {inside} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
