@@ -82,7 +82,7 @@ def kill(process: int, folder: Path, kind: str) -> bool | None:
 
 
 def main(folder: Path, wanted: int) -> None:
-    epochs = max(4, wanted // 3)
+    epochs = max(4, wanted)  # three would do where training is slow; a quick machine gets far between two kills
     alone = start(folder / "alone", epochs, slow=False)
     while not ended(alone):
         time.sleep(0.05)
