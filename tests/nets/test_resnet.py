@@ -27,22 +27,11 @@ def test_macs_of_resnet_32():
     assert 2 * (macs(built(cifar_resnet, num_classes=10, depth=32), 32) - 640) == pytest.approx(137.73e6, rel=1e-4)
 
 
-@pytest.mark.parametrize("depth, millions", [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)])
+@pytest.mark.parametrize("depth, millions", [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85)])
 def test_parameters_as_in_the_paper(depth, millions):
     """He et al. 2016, table 6."""
     found = parameters(built(cifar_resnet, num_classes=10, depth=depth)) / 1e6
-    assert found == pytest.approx(millions, abs=0.05 if millions > 1 else 0.005)
-
-
-@pytest.mark.parametrize("depth, billions", [(50, 3.8), (101, 7.6), (152, 11.3)])
-def test_macs_as_in_the_paper(depth, billions):
-    """He et al. 2016, table 1. There the 1x1 convolution strides and not the 3x3; undone, the figures are equal."""
-    model = built(imagenet_resnet, depth=depth)
-    striding = [m.branch for m in model if hasattr(m, "branch") and m.branch[3].stride != (1, 1)]
-    assert len(striding) == 3
-    for branch in striding:
-        branch[0].stride, branch[3].stride = (2, 2), (1, 1)
-    assert macs(model, 224) / 1e9 == pytest.approx(billions, abs=0.07)
+    assert found == pytest.approx(millions, abs=0.005)
 
 
 def test_the_shortcut_without_parameters():
