@@ -81,8 +81,11 @@ def train(
     metrics = Run(out, experiment).train(resume=resume, progress=not json)
     exits = [f"{value:.2%}" for name, value in metrics.items() if name.startswith("val/accuracy/")]
     by_exit = f"; by exit: {', '.join(exits)}" if exits else ""
-    reached = f"held-out accuracy {metrics['val/accuracy']:.2%}{by_exit}" if metrics else "this run had come to its end"
+    figures = [f"{what} {metrics[name]:{form}}" for name, what, form in HELD_OUT if name in metrics]
+    reached = f"{figures[0]}{by_exit}" if figures else "this run had come to its end"
     lines = [reached, f"saved in {out}/model"]
+    if "val/accuracy" not in metrics and metrics:
+        lines.append(f"next: dynanet evaluate {out}")
     _say(json, metrics, lines if metrics and not exits else [*lines, f"next: dynanet calibrate {out}"])
 
 
@@ -132,6 +135,12 @@ def evaluate(run: Path, json: bool = False) -> None:
 
 def _reached(results: dict[str, Any]) -> list[str]:
     lines = [f"{results['data']}: {results['test_samples']} test samples"]
+    if "points" in results:
+        for point in results["points"]:
+            figures = ", ".join(f"{k} {v:.3f}" for k, v in point.items() if isinstance(v, float) and k != "macs")
+            share = point["macs"] / results["full_macs"]
+            lines.append(f"  {point['name']}  {point['macs']:14,.0f} MACs ({share:4.0%})  {figures}")
+        return lines
     width = max(len(row["asked"]) for row in [*results["choices"], {"asked": "all at exit 1"}])
     for k, (macs, right) in enumerate(zip(results["macs_per_exit"], results["accuracy_per_exit"], strict=True)):
         lines.append(f"  {f'all at exit {k + 1}':{width}}  {macs:14,.0f} MACs         accuracy {right:7.2%}")
@@ -306,6 +315,7 @@ def _finite(content: Any) -> Any:
     return content
 
 
+HELD_OUT = (("val/accuracy", "held-out accuracy", ".2%"), ("val/loss", "held-out loss", ".4f"))
 COMMANDS = (train, calibrate, evaluate, bench, predict, report, export_bundle, demo)
 
 

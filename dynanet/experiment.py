@@ -14,14 +14,19 @@ from torch import nn
 from dynanet import zoo
 from dynanet.core.errors import ConfigError, MissingSplitError
 from dynanet.core.files import write_atomically
+from dynanet.data import boxed
 from dynanet.data.augment import CropFlip, channel_stats
+from dynanet.data.camvid import load_camvid
 from dynanet.data.digits import load_digits
 from dynanet.data.folder import load_folder
 from dynanet.data.images import Images, ImageTensors
 from dynanet.data.indian_pines import CLASS_NAMES, IndianPines
+from dynanet.data.pairs import Pairs, ZoomFlip
 from dynanet.data.parquet import load_parquet
 from dynanet.data.patch_augment import TurnPaste
 from dynanet.data.splits import hold_out
+from dynanet.data.voc import load_voc
+from dynanet.tasks import Classification, Detection, Segmentation, Task
 from dynanet.train.batches import Batches
 
 
@@ -31,16 +36,17 @@ class Data:
 
     Attributes:
         name: indian_pines and digits come in packages; parquet is the Hugging Face hub's schema for image
-            classification; folder is root/split/class/image.
-        place: the folder (or file, or hf://datasets/owner/name) of parquet and folder.
+            classification; folder is root/split/class/image; camvid is segmentation in SegNet's layout,
+            root/split/image with root/splitannot/labels; voc is detection in Pascal VOC's layout.
+        place: the folder (or file, or hf://datasets/owner/name) of parquet, folder, camvid and voc.
         split: of Indian Pines: field_cut, whole_fields (harder), or random_pixels_leaky (which leaks, and says so).
         seed: of the split.
         held_out: images held out of the training split for calibration, where the data has no validation split; a
             tenth, if not given.
-        size: side that images of a folder are resized to.
+        size: side that images of a folder are resized to; height of voc's, whose width follows the first one's shape.
     """
 
-    name: Literal["indian_pines", "parquet", "folder", "digits"] = "indian_pines"
+    name: Literal["indian_pines", "parquet", "folder", "digits", "camvid", "voc"] = "indian_pines"
     place: str | None = None
     split: str = "field_cut"
     seed: int = 0
@@ -54,6 +60,8 @@ class Data:
         given = {"place": self.place, "held_out": self.held_out, "size": self.size}
         if self.name in ("indian_pines", "digits"):
             unused = [name for name, value in given.items() if value is not None]
+        elif self.name == "camvid":
+            unused = [name for name in ("held_out", "size") if given[name] is not None]
         else:
             unused = []
         if self.name != "indian_pines" and self.split != "field_cut":
@@ -89,6 +97,8 @@ class Recipe:
         distill: how much the last exit teaches the others.
         label_smoothing: spoils confidences; 0 is a good value where exits are calibrated.
         seed: of weights, order and augmentation.
+        ponder: weight of the ponder cost, where positions halt.
+        precision: of training; bf16-mixed is twice as fast on processors that have it.
     """
 
     epochs: int = 18
@@ -100,6 +110,8 @@ class Recipe:
     distill: float = 0.0
     label_smoothing: float = 0.0
     seed: int = 0
+    ponder: float = 0.0
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
 
     def __post_init__(self) -> None:
         for name, fits, expected in (
@@ -110,6 +122,7 @@ class Recipe:
             ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more"),
             ("warmup", 0 <= self.warmup <= 1, "a share from 0 to 1"),
             ("distill", 0 <= self.distill < math.inf, "0 or more"),
+            ("ponder", 0 <= self.ponder < math.inf, "0 or more"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "a share from 0 to below 1"),
         ):
             if not fits:
@@ -173,6 +186,7 @@ class Problem:
         held_out: for calibration: not augmented, never trained on.
         test: not augmented, looked at once.
         scene: the hyperspectral scene that the samples are pixels of; None for images.
+        task: what is asked of the answers.
     """
 
     title: str
@@ -185,6 +199,7 @@ class Problem:
     held_out: Batches
     test: Batches
     scene: IndianPines | None = None
+    task: Task = Classification()
 
     def example(self, rows: int = 1) -> torch.Tensor:
         """A random input of the right shape."""
@@ -195,7 +210,7 @@ def open_problem(data: Data, batch: int = 128, seed: int = 0) -> Problem:
     """Load the data of an experiment.
 
     Raises:
-        ConfigError: parquet or folder without a place.
+        ConfigError: parquet, folder, camvid or voc without a place.
         DataError: the data cannot be used.
     """
     if data.name == "indian_pines":
@@ -207,6 +222,10 @@ def open_problem(data: Data, batch: int = 128, seed: int = 0) -> Problem:
         )
     if data.place is None:
         raise ConfigError(f"data.place is missing: where is the {data.name} data? Give --data.place FOLDER")
+    if data.name == "camvid":
+        return _segmentation(data.place, batch, seed)
+    if data.name == "voc":
+        return _detection(data, batch, seed)
     train, test = (_load(data, split).to_memory() for split in ("train", "test"))
     name = f"{Path(data.place).name} ({data.name})"
     validation = _validation(data)
@@ -290,3 +309,62 @@ def _scene(data: Data, batch: int, seed: int) -> Problem:
         test=Batches(parts["test"], 512),
         scene=scene,
     )
+
+
+def _segmentation(place: str, batch: int, seed: int) -> Problem:
+    train, held_out, test = (Pairs(load_camvid(place, split)) for split in ("train", "val", "test"))
+    mean, std = channel_stats(train.images)
+    augment, plain = ZoomFlip(mean, std, train.void), ZoomFlip(mean, std, train.void, zoom=(1, 1), cut=1, flip=0.0)
+    height, width = train.images.shape[2:]
+    return Problem(
+        title=f"{Path(place).name}, {height} x {width} pixels, its own validation split",
+        classes=train.classes,
+        channels=train.images.shape[1],
+        size=(height, width),
+        mean=tuple(mean.tolist()),
+        std=tuple(std.tolist()),
+        train=Batches(train, batch, shuffle=True, drop_last=True, seed=seed, collate=augment.collate),
+        held_out=Batches(held_out, 8, collate=plain.collate),
+        test=Batches(test, 8, collate=plain.collate),
+        task=Segmentation(len(train.classes), train.void),
+    )
+
+
+def _detection(data: Data, batch: int, seed: int) -> Problem:
+    assert data.place is not None
+    size = _shape(data.place, data.size) if data.size is not None else None
+    train, test = (boxed.to_memory(load_voc(data.place, split), size) for split in ("train", "test"))
+    name = f"{Path(data.place).name}, {test.images.shape[2]} x {test.images.shape[3]} pixels"
+    held_out = None
+    if data.held_out is None:
+        try:
+            title, held_out = f"{name}, its own validation split", boxed.to_memory(load_voc(data.place, "val"), size)
+        except MissingSplitError:
+            pass
+    if held_out is None:
+        count = data.held_out if data.held_out is not None else max(1, len(train) // 10)
+        if count >= len(train):
+            raise ConfigError(f"data.held_out is {count}, and there are {len(train)} training images; hold out fewer")
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(data.seed))
+        train, held_out = train.part(order[count:]), train.part(order[:count])
+        title = f"{name}, {count} training images held out, seed {data.seed}"
+    mean, std = channel_stats(train.images)
+    augment, plain = boxed.ZoomFlipBoxes(mean, std), boxed.AsTheyAre(mean, std)
+    return Problem(
+        title=title,
+        classes=train.classes,
+        channels=train.images.shape[1],
+        size=(train.images.shape[2], train.images.shape[3]),
+        mean=tuple(mean.tolist()),
+        std=tuple(std.tolist()),
+        train=Batches(train, batch, shuffle=True, drop_last=True, seed=seed, collate=augment.collate),
+        held_out=Batches(held_out, 8, collate=plain.collate),
+        test=Batches(test, 8, collate=plain.collate),
+        task=Detection(tuple(train.classes)),
+    )
+
+
+def _shape(place: str, height: int) -> tuple[int, int]:
+    """(height, width) of the first training image's shape."""
+    image, _ = load_voc(place, "train")[0]
+    return height, max(1, round(image.shape[2] * height / image.shape[1]))

@@ -48,6 +48,11 @@ def predict(model: Path, inputs: Path) -> list[dict[str, Any]]:
     for group in x.split(256):
         with record(session) as trace:
             logits = session(group)
+        if not isinstance(logits, Tensor) or logits.dim() != 2:
+            raise InputError(
+                f"{type(bundle.model).__name__} answers maps, of shape {tuple(logits.shape)}; predict tells the class "
+                f"of inputs: take a model that classifies them, or `infer.detect.decode` for boxes"
+            )
         spent = cost.spent(trace).tolist() if trace.calls else [cost.full] * len(group)
         exits = sum((keep[:, 0] for name in halts[:1] for keep in trace[name]), torch.zeros(len(group)))
         chance, index = logits.softmax(-1).max(-1)

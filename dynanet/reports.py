@@ -7,22 +7,29 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dynanet import inspect
 from dynanet.bench.machine import facts
 from dynanet.core.cost import CostModel
+from dynanet.core.dynamic import execute, record
 from dynanet.core.errors import ConfigError
+from dynanet.data.boxed import unpadded
 from dynanet.experiment import Problem
+from dynanet.infer.detect import decode
 from dynanet.infer.session import Session
 from dynanet.runs import Run
 from dynanet.scenes import PRICED
+from dynanet.tasks import Detection, Segmentation
 
 BATCH = 64  # at which milliseconds are measured
+SHOWN = 6  # images in the report of a task whose answers lie in the image
 
 
 def report(run: Run, path: Path | None = None, *, static: Sequence[inspect.Point] = ()) -> Path:
     """Write report.html, with other networks to compare with."""
+    if not run.problem.task.tabulated or run.problem.task.figures:
+        return _of_images(run, path, static)
     frontier, table, problem = run.frontier(), run.test_table(), run.problem
     model = frontier.model
     session = Session(model, problem.example(), batches=(BATCH,))
@@ -74,10 +81,15 @@ def report(run: Run, path: Path | None = None, *, static: Sequence[inspect.Point
 def point(run: Run) -> inspect.Point:
     """A network with one answer, to compare others with: its test accuracy, MACs, and ms at a batch of 64.
 
+    Of a task that is not tabulated: its first figure in place of the accuracy, and no ms.
+
     Raises:
         ConfigError: a run of a network with exits.
     """
     model, problem = run.model(), run.problem
+    if not problem.task.tabulated or problem.task.figures:
+        score = problem.task.score(execute(model, sparse=True), problem.test, CostModel(model, problem.example()))
+        return inspect.Point(run.folder.name, score.macs, next(iter(score.figures.values())))
     if not isinstance(model, nn.Sequential):
         kind = type(model).__name__
         raise ConfigError(f"{run.folder} is the run of a {kind}; expected one of a network with one answer")
@@ -92,6 +104,83 @@ def point(run: Run) -> inspect.Point:
     return inspect.Point(run.folder.name, macs, right / problem.test.samples, ms)
 
 
+@torch.no_grad()
+def _of_images(run: Run, path: Path | None, static: Sequence[inspect.Point]) -> Path:
+    """The report of a task whose answers lie in the image."""
+    results, problem, (model, setting) = run.results(), run.problem, run.explained()
+    cost = CostModel(execute(model, sparse=True), problem.example())
+    shown: list[inspect.Shown] = []
+    maps: list[Tensor] = []
+    boxes: list[Tensor] = []
+    for x, y in problem.test:
+        with record(model) as trace:
+            answer = model(x)
+        spent = cost.spent(trace).tolist() if trace.calls else [cost.full] * len(x)
+        units = None
+        if any(call.keep.dim() == 4 for call in trace.calls):
+            units = inspect.units_per_position(trace, problem.size)
+            maps.append(units)
+        truth = [each.boxes for each in unpadded(y)] if isinstance(problem.task, Detection) else []
+        boxes += truth
+        for k in range(min(len(x), SHOWN - len(shown))):
+            found, wanted = _boxes(answer[k : k + 1], y[k : k + 1], problem)
+            picture = _pictures(problem, x[k : k + 1])[0]
+            one = None if units is None else units[k].numpy()
+            labels, known = _labels(answer[k], y[k], problem)
+            name = f"image {len(shown) + 1}"
+            shown.append(inspect.Shown(name, picture, spent[k], one, found, wanted, labels, known))
+    beside = {}
+    if maps and boxes:
+        inside, outside, correlation = inspect.beside_boxes(torch.cat(maps), boxes)
+        beside = {
+            "units per position": f"{inside:.2f} inside the true boxes, {outside:.2f} outside",
+            "correlation with the boxes": f"{correlation:.3f} (point-biserial, over all pixels of the test images)",
+        }
+    points = {
+        each["name"]: (each["macs"], {k: v for k, v in each.items() if k not in ("name", "macs", "by_class")})
+        for each in results["points"]
+    }
+    explained = next(each for each in results["points"] if each["name"] == setting)
+    by_class = {k: list(each.values()) for k, each in explained["by_class"].items()}
+    versions = facts()
+    origin = inspect.Origin(
+        data=problem.title,
+        test="test split, looked at once",
+        model=run.experiment.model.name,
+        arguments=run.experiment.model.arguments,
+        device=f"{versions['device']}, {_threads()}",
+        versions={name: versions[name] for name in ("dynanet", "torch")},
+        commit=versions["commit"],
+        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        more={"load": versions["load"]},
+    )
+    findings = inspect.ImageFindings(
+        f"{run.experiment.model.name} on {problem.title}", origin, problem.classes, cost.full,
+        points, by_class, beside, static, shown, setting,
+    )  # fmt: skip
+    path = path if path is not None else run.folder / "report.html"
+    inspect.write_report(findings, path)
+    return path
+
+
+def _boxes(answer: Tensor, y: Tensor, problem: Problem) -> tuple[list[inspect.Box], list[inspect.Box]]:
+    """Found (those worth a look) and true boxes of one image; none where the task has none."""
+    if not isinstance(problem.task, Detection):
+        return [], []
+    (found,), (wanted,) = decode(answer, problem.size, least=0.3), unpadded(y)
+    return (
+        [inspect.Box(*each) for each in zip(*(t.tolist() for t in found), strict=True)],
+        [inspect.Box(*each) for each in zip(wanted.boxes.tolist(), wanted.labels.tolist(), strict=True)],
+    )
+
+
+def _labels(answer: Tensor, y: Tensor, problem: Problem) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Found and true classes of the pixels of one image; none where the task asks for none."""
+    if not isinstance(problem.task, Segmentation):
+        return None, None
+    return answer.argmax(0).numpy(), torch.where(y == problem.task.void, -1, y).numpy()
+
+
 def _measured(session: Session) -> list[dict[int, dict[str, float]]]:
     return list(session.units.values())
 
@@ -101,9 +190,9 @@ def _threads() -> str:
     return f"{count} thread{'s' if count > 1 else ''}"
 
 
-def _pictures(problem: Problem) -> np.ndarray:
-    """The test images as they were, uint8."""
-    x = torch.cat([x for x, _ in problem.test])
+def _pictures(problem: Problem, x: Tensor | None = None) -> np.ndarray:
+    """Test images as they were, uint8; all of them if none are given."""
+    x = torch.cat([x for x, _ in problem.test]) if x is None else x
     if problem.mean is not None and problem.std is not None:
         x = x * torch.tensor(problem.std)[:, None, None] + torch.tensor(problem.mean)[:, None, None]
     pictures = (255 * x).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,28 +27,29 @@ from dynanet.bench.compare import Row, compare
 from dynanet.bench.machine import append_rows, facts
 from dynanet.core.budget import Budget
 from dynanet.core.cost import CostModel
+from dynanet.core.dynamic import execute, layers
 from dynanet.core.errors import BudgetError, CheckpointError, ConfigError, DynanetError, InputError
 from dynanet.core.files import write_atomically
-from dynanet.core.objective import Objective
 from dynanet.experiment import Experiment, Problem, build, open_problem
 from dynanet.export.bundle import bundle
 from dynanet.export.card import Card
 from dynanet.export.config import Inputs
 from dynanet.infer.anytime import at_random
 from dynanet.infer.budgeted import outcome
-from dynanet.infer.calibrate import Frontier, apply, calibrate
+from dynanet.infer.calibrate import Frontier, apply, calibrate, with_thresholds
 from dynanet.infer.choice import Choice
 from dynanet.infer.table import Table, tabulate
 from dynanet.inspect import words
 from dynanet.loading import load
 from dynanet.mechanisms.early_exit import EarlyExit
 from dynanet.scenes import PRICED, classified
+from dynanet.tasks import Training, by_lot
 from dynanet.train.checkpoint import step_files
-from dynanet.train.objectives import CrossEntropy, MultiExit
 from dynanet.train.optimizers import one_cycle, sgd
 
 Tell = Callable[[str], None]
 SHARES = (0.75, 0.5, 0.25)
+AS_TRAINED = "as trained"
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ class Run:
         recipe, problem = self.experiment.recipe, self.problem
         torch.manual_seed(recipe.seed)
         model = build(self.experiment.model, problem)
-        objective = _objective(model, recipe.exit_weights, recipe.distill, recipe.label_smoothing)
+        asked = Training(recipe.exit_weights, recipe.distill, recipe.label_smoothing, recipe.ponder)
+        objective = problem.task.objective(model, asked)
         fresh = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.experiment.save(self.folder / "config.yaml")
@@ -122,15 +125,20 @@ class Run:
                 folder=self.folder,
                 optimizer=sgd(recipe.lr, weight_decay=recipe.weight_decay),
                 scheduler=one_cycle(warmup=recipe.warmup),
+                schedules=problem.task.schedules(model),
                 seed=recipe.seed,
+                monitor=problem.task.monitor,
+                lower_is_better=problem.task.lower_is_better,
                 resume=resume,
                 progress=progress and sys.stderr.isatty(),
-                callbacks=[_lines(recipe.epochs)] if progress and not sys.stderr.isatty() else [],
+                callbacks=[_lines(recipe.epochs, problem.task.monitor)] if progress and not sys.stderr.isatty() else [],
+                trainer_options={"precision": recipe.precision},
             )
         except DynanetError:
             if fresh and not step_files(self.folder):
                 shutil.rmtree(self.folder)
             raise
+        problem.task.finish(model)
         self._save(model.eval(), self.folder / "model", Card(data=problem.title))
         return done.metrics
 
@@ -162,12 +170,19 @@ class Run:
         return load(self.folder / "model")
 
     def calibrate(self, asked: Asked) -> list[Choice]:
-        """One pass over the held-out data; then thresholds for every budget."""
+        """One pass over the held-out data; then thresholds for every budget.
+
+        Raises:
+            ConfigError: nothing is calibrated for this task, or training has not come to its end.
+        """
+        self._check_tabulated()
         model, problem = self.model(), self.problem
-        frontier = calibrate(model, problem.held_out, CostModel(model, problem.example()))
+        cost = CostModel(model, problem.example())
+        frontier = calibrate(model, problem.held_out, cost, ignore=problem.task.ignore)
         frontier = self._as_used(frontier)
         choices = _choose(frontier, asked)
         frontier.save(self.folder / "frontier")
+        (self.folder / "results.json").unlink(missing_ok=True)
         _write_json(self.folder / "choices.json", {"asked": asdict(asked)})
         return choices
 
@@ -190,13 +205,22 @@ class Run:
 
     def frontier(self) -> Frontier:
         """The table of the last calibration, with the model."""
+        self._check_tabulated()
         if not (self.folder / "frontier").is_dir():
             self.model()
             raise ConfigError(f"{self.folder} was not calibrated yet; run: dynanet calibrate {self.folder}")
         return Frontier.load(self.folder / "frontier", self.model())
 
     def evaluate(self) -> dict[str, Any]:
-        """Test accuracy of every exit and every choice, beside random exits of the same rates."""
+        """Test accuracy of every exit and every choice, beside random exits of the same rates.
+
+        Where a sample's answer has many rows (segmentation), whole answers are scored, and `points` are their figures.
+        Of a task that is not tabulated: its figures and MACs, as `points`.
+        """
+        if not self.problem.task.tabulated:
+            return self._scored()
+        if self.problem.task.figures:
+            return self._scored_at_choices() if layers(self.model()) else self._scored()
         frontier, table = self.frontier(), self.test_table()
         full = table.accuracy[-1]
         rows = []
@@ -228,10 +252,78 @@ class Run:
         _write_json(self.folder / "results.json", results)
         return results
 
+    def results(self) -> dict[str, Any]:
+        """What `evaluate` wrote; evaluated now if it has not been since the last calibration."""
+        try:
+            return json.loads((self.folder / "results.json").read_text())
+        except (OSError, ValueError):
+            return self.evaluate()
+
+    def explained(self) -> tuple[nn.Module, str]:
+        """The model to look at in detail, and the name of its point: at the choice nearest to half of the MACs, as it
+        was trained where there are no choices."""
+        if not self.problem.task.tabulated or not layers(self.model()):
+            return self.model(), AS_TRAINED
+        frontier, full = self.frontier(), self.full_macs()
+        choice = min(self.choices(), key=lambda each: abs(each.macs / full - 0.5))
+        return apply(frontier.model, choice), in_words(choice.asked, full)
+
+    def _check_tabulated(self) -> None:
+        if not self.problem.task.tabulated:
+            raise ConfigError(
+                f"{self.folder} is a run of {type(self.problem.task).__name__.lower()}, whose networks decide by what "
+                f"they have learnt: there are no thresholds to calibrate; run: dynanet evaluate {self.folder}"
+            )
+
+    def _scored(self) -> dict[str, Any]:
+        """What the model as it is reaches on test data, run sparsely."""
+        model, problem = execute(self.model(), sparse=True), self.problem
+        cost = CostModel(model, problem.example())
+        score = problem.task.score(model, problem.test, cost)
+        by_class = {figure: dict(zip(problem.classes, each, strict=True)) for figure, each in score.by_class.items()}
+        results = {
+            "data": problem.title,
+            "test_samples": problem.test.samples,
+            "full_macs": cost.full,
+            "points": [{"name": AS_TRAINED, "macs": score.macs, **score.figures, "by_class": by_class}],
+            **facts(),
+        }
+        _write_json(self.folder / "results.json", results)
+        return results
+
+    def _scored_at_choices(self) -> dict[str, Any]:
+        """Whole answers, at the thresholds of every choice: every exit alone, the choices, and exits drawn by lot."""
+        frontier, problem = self.frontier(), self.problem
+        cost, exits = CostModel(frontier.model, problem.example()), frontier.table.exits
+        asked = []
+        for k in range(exits):
+            thresholds = np.full(exits - 1, np.inf)
+            thresholds[k:] = -np.inf
+            asked.append((f"all at exit {k + 1}", frontier.model, thresholds))
+        for choice in self.choices():
+            name = in_words(choice.asked, _full(frontier))
+            asked += [(name, frontier.model, choice.thresholds)]
+            asked += [(f"{name}, exits drawn by lot", *by_lot(frontier.model, choice.share))]
+        points = []
+        for name, model, thresholds in asked:
+            score = problem.task.score(execute(with_thresholds(model, thresholds), sparse=True), problem.test, cost)
+            by_class = {each: dict(zip(problem.classes, of, strict=True)) for each, of in score.by_class.items()}
+            points.append({"name": name, "macs": score.macs, **score.figures, "by_class": by_class})
+        results = {
+            "data": problem.title,
+            "test_samples": problem.test.samples,
+            "full_macs": _full(frontier),
+            "points": points,
+            **facts(),
+        }
+        _write_json(self.folder / "results.json", results)
+        return results
+
     def test_table(self) -> Table:
         """Scores, answers and correctness on test data, at every exit."""
         model = self.model()
-        table = tabulate(model, self.problem.test, CostModel(model, self.problem.example()))
+        cost = CostModel(model, self.problem.example())
+        table = tabulate(model, self.problem.test, cost, ignore=self.problem.task.ignore)
         return self._as_used(Frontier(model, table)).table
 
     def bench(
@@ -239,11 +331,14 @@ class Run:
         rounds: int = 7, tell: Tell = print,
     ) -> list[Row]:  # fmt: skip
         """Time the model at a budget, on test samples; rows go to bench.csv."""
-        frontier = self.frontier()
-        model = frontier.at(_budget(frontier, share))
+        if self.problem.task.tabulated:
+            frontier = self.frontier()
+            model, budget = frontier.at(_budget(frontier, share)), f"{share:.0%} of the MACs"
+        else:
+            model, budget = self.model(), "as trained"
         samples = _some(self.problem.test, max(256, *batches))
         rows = compare(model, samples, batches=batches, threads=threads, rounds=rounds, tell=tell)
-        about = {"data": self.problem.title, "budget": f"{share:.0%} of the MACs"}
+        about = {"data": self.problem.title, "budget": budget}
         append_rows(self.folder / "bench.csv", [asdict(row) for row in rows], about)
         return rows
 
@@ -304,7 +399,7 @@ def _choose(frontier: Frontier, asked: Asked) -> list[Choice]:
     if shares is None:
         shares = [share for share in SHARES if share > _cheapest(frontier)]
     choices = [frontier.choose(_budget(frontier, share)) for share in shares]
-    if asked.risk is not None:
+    if asked.risk is not None and frontier.table.groups is None:  # positions are not independent
         choices.append(frontier.choose(Budget(risk=asked.risk, confidence=asked.confidence)))
     return choices
 
@@ -328,21 +423,14 @@ def _full(frontier: Frontier) -> float:
     return float(frontier.table.dearest[-1])
 
 
-def _objective(model: nn.Module, weights: list[float] | None, distill: float, smoothing: float) -> Objective:
-    if not isinstance(model, EarlyExit):
-        return CrossEntropy(smoothing)
-    weights = weights if weights is not None else [1 / model.steps] * model.steps
-    return MultiExit(weights, distill=distill, label_smoothing=smoothing)
-
-
-def _lines(epochs: int) -> Any:
+def _lines(epochs: int, monitor: str) -> Any:
     """A line per epoch, for those who do not watch a terminal."""
     from lightning.pytorch.callbacks import Callback
 
     class Lines(Callback):
         def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
             metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            shown = [f"{name} {metrics[name]:.3f}" for name in ("train/loss", "val/accuracy") if name in metrics]
+            shown = [f"{name} {metrics[name]:.3f}" for name in ("train/loss", monitor) if name in metrics]
             print(f"  epoch {trainer.current_epoch + 1}/{epochs}  {'  '.join(shown)}", file=sys.stderr, flush=True)
 
     return Lines()

@@ -5,10 +5,10 @@ MACs really spent, and beside them
 
 - the full network (nothing skipped, trained without gates): the dearest static one,
 - the static network of the same MACs: accuracies of the two nearest sizes, interpolated in the logarithm of the MACs,
-- random gates of the same rates: the trained network, every decision replaced by that of another row of the batch.
+- random gates of the same rates: the trained network, every sample with the decisions of another one of its batch.
 
-Then the session is timed against the same weights without skipping, as `dynanet bench` does. What falls short is
-written too.
+`speed` times the session against the same weights without skipping, as `dynanet bench` does: on a quiet machine. What
+falls short is written too.
 """
 
 import argparse
@@ -24,7 +24,24 @@ from torch import nn
 from dynanet import CostModel, execute, forced, record
 from dynanet.bench.compare import compare
 from dynanet.bench.machine import append_rows
-from dynanet.train import Batches, CrossEntropy, fit, load_weights, newest, one_cycle, recalibrate_batchnorm
+from dynanet.core.dynamic import layers
+from dynanet.core.errors import ConfigError
+from dynanet.train import (
+    Batches,
+    CrossEntropy,
+    Frozen,
+    Objective,
+    fit,
+    load_weights,
+    newest,
+    one_cycle,
+    recalibrate_batchnorm,
+)
+
+
+def cross_entropy(model, cost):
+    """The objective of networks without gates."""
+    return CrossEntropy(), ()
 
 
 @dataclass
@@ -32,12 +49,20 @@ class Recipe:
     """A network, and what it is trained for.
 
     Attributes:
-        build: the network.
-        objective: from its cost model to the objective and the schedules.
+        build: the network; made of the trained one that `start` names, if it names one.
+        objective: from the network and its cost model to the objective and the schedules. None: nothing is trained.
+        start: what was trained before. Its epochs count.
+        epochs: others than the experiment's.
+        optimizer: another than the experiment's.
+        frozen: from the network to what of it stands still, norms included.
     """
 
-    build: Callable[[], nn.Module]
-    objective: Callable[[CostModel], tuple[Callable, Sequence[Callable]]] = lambda cost: (CrossEntropy(), ())
+    build: Callable[..., nn.Module]
+    objective: Callable[[nn.Module, CostModel], tuple[Objective, Sequence[Callable]]] | None = cross_entropy
+    start: str | None = None
+    epochs: int | None = None
+    optimizer: Callable | None = None
+    frozen: Callable[[nn.Module], Sequence[nn.Module]] = lambda model: ()
 
 
 @dataclass
@@ -69,82 +94,138 @@ class Experiment:
     precision: str = "32-true"
 
     def run(self, args):
-        """Train the networks that were named, or measure all that were trained."""
+        """Train the networks that were named, measure all that were trained, or time those that were named."""
         torch.set_num_threads(1)
         if args.what == "train":
             for name in args.names or [*self.static, *self.dynamic]:
                 self._train(name, args)
-        else:
+        elif args.what == "measure":
             self._measure(args)
+        else:
+            self._speed(args)
 
     def _train(self, name, args):
         torch.manual_seed(args.seed)
-        recipe = (self.static | self.dynamic)[name]
-        model = recipe.build()
+        recipe = self.recipes[name]
+        model = self._begun(name, args)
+        if recipe.objective is None:
+            return
         cost = CostModel(model, self.samples[:1])
-        objective, schedules = recipe.objective(cost)
+        objective, schedules = recipe.objective(model, cost)
         run = fit(
-            model, self.train, self.held_out, objective=objective, epochs=args.epochs, folder=args.runs / name,
-            optimizer=self.optimizer, scheduler=one_cycle(), schedules=schedules, cost=cost, seed=args.seed,
-            resume=True, progress=False, trainer_options={"precision": self.precision},
+            model, self.train, self.held_out, objective=objective, epochs=recipe.epochs or args.epochs,
+            folder=args.runs / name, optimizer=recipe.optimizer or self.optimizer, scheduler=one_cycle(),
+            schedules=schedules, cost=cost, seed=args.seed, resume=True, progress=False,
+            callbacks=[Frozen(*recipe.frozen(model))], trainer_options={"precision": self.precision},
         )  # fmt: skip
         print(name, {key: round(value, 4) for key, value in run.metrics.items()}, flush=True)
 
-    def _trained(self, name, recipe, args):
+    @property
+    def recipes(self):
+        """All, by name."""
+        return self.static | self.dynamic
+
+    def trained(self, name, args):
         """With fresh batch norms for the rows that really run; and its cost model."""
-        model = recipe.build()
-        load_weights(model, newest(args.runs / name))
+        model = self.finished(name, args)
         recalibrate_batchnorm(execute(model, sparse=True), self.train, batches=100)
         return model.eval(), CostModel(model, self.samples[:1])
 
+    def there(self, name, args):
+        """Was it trained, with all that it begins with?"""
+        recipe = self.recipes[name]
+        begun = recipe.start is None or self.there(recipe.start, args)
+        return begun and (recipe.objective is None or newest(args.runs / name) is not None)
+
+    def epochs(self, name, args):
+        """Of training, those of what it begins with included."""
+        recipe = self.recipes[name]
+        own = args.epochs if recipe.objective else 0
+        return (recipe.epochs or own) + (self.epochs(recipe.start, args) if recipe.start else 0)
+
+    def finished(self, name, args):
+        """As it was after the last step of training."""
+        if not self.there(name, args):
+            raise ConfigError(f"{name}, or what it begins with, is not in {args.runs}; train that first")
+        model = self._begun(name, args)
+        if self.recipes[name].objective is not None:
+            load_weights(model, newest(args.runs / name))
+        return model
+
+    def _begun(self, name, args):
+        recipe = self.recipes[name]
+        if recipe.start is None:
+            return recipe.build()
+        return recipe.build(self.finished(recipe.start, args))
+
     def _measure(self, args):
         torch.manual_seed(args.seed)
-        about = {"data": self.title, "epochs": args.epochs, "seed": args.seed}
-        curve = []
-        for name, recipe in self.static.items():
-            accuracy, spent = evaluate(*self._trained(name, recipe, args), self.test)
-            curve.append((spent, accuracy, name))
-        macs, accuracies, _ = zip(*sorted(curve), strict=True)
-        rows = [{"network": name, "macs": m, "accuracy": accuracy} for m, accuracy, name in sorted(curve)]
-        for name, recipe in self.dynamic.items():
-            if not (args.runs / name).exists():
+        curve, rows = [], []
+        for name in [*self.static, *self.dynamic]:
+            if name in self.dynamic and not self.there(name, args):
                 continue
-            model, cost = self._trained(name, recipe, args)
+            model, cost = self.trained(name, args)
             accuracy, spent = evaluate(model, cost, self.test)
-            at_random, random_macs = evaluate(model, cost, self.test, of_another)
-            rows.append({
-                "network": name, "macs": spent, "accuracy": accuracy, "full_macs": macs[-1],
-                "full_accuracy": accuracies[-1],
-                "static_accuracy": float(np.interp(np.log(spent), np.log(macs), accuracies)),
-                "random_accuracy": at_random, "random_macs": random_macs,
-            })  # fmt: skip
-            print(rows[-1], flush=True)
-            speeds = compare(model, self.samples, threads=[1], rounds=args.rounds, tell=print)
-            append_rows(args.results / f"{self.name}_speed.csv", [asdict(row) for row in speeds], {"network": name})
-        append_rows(args.results / f"{self.name}.csv", rows, about)
+            row = {
+                "network": name, "macs": spent, "accuracy": accuracy, "epochs": self.epochs(name, args),
+                "parameters": sum(p.numel() for p in model.parameters()),
+            }  # fmt: skip
+            if name in self.static:
+                curve = sorted([*curve, (spent, accuracy)])
+            else:
+                macs, accuracies = zip(*curve, strict=True)
+                static = float(np.interp(np.log(spent), np.log(macs), accuracies))
+                row |= {"full_macs": macs[-1], "full_accuracy": accuracies[-1], "static_accuracy": static}
+            if layers(model):
+                row["random_accuracy"], row["random_macs"] = evaluate(model, cost, self.test, exchanged=True)
+            rows.append(row)
+            print(row, flush=True)
+        append_rows(args.results / f"{self.name}.csv", rows, {"data": self.title, "seed": args.seed})
+
+    def _speed(self, args):
+        for name in args.names or self.dynamic:
+            if self.there(name, args):
+                model, _ = self.trained(name, args)
+                rows = compare(
+                    model, self.samples, threads=[1], rounds=args.rounds, full=self.finished([*self.static][-1], args),
+                    tell=print,
+                )  # fmt: skip
+                append_rows(args.results / f"{self.name}_speed.csv", [asdict(row) for row in rows], {"network": name})
 
 
-def evaluate(model, cost, batches, decide=None):
-    """(accuracy, MACs per sample) in the sparse form; `decide` replaces decisions."""
+def evaluate(model, cost, batches, *, exchanged=False):
+    """(accuracy, MACs per sample) in the sparse form; if `exchanged`, every sample with the decisions of another.
+
+    Decisions are exchanged in the dense form: there every sample is asked at every exit and node, so that one exchange
+    for a whole pass leaves the rates of all exits and leaves as they were.
+    """
+    execute(model, sparse=not exchanged)
     right = spent = seen = 0
     for x, y in batches:
-        with torch.no_grad(), record(model) as trace, forced(model, decide) if decide else nullcontext():
+        decide = forced(model, of_another(len(y))) if exchanged else nullcontext()
+        with torch.no_grad(), record(model) as trace, decide:
             right += int((model(x).argmax(1) == y).sum())
-        spent, seen = spent + float(cost.spent(trace).sum()), seen + len(y)
+        spent += float(cost.spent(trace).sum()) if layers(model) else cost.full * len(y)
+        seen += len(y)
     return right / seen, spent / seen
 
 
-def of_another(decision):
-    """The keep of another row: the same rate, and no longer this input's."""
-    keep = decision.keep.flatten(0, -2)
-    return keep[torch.randperm(len(keep))].view_as(decision.keep)
+def of_another(samples):
+    """The keep of another sample: the same rate, and no longer this input's. Tokens and positions: of another row."""
+    order = torch.randperm(samples)
+
+    def keep(decision):
+        rows = decision.keep.flatten(0, -2)
+        return rows[order if len(rows) == samples else torch.randperm(len(rows))].view_as(decision.keep)
+
+    return keep
 
 
 def arguments(description, name, epochs):
     """What the recipes take from the command line."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("what", choices=["train", "measure"])
-    parser.add_argument("names", nargs="*", help="of networks to train; all if none")
+    parser.add_argument("what", choices=["train", "measure", "speed"])
+    parser.add_argument("names", nargs="*", help="of networks to train or time; all if none")
     parser.add_argument("--data", required=True)
     parser.add_argument("--runs", type=Path, default=Path("runs") / name)
     parser.add_argument("--results", type=Path, default=Path("results"))

@@ -6,54 +6,14 @@
 No figure there is typed by hand. A block lies between `<!-- results:NAME -->` and `<!-- end of results -->`.
 """
 
-import csv
 import sys
-from pathlib import Path
 
 import numpy as np
+from mechanism_tables import choice, detection, mechanism, several, speed_targets
+from rows import ROOT, percent, quiet, rows, source, spread, times
 
-ROOT = Path(__file__).resolve().parent.parent
 CARDS = ROOT / "dynanet" / "mechanisms" / "cards"
 END = "<!-- end of results -->"
-NOTHING = ["Not measured yet: no row in `results/`."]
-
-
-def rows(name):
-    path = ROOT / "results" / name
-    return list(csv.DictReader(path.open(newline=""))) if path.exists() else []
-
-
-def quiet(found):
-    """Rows measured while no more programs ran than there are cores; others stay in the file and are not shown."""
-    return [row for row in found if float(row["load"]) <= float(row["cores"])]
-
-
-def spread(found, column, form):
-    """The median, and in brackets the lowest and the highest."""
-    values = [float(row[column]) for row in found if row.get(column)]
-    if not values:
-        return "not measured"
-    return f"{form(np.median(values))} ({form(min(values))} to {form(max(values))})"
-
-
-def percent(value):
-    return f"{100 * value:.1f} %"
-
-
-def times(value):
-    return f"{value:.2f}"
-
-
-def source(found, name):
-    """Where rows come from: file, device, load, versions, commits."""
-    if not found:
-        return ""
-    loads = [float(row["load"]) for row in found]
-    commits = sorted({row["commit"] for row in found})
-    return (
-        f"[{name}](results/{name}): {found[0]['device']}, load average {min(loads):.1f} to {max(loads):.1f}, torch "
-        f"{found[0]['torch']}, ONNX Runtime {found[0]['onnxruntime']}, commit {', '.join(commits)}."
-    )
 
 
 def indian_pines():
@@ -153,38 +113,6 @@ def scene():
     return lines
 
 
-def mechanism(*names):
-    """Rows of `recipes/cifar10_mechanisms.py`."""
-    found = [row for row in rows("cifar10_mechanisms.csv") if row["network"] in names]
-    speeds = [row for row in rows("cifar10_mechanisms_speed.csv") if row["network"] in names]
-    if not found:
-        return NOTHING
-    lines = [
-        f"CIFAR-10, a small ResNet, {found[0]['epochs']} epochs, test accuracy. Static: the same network, narrower, by the "
-        "same recipe, at the same MACs (interpolated). Random: the same decisions, but another image's.",
-        source(found, "cifar10_mechanisms.csv"),
-        "",
-        "| | accuracy | MACs | static, same MACs | full network | its MACs | random gates |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in found:
-        accuracy, static, full, chance = (
-            percent(float(row[k])) for k in ("accuracy", "static_accuracy", "full_accuracy", "random_accuracy")
-        )
-        spent, dense = (f"{float(row[k]) / 1e6:.1f} M" for k in ("macs", "full_macs"))
-        lines.append(f"| {row['network']} | {accuracy} | {spent} | {static} | {full} | {dense} | {chance} |")
-    lines += ["", "A session against the same weights with nothing skipped, one thread:", ""]
-    lines += [
-        "| | batch | times faster, same engine | than the best dense engine | of the FLOP ratio | of the latency theory |"
-    ]
-    lines += ["|---|---|---|---|---|---|"]
-    columns = ("over_same_engine", "over_best_dense", "over_flop_ratio", "over_latency_theory")
-    for row in speeds:
-        cells = " | ".join(times(float(row[column])) for column in columns)
-        lines.append(f"| {row['network']} | {row['batch']} | {cells} |")
-    return lines
-
-
 def targets():
     """What was asked before anything was measured, and the medians."""
     lines = ["| what | asked | reached | |", "|---|---|---|---|"]
@@ -229,6 +157,8 @@ def targets():
         if row.get("times"):
             what = f"CIFAR-10, {row['network']} over {row['static']} at its held-out accuracy, batch {row['batch']}"
             line(what, 1.3, [float(row["times"])])
+    for what, asked, values in speed_targets():
+        line(what, asked, values)
     return lines
 
 
@@ -238,21 +168,35 @@ NUMBERS = {
 }
 
 
+def to_choose():
+    """The README's table of mechanisms: its first three cells as they are, the others from the rows."""
+    text = (ROOT / "README.md").read_text().split("<!-- results:choice -->")[1].split(END)[0]
+    lines = [
+        "| your inputs | what to try | what is decided | points over a static network of the same MACs | over random "
+        "gates | session, of the FLOP ratio at batch 1 / 8 / 64 / 256 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for line in text.strip().split("\n")[2:]:
+        cells = [cell.strip() for cell in line.split("|")[1:4]]
+        card = cells[1].split("cards/")[1].split(".md")[0]
+        worth = choice(card) or ("not measured yet", "", "")
+        lines.append(f"| {' | '.join([*cells, *worth])} |".replace("|  |", "| |"))
+    return lines
+
+
 def blocks():
     """Every block: the file it is in, its name, its lines."""
+    yield ROOT / "README.md", "choice", to_choose()
     yield ROOT / "README.md", "readme", ["", *indian_pines(), "", *msdnet(), "", *cifar10(), ""]
     yield ROOT / "results" / "README.md", "targets", targets()
     mine = {
         "early_exit": [*msdnet(), "", *cifar10()],
         "scene_exit": scene(),
-        "layer_skip": mechanism("layer_skip", "layer_skip_rates", "recurrent_skip"),
-        "policy_skip": mechanism("policy_skip"),
-        "path_select": mechanism("path_select"),
-        "channel_skip": mechanism("channel_skip"),
-        "pondering": mechanism("pondernet"),
+        "layer_skip": several(mechanism("layer_skip"), detection("skip-0.65")),
+        "position_halting": detection("halting-0.05", "halting-0.02"),
     }
     for card in sorted(CARDS.glob("*.md")):
-        yield card, card.stem, mine.get(card.stem, NOTHING)
+        yield card, card.stem, mine[card.stem] if card.stem in mine else mechanism(card.stem)
 
 
 def main():
@@ -260,7 +204,7 @@ def main():
     for path, name, lines in blocks():
         text, begin = path.read_text(), f"<!-- results:{name} -->"
         before, rest = text.split(begin)
-        new = "\n".join([f"{before}{begin}", *lines, f"{END}{rest.split(END)[1]}"])
+        new = "\n".join([f"{before}{begin}", *lines, f"{END}{rest.split(END, 1)[1]}"])
         if new != text:
             stale.append(str(path.relative_to(ROOT)))
             if "--check" not in sys.argv:

@@ -6,17 +6,19 @@
 Trained from scratch on the words of the training sentences; a tenth of these is held out.
 """
 
+import re
 from functools import partial
 from pathlib import Path
 
 import torch
 from beside import Experiment, Recipe, arguments
+from torch import nn
 
 from dynanet import Budget, Gate, convert, zoo
 from dynanet.data.splits import stratified
 from dynanet.data.text import Sentences, Vocabulary, load_labelled_lines
 from dynanet.gates.rules import Gumbel
-from dynanet.mechanisms.neuron_skip import LowRankScorer, NeuronSkip
+from dynanet.mechanisms.neuron_skip import LowRankScorer, NeuronSkip, moefy
 from dynanet.train import Batches, CrossEntropy, LoadBalance, RouterZ, Within, adamw, tighten_budget
 
 LONGEST, WIDTH, HIDDEN, ACTIVE, EXPERTS = 40, 128, 256, 2, 8
@@ -43,13 +45,39 @@ def neurons(vocabulary, classes):
     return convert(static, {r"blocks\.\d\.feed_forward": gated})
 
 
-def quarter(cost):
+def converted(batches, trained):
+    """MoEfication: the trained static network with four times the neurons, a quarter of which a router names per token.
+
+    No weight changes; routers learn from what the training sentences' tokens bring about.
+    """
+    seen = {f"blocks.{k}.feed_forward": [] for k in range(len(trained.blocks))}
+    there = []  # the tokens of a batch that are no padding
+
+    def listen(name):
+        return lambda module, x: seen[name].append(x[0][there[-1]])
+
+    hooks = [trained.get_submodule(name).register_forward_pre_hook(listen(name)) for name in seen]
+    with torch.no_grad():
+        for ids, _ in batches:
+            there.append(nn.functional.pad(ids != 0, (1, 0), value=True))
+            trained.eval()(ids)
+    for hook in hooks:
+        hook.remove()
+
+    def routed(name):
+        up, _, down = trained.get_submodule(name)
+        return lambda feed_forward: moefy(up, down, torch.cat(seen[name]), keep=up.out_features // 4 // 16)
+
+    return convert(trained, {re.escape(name): routed(name) for name in seen})
+
+
+def quarter(model, cost):
     """Cross-entropy, and a budget of a quarter of the gated MACs."""
     budget = Within(Budget(macs=cost.always + 0.25 * (cost.full - cost.always)), cost)
     return CrossEntropy() + 4.0 * budget, (tighten_budget(budget),)
 
 
-def balanced(cost):
+def balanced(model, cost):
     """Cross-entropy, and loads that do not collapse."""
     return CrossEntropy() + 0.01 * LoadBalance() + 0.001 * RouterZ(), ()
 
@@ -75,6 +103,7 @@ if __name__ == "__main__":
         dynamic={
             "experts": Recipe(partial(sized, experts=EXPERTS), balanced),
             "neuron_skip": Recipe(partial(neurons, len(vocabulary), classes), quarter),
+            "moefied": Recipe(partial(converted, part(kept)), None, start="hidden x 4"),
         },
         train=part(kept, shuffle=True, drop_last=True, seed=args.seed), held_out=part(aside),
         test=Batches(test, 32, collate=Sentences.collate),

@@ -10,7 +10,7 @@ FLOORS = {
     **dict.fromkeys(("core",), 0),
     **dict.fromkeys(("ops", "gates", "nets", "data"), 1),
     **dict.fromkeys(("mechanisms", "train", "infer", "export"), 2),
-    **dict.fromkeys(("zoo", "inspect", "conversion", "testing"), 3),
+    **dict.fromkeys(("zoo", "inspect", "conversion", "testing", "tasks"), 3),
     **dict.fromkeys(("bench", "loading", "experiment"), 4),
     **dict.fromkeys(("scenes", "prediction", "arguments"), 5),
     **dict.fromkeys(("runs",), 6),

@@ -36,6 +36,7 @@ HEAVY = [  # what only some users have or want, and what takes seconds
     "pandas",
     "plotly",
     "pyarrow",
+    "pycocotools",
     "scipy",
     "sklearn",
     "tensorly",

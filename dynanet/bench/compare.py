@@ -40,13 +40,13 @@ class Row:
         best_dense_ms: of the quickest engine for the full network (last answer only).
         best_dense: which engine that is.
         over_reference: reference_ms / session_ms.
-        over_same_engine: the session with everything kept / session_ms. First of the four numbers.
+        over_same_engine: the session on its dearest path (`CostModel.dearest`) / session_ms. First of the four numbers.
         over_best_dense: best_dense_ms / session_ms. Second.
-        over_flop_ratio: over_same_engine / (MACs with everything kept / MACs spent). Third.
+        over_flop_ratio: over_same_engine / macs_ratio. Third.
         over_latency_theory: the engines' own time for the same calls / session_ms. Fourth: 1 means that deciding,
             gathering and scattering cost nothing.
         stream_over_latency_theory: the same for the stream: the session's engine time / stream_ms.
-        macs_ratio: MACs with everything kept / MACs spent.
+        macs_ratio: MACs of the dearest path / MACs spent.
         spread: interquartile range of the per-round over_reference, as "low-high".
     """
 
@@ -76,6 +76,7 @@ def compare(
     batches: Sequence[int] = (1, 8, 64, 256),
     threads: Sequence[int] = (1,),
     rounds: int = 7,
+    full: nn.Module | None = None,
     cache: Path | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
@@ -87,6 +88,8 @@ def compare(
         batches: samples per call.
         threads: how many threads to try.
         rounds: interleaved repetitions.
+        full: the network to beat in `over_best_dense`; the model itself, with everything kept, if None. Give one where
+            units exclude each other (widths, branches): the dense form of such a model computes more than any row runs.
         cache: of exported graphs.
         tell: gets a line per cell as it is done.
 
@@ -114,7 +117,7 @@ def compare(
             session = Session(model, samples[:1], threads=n, batches=sorted({*batches, 1, 4, 16}), cache=cache)
             check_equivalent(model, session, samples)
             for batch in batches:
-                rows.append(_row(model, session, samples, batch, rounds, cache))
+                rows.append(_row(model, full, session, samples, batch, rounds, cache))
                 tell(line(rows[-1]))
     finally:
         torch.set_num_threads(before)
@@ -155,16 +158,25 @@ def check_equivalent(model: nn.Module, session: Session, samples: Tensor, margin
         )
 
 
-def _row(model: nn.Module, session: Session, samples: Tensor, batch: int, rounds: int, cache: Path | None) -> Row:
+def _row(
+    model: nn.Module,
+    full: nn.Module | None,
+    session: Session,
+    samples: Tensor,
+    batch: int,
+    rounds: int,
+    cache: Path | None,
+) -> Row:
     # Enough samples for a stable mean of where they exit, few enough that a round stays short.
     count = max(batch, min(len(samples), 64 if batch == 1 else 256) // batch * batch)
     groups = samples[:count].split(batch)
-    engines = dense_engines(model, groups[0], cache)
+    engines = dense_engines(model if full is None else copy.deepcopy(full).eval(), groups[0], cache)
+    cost = CostModel(model, samples[:1])
     calls = _engine_calls(session, groups)
     contestants: dict[str, Callable[[], object]] = {
         "session": lambda: [session(x) for x in groups],
         "theory": lambda: [engine(inputs) for engine, inputs in calls],
-        "same": lambda: _all_kept(session, groups),
+        "same": lambda: _dearest(session, cost, groups),
         "reference": lambda: [_reference(model, x) for x in groups],
         **{name: lambda engine=engine: [engine([x]) for x in groups] for name, engine in engines.items()},
     }
@@ -176,7 +188,7 @@ def _row(model: nn.Module, session: Session, samples: Tensor, batch: int, rounds
     ms = {name: 1e3 * float(np.median(s)) / count for name, s in seconds.items()}
     over_reference, low, high = ratio(seconds["reference"], seconds["session"])
     over_same = ratio(seconds["same"], seconds["session"])[0]
-    kept, spent = _macs(model, session, samples[:count])
+    kept, spent = cost.worst, _spent(session, cost, samples[:count])
     streamed = "stream" in seconds
     return Row(
         batch=batch, threads=torch.get_num_threads(), samples=count, rounds=rounds,
@@ -200,18 +212,17 @@ def _reference(model: nn.Module, x: Tensor) -> object:
     return torch.stack(answers), sure
 
 
-def _all_kept(session: Session, groups: Sequence[Tensor]) -> None:
-    with forced(session, everything):
+def _dearest(session: Session, cost: CostModel, groups: Sequence[Tensor]) -> None:
+    with cost.dearest(session):
         for x in groups:
             session(x)
 
 
-def _macs(model: nn.Module, session: Session, samples: Tensor) -> tuple[float, float]:
-    """MACs per sample with everything kept, and spent."""
-    cost = CostModel(model, samples[:1])
+def _spent(session: Session, cost: CostModel, samples: Tensor) -> float:
+    """MACs per sample."""
     with record(session) as trace:
         session(samples)
-    return cost.worst, float(cost.spent(trace).mean())
+    return float(cost.spent(trace).mean())
 
 
 class _Last(nn.Module):

@@ -1,5 +1,6 @@
 """A CostModel prices every unit of a model, from what really ran."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,10 +26,12 @@ class CostModel:
     Layers go by their names, so a cost model also prices traces of a copy of the model: of a session, say.
 
     Attributes:
-        full: MACs per sample of the dense form, everything computed.
+        full: MACs per sample of the dense form, everything computed; of units that exclude each other (`Dynamic.most`)
+            the dearest only, as no row runs more.
         always: MACs per sample in no unit: what runs whatever is decided, gates included.
-        worst: MACs per sample of the dearest path: the sparse form with everything kept. More than `full` where halos
-            are read twice; less where a hard cap stands (`Halt.limit`).
+        worst: MACs per sample of the dearest path: the sparse form with everything kept, and as in `full` the dearest
+            of what excludes each other. More than `full` where halos are read twice; less where a hard cap stands
+            (`Halt.limit`).
         unit: by layer, the price of one row of each unit, (units,) or (units, degree) float64.
 
     Args:
@@ -48,16 +51,17 @@ class CostModel:
         found = layers(model)
         with _as_deployed(model):
             execute(model, sparse=False)
-            with CountMacs() as dense, forced(model, everything):
+            with record(model) as all_of_it, CountMacs(all_of_it) as dense, forced(model, everything):
                 _try(model, example)
             execute(model, sparse=True)
             passes = [_counted(model, example, everything)]
             for power in range(2, 1 + max((layer.degree for layer in found.values()), default=1)):
                 passes.append(_counted(model, example, _one_in(power)))
         trace, macs = passes[0]
-        self.full = dense.total / samples
+        most = {name: layer.most for name, layer in found.items()}
+        self.full = _dearest(all_of_it, dense.macs, most) / samples
         self.always = macs[None] / samples
-        self.worst = sum(macs.values()) / samples
+        self.worst = _dearest(trace, macs, most) / samples
         self.unit = {name: _prices(name, layer, passes) for name, layer in found.items() if name in trace.keys()}
         self._price = {name: layer.price for name, layer in found.items()}
 
@@ -73,6 +77,24 @@ class CostModel:
         for call in trace.calls:
             spent = spent + self._call(call)
         return spent
+
+    @contextmanager
+    def dearest(self, model: nn.Module) -> Iterator[None]:
+        """Inside, every row of the model takes the dearest path: everything is kept, and of units that exclude each
+        other the dearest ones, by their own price (without what is decided inside them).
+
+        Args:
+            model: the one that was priced, or a copy of it: a session, say.
+        """
+        found = layers(model)
+        before = [layer.force for layer in found.values()]
+        for name, layer in found.items():
+            layer.force = everything if layer.most is None else _dearest_of(self.unit[name], layer.most)
+        try:
+            yield
+        finally:
+            for layer, was in zip(found.values(), before, strict=True):
+                layer.force = was
 
     def steps(self, trace: Trace, name: str = "") -> Tensor:
         """MACs per sample if it left a Halt after its first, second, ... step: (B, steps) float64.
@@ -148,6 +170,40 @@ def _counted(model: nn.Module, example: Any, keep: Callable[[Decision], Tensor])
     with record(model) as trace, forced(model, keep), CountMacs(trace) as count:
         model(example)
     return trace, count.macs
+
+
+def _dearest(trace: Trace, macs: Counter[tuple[str, range] | None], most: dict[str, int | None]) -> float:
+    """Of all MACs those that one path can take, where a layer runs only its `most` dearest units."""
+    above: dict[str, set[tuple[str, int] | None]] = {}
+    for call in trace.calls:
+        above.setdefault(call.name, set()).add(call.within[-1] if call.within else None)
+    for frame in filter(None, macs):
+        above.setdefault(frame[0], {None})
+    # A layer that several units share counts beside them: more than a path takes, never less.
+    parent = {name: units.pop() if len(units) == 1 else None for name, units in above.items()}
+
+    def inside(unit: tuple[str, int] | None) -> float:
+        return sum(layer(name) for name, around in parent.items() if around == unit)
+
+    def layer(name: str) -> float:
+        units: Counter[int] = Counter()
+        for frame in filter(None, macs):
+            if frame[0] == name:
+                units[frame[1].start] += macs[frame]
+        starts = set(units) | {around[1] for around in parent.values() if around is not None and around[0] == name}
+        costs = sorted((units[start] + inside((name, start)) for start in starts), reverse=True)
+        return sum(costs[: most[name]])
+
+    return macs[None] + inside(None)
+
+
+def _dearest_of(prices: Tensor, most: int) -> Callable[[Decision], Tensor]:
+    best = prices.reshape(prices.shape[0], -1).sum(1).topk(min(most, prices.shape[0])).indices
+
+    def keep(decision: Decision) -> Tensor:
+        return torch.zeros_like(decision.keep).index_fill(-1, best.to(decision.keep.device), 1)
+
+    return keep
 
 
 def _zeros(trace: Trace) -> Tensor:

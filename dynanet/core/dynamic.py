@@ -56,10 +56,12 @@ class Dynamic(nn.Module):
             `execute`. In training the dense form is used whatever is set: gradients of a gate need what was not kept.
         degree: the price of a unit is a polynomial of this degree in the number of rows that keep it, without constant
             term. 1 nearly always; 2 for attention among the kept tokens.
+        most: how many units a row runs at most, where units exclude each other: 1 for widths. None: any number.
     """
 
     sparse: bool = False
     degree: int = 1
+    most: int | None = None
     trace: Trace | None = None
     force: Callable[[Decision], Tensor] | None = None
 

@@ -1,7 +1,7 @@
 """A bundle: a model in a folder, as weights, JSON and a model card. Nothing in it is ever executed.
 
     model.safetensors   weights and buffers (thresholds too)
-    config.json         the architecture by name, its arguments, limits, classes and input
+    config.json         the architecture by name, its arguments, limits, active exits, classes and input
     manifest.json       size and sha256 of the others, every tensor's dtype and shape, measured MACs, a fingerprint
     README.md           the model card
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from operator import methodcaller
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import safetensors.torch
 import torch
@@ -25,11 +25,11 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from dynanet.core.architecture import Architecture, architecture_of
-from dynanet.core.errors import BundleError
+from dynanet.core.errors import BundleError, StructureError
 from dynanet.core.files import write_atomically, write_folder_atomically
 from dynanet.core.halt import Halt
 from dynanet.export.card import Card, render
-from dynanet.export.config import CONFIG, FORMAT, Builders, Inputs, parse_config, write_config
+from dynanet.export.config import CONFIG, FORMAT, Builders, Inputs, Switchable, parse_config, write_config
 from dynanet.export.folder import (
     MANIFEST,
     README,
@@ -109,6 +109,8 @@ def bundle(
     check_macs("worst", worst_macs)
     arguments = {name: plain(value, f"argument {name} of {made.name}") for name, value in made.arguments.items()}
     limits = {name: m.limit for name, m in model.named_modules() if isinstance(m, Halt) and m.limit is not None}
+    switched = {name: tuple(m.active) for name, m in model.named_modules() if _is_switchable(m)}
+    active = {name: on for name, on in switched.items() if on != tuple(range(on[-1] + 1))}
     tensors = state(model)
     facts = {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -120,7 +122,7 @@ def bundle(
     }
     contents = {
         WEIGHTS: safetensors.torch.save(tensors),
-        CONFIG: write_config(made, arguments, limits, classes, inputs),
+        CONFIG: write_config(made, arguments, limits, active, classes, inputs),
         README: render(card or Card(), made.name, arguments, facts).encode(errors="replace"),
     }
     manifest = seal(
@@ -192,6 +194,7 @@ def _read(folder: Path, builders: Builders, fingerprint: str | None) -> Bundle:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # loading a model leaves the user's seed alone
         model = _built(builders[config.architecture], config.arguments).eval()
     model.load_state_dict(tensors)
+    _set_active(model, config.active)
     _set_limits(model, config.limits)
     macs = manifest["macs"]
     return Bundle(model, config.classes, config.inputs, macs["mean"], macs["worst"], manifest["fingerprint"])
@@ -239,6 +242,22 @@ def _set_limits(model: nn.Module, limits: Mapping[str, int]) -> None:
         module.limit = limit
 
 
+def _is_switchable(module: nn.Module) -> TypeGuard[Switchable]:
+    return isinstance(module, Halt) and isinstance(module, Switchable)
+
+
+def _set_active(model: nn.Module, active: Mapping[str, Sequence[int]]) -> None:
+    modules = dict(model.named_modules())
+    for name, steps in active.items():
+        module = modules.get(name)
+        if module is None or not _is_switchable(module):
+            raise BundleError(f"{CONFIG}: active steps of {short(name)}; the model has none to switch off there")
+        try:
+            module.active = steps
+        except StructureError as error:
+            raise BundleError(f"{CONFIG}: {short(name)}: {line(error)}") from error
+
+
 def _check_back(model: nn.Module, made: Architecture, folder: Path) -> None:
     """Does the new bundle load, and give the same modules?"""
     try:
@@ -250,11 +269,11 @@ def _check_back(model: nn.Module, made: Architecture, folder: Path) -> None:
         if theirs.get(name) != ours.get(name):
             raise BundleError(
                 f"this model cannot be bundled: {short(name)} is now {ours.get(name)}, {made.name} builds "
-                f"{theirs.get(name)}; only weights, buffers and limits may change after building"
+                f"{theirs.get(name)}; only weights, buffers, limits and active exits may change after building"
             )
     steps = [{name: m.steps for name, m in each.named_modules() if isinstance(m, Halt)} for each in (again, model)]
     if steps[0] != steps[1]:
         raise BundleError(
-            f"this model cannot be bundled: its layers have {steps[1]} steps, {made.name} builds {steps[0]}; switch "
-            f"every exit on, or give the builder fewer exits"
+            f"this model cannot be bundled: its layers have {steps[1]} steps, {made.name} builds {steps[0]}; give the "
+            f"builder as many"
         )

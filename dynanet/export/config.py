@@ -5,7 +5,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -47,6 +47,18 @@ class Inputs:
             raise ConfigError(f"input: std is {short(self.std)}; expected numbers above 0")
 
 
+@runtime_checkable
+class Switchable(Protocol):
+    """A layer some of whose steps can be switched off, as early exits can.
+
+    Attributes:
+        active: the steps that are on, counted from 0, ascending, the last one included. Setting it switches the others
+            off.
+    """
+
+    active: Sequence[int]
+
+
 @dataclass(frozen=True)
 class Config:
     """A checked config.
@@ -55,6 +67,7 @@ class Config:
         architecture: the name of the builder.
         arguments: what the builder is given, by name.
         limits: of the Halts of the model that have one: at most so many steps.
+        active: of those of which some steps are switched off: the others, counted from 0.
         classes: the name of each class.
         inputs: what the model takes.
     """
@@ -62,6 +75,7 @@ class Config:
     architecture: str
     arguments: dict[str, Any]
     limits: dict[str, int]
+    active: dict[str, list[int]]
     classes: list[str] | None
     inputs: Inputs | None
 
@@ -70,6 +84,7 @@ def write_config(
     made: Architecture,
     arguments: Mapping[str, Any],
     limits: Mapping[str, int],
+    active: Mapping[str, Sequence[int]],
     classes: Sequence[str] | None,
     inputs: Inputs | None,
 ) -> bytes:
@@ -86,6 +101,8 @@ def write_config(
         "classes": plain(classes if classes is None else list(classes), "classes"),
         "input": None if inputs is None else dataclasses.asdict(inputs),
     }
+    if active:  # a model with all its steps on has the bundle that it always had
+        config["active"] = {name: list(steps) for name, steps in active.items()}
     text = dump(config)
     parse_config(text, {made.name: made.builder})
     return text
@@ -98,15 +115,17 @@ def parse_config(text: bytes, builders: Builders) -> Config:
         BundleError: it is no config, names something that is not in `builders`, or gives it what it does not take.
     """
     raw = parse(text, CONFIG)
-    check_keys(raw, {"format", "architecture", "arguments", "limits", "classes", "input"}, CONFIG)
+    keys = {"format", "architecture", "arguments", "limits", "classes", "input"}
+    check_keys(raw, keys | {"active"} & raw.keys(), CONFIG)
     if raw["format"] != FORMAT:
         raise BundleError(f"{CONFIG} has format {short(raw['format'])}; this dynanet reads {FORMAT}: update it")
     name, arguments, limits, classes = (raw[key] for key in ("architecture", "arguments", "limits", "classes"))
+    active = raw.get("active", {})
     if not isinstance(name, str) or name not in builders:
         raise BundleError(f"{CONFIG}: architecture is {short(name)}; expected one of {', '.join(sorted(builders))}")
-    for key in ("arguments", "limits"):
-        if not isinstance(raw[key], dict):
-            raise BundleError(f"{CONFIG}: {key} is {short(raw[key])}; expected an object")
+    for key, value in (("arguments", arguments), ("limits", limits), ("active", active)):
+        if not isinstance(value, dict):
+            raise BundleError(f"{CONFIG}: {key} is {short(value)}; expected an object")
     for key, value in arguments.items():
         plain(value, f"{CONFIG}: argument {short(key)}")
     try:
@@ -118,13 +137,18 @@ def parse_config(text: bytes, builders: Builders) -> Config:
             raise BundleError(
                 f"{CONFIG}: limit of {short(key)} is {short(limit)}; expected a number of steps from 1 on"
             )
+    for key, steps in active.items():
+        if not (isinstance(steps, list) and steps and _are(lambda k: k == 0 and type(k) is int or _is_count(k), steps)):
+            raise BundleError(
+                f"{CONFIG}: active steps of {short(key)} are {short(steps)}; expected a list of whole numbers from 0 on"
+            )
     if classes is not None:
         if not _are(lambda each: isinstance(each, str), classes):
             raise BundleError(f"{CONFIG}: classes is {short(classes)}; expected a list of names, or null")
         plain(classes, f"{CONFIG}: classes")
         if len(classes) != arguments.get("num_classes", len(classes)):
             raise BundleError(f"{CONFIG}: {len(classes)} classes are named, {name} has {arguments['num_classes']}")
-    return Config(name, arguments, limits, classes, _parse_inputs(raw["input"], arguments))
+    return Config(name, arguments, limits, active, classes, _parse_inputs(raw["input"], arguments))
 
 
 def _parse_inputs(raw: Any, arguments: Mapping[str, Any]) -> Inputs | None:

@@ -4,7 +4,9 @@ Scores are logits: a unit is kept where its score is above 0 (or above `at`). A 
 does in training: nothing, a probability, a sample, a gradient that passes the step.
 """
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,14 @@ from dynanet.core.errors import ConfigError
 
 
 class Rule(nn.Module, ABC):
-    """From scores (rows..., units) to keep of the same shape and dtype."""
+    """From scores (rows..., units) to keep of the same shape and dtype.
+
+    Attributes:
+        differentiable: in training keep has a gradient to the scores, so that the gate learns from whatever hangs on
+            it. `dynanet.testing` holds such gates to it.
+    """
+
+    differentiable: bool = False
 
     @abstractmethod
     def forward(self, score: Tensor) -> Tensor:
@@ -64,6 +73,8 @@ class StraightThrough(Rule):
         temperature: of the sigmoid; lower is steeper. A schedule may change it.
     """
 
+    differentiable = True
+
     def __init__(self, at: float = 0.0, temperature: float = 1.0):
         super().__init__()
         self.at, self.temperature = at, temperature
@@ -85,6 +96,8 @@ class Gumbel(Rule):
     Args:
         temperature: of the relaxation. A schedule may change it.
     """
+
+    differentiable = True
 
     def __init__(self, temperature: float = 1.0):
         super().__init__()
@@ -122,6 +135,8 @@ class Soft(Rule):
         temperature: of the sigmoid. A schedule may change it.
     """
 
+    differentiable = True
+
     def __init__(self, temperature: float = 1.0):
         super().__init__()
         self.temperature = temperature
@@ -131,6 +146,105 @@ class Soft(Rule):
         if self.training:
             return (score / self.temperature).sigmoid()
         return (score > 0).to(score.dtype)
+
+
+class Pick(Rule):
+    """Every row keeps its best k units, which exclude each other: paths, widths. Soft in training, so that it learns.
+
+    In training the keep is a relaxed k-hot vector, between 0 and 1, that sums to k: for k = 1 softmax(score /
+    temperature), for more sigmoid((score - t) / temperature) with the row's own threshold t that makes the sum k (top-k
+    as entropic optimal transport: Xie et al. 2020, arXiv:2002.06504). As the temperature falls
+    (`train.anneal_temperature`) it becomes the hard choice of eval mode. With `noise`, Gumbel noise makes it a sample
+    (Gumbel-softmax: Jang et al. 2017, arXiv:1611.01144); with `hard`, the forward pass takes the hard choice and the
+    gradient that of the relaxed one (straight-through).
+
+    With `costs`, a unit's score is lowered by `price` times its cost, in training and in eval mode alike: one trained
+    network then serves many budgets, by setting the price (`path_select.price_for`).
+
+    Args:
+        k: units per row.
+        temperature: of the softmax in training.
+        noise: Gumbel noise on the scores in training.
+        hard: straight-through in training.
+        costs: (units,), of one row; relative ones keep the price at the scale of scores.
+
+    Attributes:
+        price: what a unit of cost is worth, in scores; a buffer, saved with the model. 0 at the start.
+
+    Raises:
+        ConfigError: k below 1, a temperature that is not above 0, costs that are negative or not finite.
+    """
+
+    differentiable = True
+    costs: Tensor | None
+    price: Tensor
+
+    def __init__(
+        self,
+        k: int = 1,
+        temperature: float = 1.0,
+        *,
+        noise: bool = False,
+        hard: bool = False,
+        costs: Sequence[float] | Tensor | None = None,
+    ):
+        super().__init__()
+        if k < 1:
+            raise ConfigError(f"picking got k = {k}; every row keeps at least one unit, so k >= 1")
+        _positive(temperature)
+        self.k, self.temperature, self.noise, self.hard = k, temperature, noise, hard
+        self.register_buffer("costs", None if costs is None else _costs(costs))
+        self.register_buffer("price", torch.zeros(()))
+
+    def check(self, units: int) -> None:
+        """Does this rule fit so many units?
+
+        Raises:
+            ConfigError: k above the number of units, or costs of another number.
+        """
+        if self.k > units:
+            raise ConfigError(f"picking got k = {self.k} of only {units} units; lower k")
+        if self.costs is not None and self.costs.shape[0] != units:
+            raise ConfigError(f"picking got {self.costs.shape[0]} costs for {units} units; give one each")
+
+    def forward(self, score: Tensor) -> Tensor:
+        """Keep (rows..., units), which sums to k."""
+        if self.costs is not None:
+            score = score - (self.price * self.costs).to(score.dtype)
+        if not self.training:
+            return self._best(score)
+        if self.noise:
+            score = score - torch.empty_like(score).exponential_().clamp(min=1e-20).log()
+        relaxed = self._relaxed(score)
+        return self._best(score) + (relaxed - relaxed.detach()) if self.hard else relaxed
+
+    def _best(self, score: Tensor) -> Tensor:
+        return torch.zeros_like(score).scatter(-1, score.topk(self.k, dim=-1).indices, 1.0)
+
+    def _relaxed(self, score: Tensor) -> Tensor:
+        _positive(self.temperature)  # a schedule may have changed it
+        score = score / self.temperature
+        if self.k == 1:
+            return score.softmax(-1)
+        if self.k == score.shape[-1]:
+            return torch.ones_like(score)
+        threshold = self._threshold(score.detach())
+        # How the threshold moves with the scores so that the sum stays k, for the gradient: each score's share of the
+        # slope of the sum (the implicit function theorem). Forward it adds 0.
+        chance = (score.detach() - threshold).sigmoid()
+        slope = (chance * (1 - chance)).clamp(min=torch.finfo(score.dtype).tiny)
+        moves = (slope / slope.sum(-1, keepdim=True) * (score - score.detach())).sum(-1, keepdim=True)
+        return (score - threshold - moves).sigmoid()
+
+    def _threshold(self, score: Tensor) -> Tensor:
+        """(rows..., 1): where sigmoid(score - threshold) sums to k, by bisection."""
+        beyond = math.log(score.shape[-1])
+        low, high = score.amin(-1, keepdim=True) - beyond, score.amax(-1, keepdim=True) + beyond
+        for _ in range(60):
+            middle = (low + high) / 2
+            too_many = (score - middle).sigmoid().sum(-1, keepdim=True) > self.k
+            low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
+        return (low + high) / 2
 
 
 class Always(Rule):
@@ -156,3 +270,15 @@ class Given(Rule):
     def forward(self, score: Tensor) -> Tensor:
         """The given keep for every row."""
         return self.keep.to(score).expand_as(score)
+
+
+def _costs(costs: Sequence[float] | Tensor) -> Tensor:
+    tensor = torch.as_tensor(costs).detach().to(torch.get_default_dtype(), copy=True)
+    if tensor.dim() != 1 or not tensor.isfinite().all() or (tensor < 0).any():
+        raise ConfigError(f"picking got costs {tensor.tolist()}; give one finite cost per unit, 0 or more")
+    return tensor
+
+
+def _positive(temperature: float) -> None:
+    if not temperature > 0:
+        raise ConfigError(f"picking got a temperature of {temperature}; give a number above 0")

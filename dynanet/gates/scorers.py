@@ -12,18 +12,27 @@ class PooledScorer(nn.Module):
         hidden: width of the hidden layer; 0 for a single linear map.
         bias: the last bias at the start. Positive: the unit is kept at first, so that training starts from the full
             model.
+        norm: scale scores to a mean of 0 and a standard deviation of 1 over the training data before the bias is
+            added. What a pooled map says differs little from input to input, so that a gate trained under a budget
+            tends to end always open or always closed; with a norm it tells inputs apart from the first step on.
     """
 
-    def __init__(self, channels: int, units: int = 1, hidden: int = 16, bias: float = 2.0):
+    def __init__(self, channels: int, units: int = 1, hidden: int = 16, bias: float = 2.0, *, norm: bool = False):
         super().__init__()
         before = [nn.Linear(channels, hidden), nn.ReLU()] if hidden else []
         last = nn.Linear(hidden or channels, units)
         nn.init.constant_(last.bias, bias)
-        self.map = nn.Sequential(*before, last) if before else last
+        self.map: nn.Module = nn.Sequential(*before, last) if before else last
+        self.norm = nn.BatchNorm1d(units) if norm else None
+        if self.norm is not None:
+            nn.init.zeros_(last.bias)
+            nn.init.constant_(self.norm.bias, bias)
+            self.norm.weight.requires_grad_(False)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Scores (B, units)."""
-        return self.map(x_BCHW.mean((2, 3)))
+        score = self.map(x_BCHW.mean((2, 3)))
+        return score if self.norm is None else self.norm(score)
 
 
 class TileScorer(nn.Module):

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from dynanet.core.budget import Budget
 from dynanet.core.cost import CostModel
+from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import BudgetError, DataError, StructureError
 from dynanet.core.files import write_atomically, write_folder_atomically
 from dynanet.core.halt import Halt
 from dynanet.infer.choice import Choice, choose, curve
 from dynanet.infer.risk import UncertifiedWarning
-from dynanet.infer.table import Table, halt_of, tabulate
+from dynanet.infer.table import Table, exits_of, halt_of, tabulate, thresholds_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +51,16 @@ class Frontier:
         return apply(self.model, choice)
 
     def choose(self, budget: Budget, losses: np.ndarray | None = None) -> Choice:
-        """The thresholds that `at` sets, and what they do; see the function `choose`."""
+        """The thresholds that `at` sets, and what they do; see the function `choose`.
+
+        Raises:
+            BudgetError: as `choose`; or a risk for positions, which depend on each other within an image.
+        """
+        if self.table.groups is not None and budget.risk is not None:
+            raise BudgetError(
+                f"a risk of {budget.risk:g} cannot be promised from positions: those of one image depend on each "
+                f"other; so ask in macs"
+            )
         return choose(self.table, budget, losses)
 
     def curve(self, points: int = 25) -> list[Choice]:
@@ -80,29 +90,35 @@ class Frontier:
             DataError: no such folder, or the table of a model with another number of exits.
         """
         table = Table.load(Path(folder) / "table.npz")
-        steps = halt_of(model)[1].steps
+        steps = exits_of(halt_of(model)[1])
         if steps != table.exits:
             raise DataError(f"{os.fspath(folder)} has {table.exits} exits, this model {steps}; calibrate this one")
         return cls(model, table)
 
 
 def calibrate(
-    model: nn.Module, held_out: Iterable[Any], cost: CostModel, *, ms: Iterable[float] | None = None
+    model: nn.Module,
+    held_out: Iterable[Any],
+    cost: CostModel,
+    *,
+    ms: Iterable[float] | None = None,
+    ignore: int | None = None,
 ) -> Frontier:
     """One pass over held-out data; then any budget without another.
 
     Args:
-        model: with one layer that halts (EarlyExit, say) and answers logits.
+        model: with one layer that halts (EarlyExit, PixelCascade) and answers logits.
         held_out: batches (x, y) that the model was not trained on, without augmentation. Not the test data.
         cost: of this model.
         ms: (K,) measured milliseconds per sample that leaves at every exit, for budgets in ms.
+        ignore: the label of samples, or pixels, that have none.
 
     Raises:
         StructureError: the model has no exits to choose.
         DataError: no samples, labels that are no class indices, answers that are not finite.
     """
     _thresholds(halt_of(model)[1])
-    frontier = Frontier(model, tabulate(model, held_out, cost))
+    frontier = Frontier(model, tabulate(model, held_out, cost, ignore=ignore))
     return frontier if ms is None else frontier.timed(ms)
 
 
@@ -112,14 +128,26 @@ def apply(model: nn.Module, choice: Choice) -> nn.Module:
     Raises:
         StructureError: the model has no thresholds, or another number of them.
     """
+    copied = with_thresholds(model, choice.thresholds)
+    halt = halt_of(copied)[1]
+    if isinstance(halt, Halt):  # thresholds of -inf cap the others
+        halt.limit = choice.limit
+    return copied
+
+
+def with_thresholds(model: nn.Module, given: np.ndarray) -> nn.Module:
+    """A copy of the model, in eval mode, with other thresholds (K - 1,): +inf nobody leaves there, -inf everybody.
+
+    Raises:
+        StructureError: the model has no thresholds, or another number of them.
+    """
     halt = halt_of(copied := copy.deepcopy(model).eval())[1]
     thresholds = _thresholds(halt)
     places = places_of(halt)
-    if places.shape != choice.thresholds.shape:
-        raise StructureError(f"{len(choice.thresholds)} thresholds chosen for a model that has {len(places)}")
+    if places.shape != given.shape:
+        raise StructureError(f"{len(given)} thresholds chosen for a model that has {len(places)}")
     with torch.no_grad():
-        thresholds.fill_(torch.inf)[places] = torch.from_numpy(choice.thresholds).to(thresholds)
-    halt.limit = choice.limit
+        thresholds.fill_(torch.inf)[places] = torch.from_numpy(given).to(thresholds)
     return copied
 
 
@@ -198,15 +226,15 @@ def with_exits(table: Table, exits: Sequence[int], exit_macs: Sequence[float]) -
     )
 
 
-def _thresholds(halt: Halt) -> Tensor:
+def _thresholds(halt: Dynamic) -> Tensor:
     """The buffer through which a Halt is calibrated."""
-    thresholds = dict(halt.named_buffers(recurse=False)).get("thresholds")
+    thresholds = thresholds_of(halt)
     if thresholds is None:
         raise StructureError(f"{type(halt).__name__} has no buffer `thresholds` to be calibrated; EarlyExit has one")
     return thresholds
 
 
-def places_of(halt: Halt) -> Tensor:
+def places_of(halt: Dynamic) -> Tensor:
     """(steps - 1,) int64, which of its thresholds each step has: a Halt with exits that are switched off tells it by a
     buffer `leaves`, and the thresholds of those exits stay infinite."""
     found = dict(halt.named_buffers(recurse=False)).get("leaves")

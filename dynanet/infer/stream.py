@@ -9,10 +9,14 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from dynanet.core.halt import Halt
 from dynanet.core.rows import over_tensors, take_rows
+from dynanet.infer.parts import StagedHalt
 
 
 class Line:
-    """Rows on their way through a Halt, waiting at each step until a batch is full."""
+    """Rows on their way through a Halt, waiting at each step until a batch is full.
+
+    Rows leave a state as `Halt.rows` says, and states join by concatenating their tensors along the first axis.
+    """
 
     def __init__(self, halt: Halt, batch: int, ready: dict[int, Any]):
         self.halt, self.batch, self.ready = halt, batch, ready
@@ -44,8 +48,7 @@ class Line:
             index = keep.nonzero().squeeze(1)
             stays = index.tolist()
             if stays:
-                kept = over_tensors(lambda t: take_rows(t, index), state)
-                self.waiting[k + 1].append((kept, [numbers[i] for i in stays]))
+                self.waiting[k + 1].append((self._taken(state, len(numbers), index), [numbers[i] for i in stays]))
         leaves, structure = tree_flatten(answer)
         going = set(stays)
         for i, number in enumerate(numbers):
@@ -59,10 +62,16 @@ class Line:
         numbers = [n for _, ns in groups for n in ns]
         state = groups[0][0] if len(groups) == 1 else tree_map(_joined, *[s for s, _ in groups])
         if len(numbers) > self.batch:
-            rest = over_tensors(lambda t: t[self.batch :], state)
-            self.waiting[k] = [(rest, numbers[self.batch :])]
-            state, numbers = over_tensors(lambda t: t[: self.batch], state), numbers[: self.batch]
+            device = next(leaf.device for leaf in tree_flatten(state)[0] if isinstance(leaf, Tensor))
+            now, later = torch.arange(len(numbers), device=device).split([self.batch, len(numbers) - self.batch])
+            self.waiting[k] = [(self._taken(state, len(numbers), later), numbers[self.batch :])]
+            state, numbers = self._taken(state, len(numbers), now), numbers[: self.batch]
         return state, numbers
+
+    def _taken(self, state: Any, rows: int, index: Tensor) -> Any:
+        if isinstance(self.halt, StagedHalt):  # a copy in any case: its engines and workspaces are written again
+            return over_tensors(lambda t: take_rows(t, index), state)
+        return self.halt.rows.take(state, (rows,), index)
 
 
 def _joined(*parts: Any) -> Any:

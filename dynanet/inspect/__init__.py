@@ -5,8 +5,26 @@ write_report(findings, "report.html")
 """
 
 from dynanet.inspect.findings import Findings, Origin, Point, Timing, find
+from dynanet.inspect.images import Box, ImageFindings, Shown
 from dynanet.inspect.page import page, write_report
+from dynanet.inspect.positions import BesideBoxes, beside_boxes, units_per_position
 from dynanet.inspect.samples import Samples
 from dynanet.inspect.scene import Scene
 
-__all__ = ["Findings", "Origin", "Point", "Samples", "Scene", "Timing", "find", "page", "write_report"]
+__all__ = [
+    "BesideBoxes",
+    "Box",
+    "Findings",
+    "ImageFindings",
+    "Origin",
+    "Point",
+    "Samples",
+    "Scene",
+    "Shown",
+    "Timing",
+    "beside_boxes",
+    "find",
+    "page",
+    "units_per_position",
+    "write_report",
+]

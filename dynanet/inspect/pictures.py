@@ -15,7 +15,7 @@ def data_uri(pixels: np.ndarray) -> str:
     Args:
         pixels: (H, W) grey, (H, W, 3) colour or (H, W, 4) colour with opacity, uint8.
     """
-    return "data:image/png;base64," + base64.b64encode(_png(pixels)).decode()
+    return "data:image/png;base64," + base64.b64encode(png(pixels)).decode()
 
 
 def stride(height: int, width: int, largest: int = LARGEST) -> int:
@@ -79,7 +79,7 @@ def places(labels: np.ndarray, apart: float, least: int = 3) -> list[tuple[int, 
     return chosen
 
 
-def _png(pixels: np.ndarray) -> bytes:
+def png(pixels: np.ndarray) -> bytes:
     """PNG (ISO 15948): eight bits per channel, every row with the filter that fits pictures of few colours, none."""
     assert pixels.dtype == np.uint8 and pixels.size, "callers check"
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels

@@ -13,6 +13,8 @@ from dynanet.core.gate import Gate
 from dynanet.core.trace import Frame
 from dynanet.gates.rules import TopK
 from dynanet.nets.moefication import balanced_clusters, fit_router
+from dynanet.ops.native.library import fit
+from dynanet.ops.native.neurons import neurons_down, neurons_up
 
 
 class NeuronSkip(Dynamic):
@@ -75,22 +77,38 @@ class NeuronSkip(Dynamic):
             answer = (hidden.unflatten(-1, (self.blocks, self.block)) * mask).flatten(-2) @ self.down
             return answer if self.bias is None else answer + self.bias
         rows, others = math.prod(lead), math.prod(x.shape[len(lead) : -1])
-        kept = (keep > 0).reshape(rows, self.blocks)
         # One frame for all: a (row, block) costs the same wherever it runs, and nothing is decided in here.
         index = torch.arange(rows, device=x.device)
         with self.within(Frame(self, range(self.blocks), lead, index, None, True)):
-            answer = self._gathered(x.reshape(rows, others, x.shape[-1]), kept)
+            answer = self._gathered(x.reshape(rows, others, x.shape[-1]), keep.reshape(rows, self.blocks))
         return answer.reshape(*x.shape[:-1], self.down.shape[1])
 
-    def _gathered(self, x_RTD: Tensor, kept: Tensor) -> Tensor:
+    def _gathered(self, x_RTD: Tensor, keep: Tensor) -> Tensor:
         rows, others, _ = x_RTD.shape
         if rows == 0 or others == 0:
             return x_RTD.new_zeros(rows, others, self.down.shape[1])
+        kept, native = keep > 0, fit(x_RTD, self.up, self.up_bias, self.down, self.bias)
+        if native and rows * others < _MANY:
+            return self._native(x_RTD, keep)
         if rows == 1 or bool((kept == kept[:1]).all()):
             return self._slices(x_RTD.flatten(0, 1), kept[0])
+        if native and others < _MANY:
+            return self._native(x_RTD, keep)
         if rows <= _FEW_ROWS or others >= _MANY_OTHERS:
             return torch.stack([self._slices(x, k) for x, k in zip(x_RTD, kept, strict=True)])
         return self._by_block(x_RTD, kept)
+
+    def _native(self, x_RTD: Tensor, keep: Tensor) -> Tensor:
+        """Rows run different blocks, and every weight that one of them keeps is read once."""
+        rows, others, _ = x_RTD.shape
+        keep = keep.to(x_RTD.dtype)
+        if others > 1:
+            keep = keep.repeat_interleave(others, 0)
+        rectifies = type(self.activation) is nn.ReLU
+        hidden = neurons_up(x_RTD.flatten(0, 1), self.up, self.up_bias, keep, relu=rectifies)
+        if not rectifies:
+            hidden = self.activation(hidden)
+        return neurons_down(hidden, self.down, self.bias, keep).unflatten(0, (rows, others))
 
     def _slices(self, x_TD: Tensor, kept: Tensor) -> Tensor:
         """All rows run the same blocks. Neighbouring blocks are one slice of the weights, and nothing is copied:
@@ -200,7 +218,10 @@ def _copied(weight: Tensor) -> nn.Parameter:
     return nn.Parameter(weight.detach().clone(memory_format=torch.contiguous_format))
 
 
-# Measured on one thread (512 and 2,048 features, a tenth to half of the blocks kept): up to so many rows that differ,
-# row by row is the quicker way; and at any number of rows when so many tokens share a row's blocks.
+# Measured on one thread (512 to 2,048 features, a tenth to half of the blocks kept). From so many rows on that run the
+# same blocks, a product with slices of the weights is quicker than the native kernel.
+_MANY = 64
+# Without the kernel: up to so many rows that differ, row by row is the quicker way; and at any number of rows when so
+# many tokens share a row's blocks.
 _FEW_ROWS = 4
 _MANY_OTHERS = 8

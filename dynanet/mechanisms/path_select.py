@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic, Kept
-from dynanet.core.errors import BudgetError, ConfigError, StructureError
+from dynanet.core.errors import BudgetError, StructureError
 from dynanet.core.gate import Gate
 from dynanet.core.objective import Objective
 from dynanet.core.rows import over_tensors
 from dynanet.core.trace import Trace
-from dynanet.gates.rules import Rule
+from dynanet.gates.rules import Pick
 
 Mix = Callable[[Decision], Tensor]
 
@@ -49,7 +49,7 @@ class PathSelect(Dynamic):
 
     Args:
         branches: map rows to answers (tensors or pytrees) of one shape.
-        gate: maps x to a Decision with one score per branch; with `PickPaths` every row keeps the same number of
+        gate: maps x to a Decision with one score per branch; with `Pick` every row keeps the same number of
             branches, with the rules of `dynanet.gates.rules` any number.
         mix: what a kept branch's answer is multiplied with, (rows..., branches), from the Decision that holds:
             `averaged`, `summed` or `by_score`. All three are 1 where one branch is kept.
@@ -58,7 +58,7 @@ class PathSelect(Dynamic):
 
     Raises:
         StructureError: fewer than two branches, or a gate for another number of them.
-        ConfigError: a `PickPaths` that wants more branches than there are, or has costs of another number.
+        ConfigError: a `Pick` that wants more branches than there are, or has costs of another number.
     """
 
     def __init__(
@@ -78,8 +78,9 @@ class PathSelect(Dynamic):
                     f"path selection got {len(branches)} branches and a gate for {gate.units} units; give "
                     f"Gate(scorer, rule, units={len(branches)})"
                 )
-            if isinstance(gate.rule, PickPaths):
+            if isinstance(gate.rule, Pick):
                 gate.rule.check(len(branches))
+                self.most = gate.rule.k
         self.branches, self.gate, self.mix, self.otherwise = nn.ModuleList(branches), gate, mix, otherwise
 
     def forward(self, x: Any) -> Any:
@@ -103,104 +104,6 @@ class PathSelect(Dynamic):
                 y = kept.call(self.branches[0], x)
             answer = over_tensors(lambda t: t.new_zeros(lead.numel(), *t.shape[1:]), y)
         return over_tensors(lambda t: t.reshape(*lead, *t.shape[1:]), answer)
-
-
-class PickPaths(Rule):
-    """Every row keeps its best k branches; soft in training, so that the gate learns.
-
-    In training the keep is a relaxed k-hot vector, between 0 and 1, that sums to k: for k = 1 softmax(score /
-    temperature), for more sigmoid((score - t) / temperature) with the row's own threshold t that makes the sum k (top-k
-    as entropic optimal transport: Xie et al. 2020, arXiv:2002.06504). As the temperature falls
-    (`train.anneal_temperature`) it becomes the hard choice of eval mode. With `noise`, Gumbel noise makes it a sample
-    (Gumbel-softmax: Jang et al. 2017, arXiv:1611.01144); with `hard`, the forward pass takes the hard choice and the
-    gradient that of the relaxed one (straight-through).
-
-    With `costs`, a branch's score is lowered by `price` times its cost, in training and in eval mode alike: one trained
-    network then serves many budgets, by setting the price (`price_for`).
-
-    Args:
-        k: branches per row.
-        temperature: of the softmax in training.
-        noise: Gumbel noise on the scores in training.
-        hard: straight-through in training.
-        costs: (branches,), of one row; relative ones keep the price at the scale of scores.
-
-    Attributes:
-        price: what a unit of cost is worth, in scores; a buffer, saved with the model. 0 at the start.
-
-    Raises:
-        ConfigError: k below 1, a temperature that is not above 0, costs that are negative or not finite.
-    """
-
-    costs: Tensor | None
-    price: Tensor
-
-    def __init__(
-        self,
-        k: int = 1,
-        temperature: float = 1.0,
-        *,
-        noise: bool = False,
-        hard: bool = False,
-        costs: Sequence[float] | Tensor | None = None,
-    ):
-        super().__init__()
-        if k < 1:
-            raise ConfigError(f"path selection got k = {k}; every row takes at least one branch, so k >= 1")
-        _positive(temperature)
-        self.k, self.temperature, self.noise, self.hard = k, temperature, noise, hard
-        self.register_buffer("costs", None if costs is None else _costs(costs).to(torch.get_default_dtype()))
-        self.register_buffer("price", torch.zeros(()))
-
-    def check(self, branches: int) -> None:
-        """Does this rule fit so many branches?
-
-        Raises:
-            ConfigError: k above the number of branches, or costs of another number.
-        """
-        if self.k > branches:
-            raise ConfigError(f"path selection got k = {self.k} of only {branches} branches; lower k")
-        if self.costs is not None and self.costs.shape[0] != branches:
-            raise ConfigError(f"path selection got {self.costs.shape[0]} costs for {branches} branches; give one each")
-
-    def forward(self, score: Tensor) -> Tensor:
-        """Keep (rows..., branches), which sums to k."""
-        if self.costs is not None:
-            score = score - (self.price * self.costs).to(score.dtype)
-        if not self.training:
-            return self._best(score)
-        if self.noise:
-            score = score - torch.empty_like(score).exponential_().clamp(min=1e-20).log()
-        relaxed = self._relaxed(score)
-        return self._best(score) + (relaxed - relaxed.detach()) if self.hard else relaxed
-
-    def _best(self, score: Tensor) -> Tensor:
-        return torch.zeros_like(score).scatter(-1, score.topk(self.k, dim=-1).indices, 1.0)
-
-    def _relaxed(self, score: Tensor) -> Tensor:
-        _positive(self.temperature)  # a schedule may have changed it
-        score = score / self.temperature
-        if self.k == 1:
-            return score.softmax(-1)
-        if self.k == score.shape[-1]:
-            return torch.ones_like(score)
-        threshold = self._threshold(score.detach())
-        # How the threshold moves with the scores so that the sum stays k, for the gradient: each score's share of the
-        # slope of the sum (the implicit function theorem). Forward it adds 0.
-        chance = (score.detach() - threshold).sigmoid()
-        slope = (chance * (1 - chance)).clamp(min=torch.finfo(score.dtype).tiny)
-        moves = (slope / slope.sum(-1, keepdim=True) * (score - score.detach())).sum(-1, keepdim=True)
-        return (score - threshold - moves).sigmoid()
-
-    def _threshold(self, score: Tensor) -> Tensor:
-        """(rows..., 1): where sigmoid(score - threshold) sums to k, by bisection."""
-        beyond = math.log(score.shape[-1])
-        low, high = score.amin(-1, keepdim=True) - beyond, score.amax(-1, keepdim=True) + beyond
-        for _ in range(60):
-            middle = (low + high) / 2
-            too_many = (score - middle).sigmoid().sum(-1, keepdim=True) > self.k
-            low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
-        return (low + high) / 2
 
 
 class PathBalance(Objective):
@@ -241,7 +144,7 @@ class PathBalance(Objective):
 
 
 def price_for(score: Tensor, costs: Sequence[float] | Tensor, mean_cost: float, *, k: int = 1) -> float:
-    """The smallest price at which rows like these cost no more than `mean_cost`, for `PickPaths.price`.
+    """The smallest price at which rows like these cost no more than `mean_cost`, for `Pick.price`.
 
     Fit it on held-out data that was not trained on: record a pass, and give the Decision's scores.
 
@@ -255,9 +158,10 @@ def price_for(score: Tensor, costs: Sequence[float] | Tensor, mean_cost: float, 
         BudgetError: a mean cost below that of the k cheapest branches.
         ConfigError: costs of another number than scores, or k branches of fewer.
     """
-    score, prices = score.detach().flatten(0, -2), _costs(costs).to(score.device)
-    rule = PickPaths(k, costs=prices).to(score).eval()  # rounds as the model will that made these scores
+    score = score.detach().flatten(0, -2)
+    rule = Pick(k, costs=costs).to(score).eval()  # rounds as the model will that made these scores
     rule.check(score.shape[-1])
+    prices = torch.as_tensor(costs, dtype=torch.float64, device=score.device)
     least = prices.sort().values[:k].sum().item()
     if not mean_cost >= least:
         raise BudgetError(f"a mean cost of {mean_cost:g} is below the {least:g} of the {k} cheapest; ask for more")
@@ -287,18 +191,6 @@ def _added(kept: Kept, y: Any, answer: Any) -> Any:
     if kept.index is None:
         return over_tensors(torch.add, answer, y)
     return over_tensors(lambda a, t: a.index_add_(0, kept.index, t.to(a.dtype)), answer, y)
-
-
-def _costs(costs: Sequence[float] | Tensor) -> Tensor:
-    tensor = torch.as_tensor(costs, dtype=torch.float64).detach().clone()
-    if tensor.dim() != 1 or not tensor.isfinite().all() or (tensor < 0).any():
-        raise ConfigError(f"path selection got costs {tensor.tolist()}; give one finite cost per branch, 0 or more")
-    return tensor
-
-
-def _positive(temperature: float) -> None:
-    if not temperature > 0:
-        raise ConfigError(f"path selection got a temperature of {temperature}; give a number above 0")
 
 
 def _over(share: Tensor, t: Tensor) -> Tensor:

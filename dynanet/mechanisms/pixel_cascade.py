@@ -1,6 +1,6 @@
 """Pixel cascade: pixels that are easy to label leave early, and later stages compute only on those that stay."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from dynanet.core.errors import ConfigError, StructureError
 from dynanet.core.objective import Objective
 from dynanet.core.trace import Trace
 from dynanet.gates.confidence import Confidence, MaxProbability
-from dynanet.ops.tiles import Compact
+from dynanet.ops.region import Region, RegionChain, flat_image
 
 
 class PixelCascade(Dynamic):
@@ -58,8 +58,7 @@ class PixelCascade(Dynamic):
             )
         self.backbone = backbone
         self.stages, self.exits = nn.ModuleList(nn.ModuleList(cells) for cells in stages), nn.ModuleList(exits)
-        self._cells = [[Compact(cell, region=True) for cell in cells] for cells in stages]
-        self._heads = [Compact(head, region=True) for head in exits[1:]]
+        self._chains()
         self.confidence = confidence if confidence is not None else MaxProbability()
         self.thresholds: Tensor
         self.register_buffer("thresholds", torch.full((len(stages),), torch.inf))
@@ -72,19 +71,43 @@ class PixelCascade(Dynamic):
         features = self.backbone(x_BCHW)
         logits = self.exits[0](features)
         keep = torch.ones_like(logits[:, :1])
-        memory = None
-        for k, (cells, head) in enumerate(zip(self._cells, self._heads, strict=True)):
+        memory, chains = None, self._chains()
+        image = flat_image(features) if self.gathers else features
+        for k, (*cells, head) in enumerate(chains):
             self._hear(logits)
-            answer = logits.permute(0, 2, 3, 1)
+            answer = logits.detach().permute(0, 2, 3, 1)  # nothing is learnt from where positions leave
             memory = self.confidence.at(k).remember(answer, memory)
             score = self.confidence.at(k)(answer, memory)
             own = Decision((score.float() < self.thresholds[k].float()).to(score.dtype), score)
             keep = self.tap(own, first=k, present=keep[:, 0, :, :, None]).keep[..., 0][:, None]
-            for cell in cells:
-                features = cell.add(self, [k] * len(cell.parts), keep, features)
-            logits = head.run(self, [k] * len(head.parts), keep, features, logits)
+            region = Region(self, k, keep)
+            if region.kept.empty:
+                continue
+            with self.within(region.frame):
+                if self.gathers:
+                    for cell in cells:
+                        rows = cell.rows(region, image)
+                        alone = not (image.requires_grad or rows.requires_grad)  # flat_image made a copy
+                        image = (image.index_add_ if alone else image.index_add)(0, region.index, rows)
+                    rows = head.rows(region, image)
+                    flat = logits.permute(0, 2, 3, 1).flatten(0, 2).index_copy(0, region.index, rows)
+                    logits = flat.view(answer.shape).permute(0, 3, 1, 2)
+                else:
+                    for cell in cells:
+                        image = image + keep * cell.dense(keep, image)
+                    logits = keep * head.dense(keep, image) + (1 - keep) * logits
         self._hear(logits)
         return functional.interpolate(logits, size=x_BCHW.shape[2:], mode="bilinear", align_corners=False)
+
+    def _chains(self) -> list[list[RegionChain]]:
+        """Of every stage its cells and its exit. Made anew where layers were replaced: folded norms, say."""
+        units = [[*cells, head] for cells, head in zip(self.stages, list(self.exits)[1:], strict=True)]
+        modules = [module for stage in units for unit in stage for module in unit.modules()]
+        made, chains = vars(self).get("_made", ([], []))
+        if len(made) != len(modules) or any(a is not b for a, b in zip(made, modules, strict=True)):
+            chains = [[RegionChain(unit) for unit in stage] for stage in units]
+            vars(self)["_made"] = modules, chains
+        return chains
 
     def _hear(self, logits: Tensor) -> None:
         if self.trace is not None:
@@ -152,6 +175,41 @@ class PixelCascadeLoss(Objective):
 
     def __repr__(self) -> str:
         return f"PixelCascadeLoss({self.ignore}, weights={self.weights}, name={self.name!r})"
+
+
+def roaming_thresholds(
+    cascade: PixelCascade, *, probabilities: tuple[float, float] = (0.8, 0.995), begin: float = 0.4
+) -> Callable[[float], None]:
+    """A schedule for `train.fit`: nobody leaves at first; then every threshold is drawn anew for every step.
+
+    A cascade trained at one threshold has seen regions of one kind; one that has seen many can be calibrated
+    afterwards. The probability of a threshold is drawn so that the logarithm of 1 - p is
+    uniform; one in four stays infinite.
+
+    Args:
+        cascade: whose thresholds; its confidence is on the scale of `MaxProbability`.
+        probabilities: the least and the greatest.
+        begin: the share of training without exits.
+
+    Raises:
+        ConfigError: probabilities or a share out of range.
+    """
+    low, high = probabilities
+    if not 0 < low <= high < 1 or not 0 <= begin <= 1:
+        raise ConfigError(
+            f"roaming_thresholds got probabilities {probabilities} and begin {begin}; expected two between 0 and 1, "
+            f"rising, and a share"
+        )
+
+    def set_thresholds(progress: float) -> None:
+        if progress < begin:
+            cascade.thresholds.fill_(torch.inf)
+            return
+        unsure = (1 - low) * ((1 - high) / (1 - low)) ** torch.rand(len(cascade.thresholds))
+        drawn = torch.where(torch.rand(len(unsure)) < 0.25, torch.inf, (1 - unsure).logit())
+        cascade.thresholds.copy_(drawn)
+
+    return set_thresholds
 
 
 def left_at(trace: Trace, name: str = "") -> Tensor:

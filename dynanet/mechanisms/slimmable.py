@@ -1,11 +1,9 @@
 """Slimmable widths: one network at several widths that share their weights; a gate picks one width for every row."""
 
 import copy
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,160 +15,7 @@ from dynanet.core.errors import ConfigError, StructureError
 from dynanet.core.gate import Gate
 from dynanet.core.objective import Objective
 from dynanet.core.trace import Trace
-from dynanet.gates.rules import Rule
-
-
-class Slim(nn.Module, ABC):
-    """A module that runs at several widths: `module(x, u)` is width u, counted from the narrowest.
-
-    Attributes:
-        widths: how many there are.
-    """
-
-    widths: int
-
-    @abstractmethod
-    def forward(self, x: Tensor, u: int) -> Tensor:
-        """The answer at width u."""
-
-    @abstractmethod
-    def at(self, u: int) -> nn.Module:
-        """Width u as a plain module with weights of its own: what is deployed."""
-
-
-class SlimConv2d(Slim):
-    """A convolution without bias whose width u is the first rows and columns of its weights (arXiv:1812.08928).
-
-    Args:
-        inputs: channels that come in at every width.
-        outputs: channels that go out at every width. A layer that stays as it is repeats a number.
-        kernel: side of the kernel, odd; zeros pad it.
-        stride: of the convolution.
-        depthwise: every channel by itself.
-
-    Raises:
-        ConfigError: widths that are no whole numbers from 1 up, that fall, or that are not as many in as out.
-    """
-
-    def __init__(
-        self, inputs: Sequence[int], outputs: Sequence[int], kernel: int, stride: int = 1, *, depthwise: bool = False
-    ):
-        super().__init__()
-        self.inputs, self.outputs = _channels("inputs", inputs), _channels("outputs", outputs)
-        if len(inputs) != len(outputs) or (depthwise and self.inputs != self.outputs):
-            raise ConfigError(
-                f"a slimmable convolution takes {self.inputs} and answers {self.outputs} channels; give one number in "
-                f"and one out for every width{', the same ones where it is depthwise' if depthwise else ''}"
-            )
-        self.kernel, self.stride, self.depthwise, self.widths = kernel, stride, depthwise, len(self.outputs)
-        self.weight = nn.Parameter(torch.empty(outputs[-1], 1 if depthwise else inputs[-1], kernel, kernel))
-        nn.init.kaiming_normal_(self.weight, mode="fan_out" if not depthwise else "fan_in", nonlinearity="relu")
-
-    def forward(self, x: Tensor, u: int) -> Tensor:
-        """(B, inputs[u], H, W) to (B, outputs[u], H', W')."""
-        return F.conv2d(x, self._slice(u), None, self.stride, self.kernel // 2, 1, self._groups(u))
-
-    def at(self, u: int) -> nn.Conv2d:
-        """A plain convolution."""
-        conv = nn.Conv2d(
-            *(self.inputs[u], self.outputs[u], self.kernel, self.stride, self.kernel // 2),
-            groups=self._groups(u),
-            bias=False,
-        ).to(self.weight)
-        conv.weight = nn.Parameter(self._slice(u).detach().clone(memory_format=torch.contiguous_format))
-        return conv
-
-    def _slice(self, u: int) -> Tensor:
-        return self.weight[: self.outputs[u], : 1 if self.depthwise else self.inputs[u]]
-
-    def _groups(self, u: int) -> int:
-        return self.outputs[u] if self.depthwise else 1
-
-
-class SlimBatchNorm2d(Slim):
-    """A batch norm with statistics of its own for every width (switchable batch norm, arXiv:1812.08928, section 3.2).
-
-    One norm for all widths would mix statistics that differ. With `shared` only they are apart and the widths share
-    scale and shift, as US-Nets do (arXiv:1903.05134); `train.recalibrate_batchnorm` refreshes either.
-
-    Args:
-        channels: at every width.
-        shared: one scale and shift for all widths.
-    """
-
-    def __init__(self, channels: Sequence[int], *, shared: bool = False):
-        super().__init__()
-        self.channels, self.widths, self.shared = _channels("channels", channels), len(channels), shared
-        self.norms = nn.ModuleList(nn.BatchNorm2d(c, affine=not shared) for c in channels)
-        self.weight = nn.Parameter(torch.ones(channels[-1])) if shared else None
-        self.bias = nn.Parameter(torch.zeros(channels[-1])) if shared else None
-
-    def forward(self, x: Tensor, u: int) -> Tensor:
-        """(B, channels[u], H, W) to the same shape."""
-        x = self.norms[u](x)
-        if self.weight is None or self.bias is None:
-            return x
-        return x * self.weight[: self.channels[u], None, None] + self.bias[: self.channels[u], None, None]
-
-    def at(self, u: int) -> nn.BatchNorm2d:
-        """A plain batch norm."""
-        norm = copy.deepcopy(cast(nn.BatchNorm2d, self.norms[u]))
-        if self.weight is not None and self.bias is not None:
-            norm.affine = True
-            norm.weight = nn.Parameter(self.weight[: self.channels[u]].detach().clone())
-            norm.bias = nn.Parameter(self.bias[: self.channels[u]].detach().clone())
-        return norm
-
-
-class SlimLinear(Slim):
-    """A linear map from as many features as the width has; the answer is as long at every width.
-
-    Args:
-        inputs: features that come in at every width.
-        outputs: features that go out.
-    """
-
-    def __init__(self, inputs: Sequence[int], outputs: int):
-        super().__init__()
-        self.inputs, self.widths = _channels("inputs", inputs), len(inputs)
-        linear = nn.Linear(inputs[-1], outputs)
-        self.weight, self.bias = linear.weight, linear.bias
-
-    def forward(self, x: Tensor, u: int) -> Tensor:
-        """(B, inputs[u]) to (B, outputs)."""
-        return F.linear(x, self.weight[:, : self.inputs[u]], self.bias)
-
-    def at(self, u: int) -> nn.Linear:
-        """A plain linear map."""
-        linear = nn.Linear(self.inputs[u], self.weight.shape[0]).to(self.weight)
-        linear.weight = nn.Parameter(self.weight[:, : self.inputs[u]].detach().clone())
-        linear.bias = nn.Parameter(self.bias.detach().clone())
-        return linear
-
-
-class SlimSequential(Slim):
-    """Layers one after another, slimmable ones and such as take any number of channels (ReLU, pooling).
-
-    Raises:
-        StructureError: no slimmable layer, or layers with different numbers of widths.
-    """
-
-    def __init__(self, *parts: nn.Module):
-        super().__init__()
-        found = {part.widths for part in parts if isinstance(part, Slim)}
-        if len(found) != 1:
-            raise StructureError(f"slimmable layers of one number of widths were expected; got {sorted(found)}")
-        self.parts, self.widths = nn.ModuleList(parts), found.pop()
-
-    def forward(self, x: Tensor, u: int) -> Tensor:
-        """Every layer at width u."""
-        for part in self.parts:
-            x = part(x, u) if isinstance(part, Slim) else part(x)
-        return x
-
-    def at(self, u: int) -> nn.Sequential:
-        """The layers as they are at width u."""
-        return nn.Sequential(*(part.at(u) if isinstance(part, Slim) else copy.deepcopy(part) for part in self.parts))
+from dynanet.nets.slim import Slim
 
 
 class Slimmable(Dynamic):
@@ -180,21 +25,24 @@ class Slimmable(Dynamic):
     keeps one width per row; where a forced decision keeps none the narrowest runs, where it keeps several the widest
     of them answers.
 
-    In training the answers of all widths that ran are heard by the trace, narrowest first, for `InPlaceDistillation`
-    and `SandwichGate`.
+    In the dense form the answers of all widths that ran are heard by the trace, narrowest first, for the objectives of
+    both stages of training.
 
     Args:
         net: from rows to rows.
-        gate: maps what the net takes to a Decision with one unit per width; see `OneWidth`.
+        gate: maps what the net takes to a Decision with one unit per width, by the rule `Pick(noise=True, hard=True)`.
+            With `DoubleHead` as its scorer, the net sees what that attends to.
 
     Attributes:
         between: None: the gate decides. A number: train the net itself by the sandwich rule (arXiv:1903.05134): every
             pass runs the narrowest width, the widest, and so many at random between them; the widest answers.
+        target: the net's moving average, once there is one (`bootstrap`). It answers in the sandwich only.
 
     Raises:
         StructureError: a gate that scores another number of widths.
     """
 
+    most = 1
     between: int | None = None
 
     def __init__(self, net: Slim, gate: nn.Module):
@@ -202,13 +50,28 @@ class Slimmable(Dynamic):
         if isinstance(gate, Gate) and gate.units != net.widths:
             raise StructureError(f"the gate scores {gate.units} widths and the net has {net.widths}; make them equal")
         self.net: nn.Module = net
-        self.gate, self.widths = gate, net.widths
+        self.target: nn.Module | None = None
+        self.gate, self.widths, self.decay = gate, net.widths, 0.0
+
+    def bootstrap(self, decay: float = 0.997) -> None:
+        """Let a moving average of the net teach in the sandwich, for `EnsembleBootstrapping`; saved with the model.
+
+        Args:
+            decay: how much of the average stays in every step. Over few steps less: 0.99.
+
+        Raises:
+            ConfigError: a decay outside [0, 1).
+        """
+        if not 0 <= decay < 1:
+            raise ConfigError(f"a moving average with a decay of {decay}; give a number from 0 to below 1")
+        self.target, self.decay = copy.deepcopy(self.net).requires_grad_(False), decay
 
     def forward(self, x: Tensor) -> Tensor:
         """Every row's answer at its width."""
         keep, score = self.obey(self.gate(x))
+        x = self._attended(x)
         if self.training and self.between is not None:
-            return self._sandwich(x, score)
+            return self._sandwich(x)
         nothing = (keep.amax(-1, keepdim=True) <= 0).to(keep)
         keep = keep + F.pad(nothing, (0, self.widths - 1))
         self.tell(Decision(keep, score))
@@ -217,8 +80,8 @@ class Slimmable(Dynamic):
             with self.only(u, keep[:, u]) as kept:
                 if kept.empty and (y is not None or u + 1 < self.widths):
                     continue  # for a batch without rows the last width gives the answer its shape
-                part = kept.call(partial(self.at, u), x)
-            if self.training and self.trace is not None:
+                part = kept.call(partial(self._run, self.net, u), x)
+            if not self.gathers and self.trace is not None:
                 self.trace.hear_answer(self, part)
             y = self._placed(y, part, kept)
         assert y is not None
@@ -226,7 +89,15 @@ class Slimmable(Dynamic):
 
     def at(self, u: int, x: Tensor) -> Tensor:
         """All rows at width u, whatever the gate says."""
-        return self.net[u](x) if isinstance(self.net, nn.ModuleList) else self.net(x, u)
+        return self._run(self.net, u, self._attended(x))
+
+    def _attended(self, x: Tensor) -> Tensor:
+        scorer = self.gate.scorer if isinstance(self.gate, Gate) else None
+        return scorer.attend(x) if isinstance(scorer, DoubleHead) else x
+
+    @staticmethod
+    def _run(net: nn.Module, u: int, x: Tensor) -> Tensor:
+        return net[u](x) if isinstance(net, nn.ModuleList) else net(x, u)
 
     def _placed(self, y: Tensor | None, part: Tensor, kept: Kept) -> Tensor:
         if self.training:  # a sum, so that every width's answer tells its gate what it is worth
@@ -239,40 +110,60 @@ class Slimmable(Dynamic):
         y = part.new_zeros(kept.keep.numel(), *part.shape[1:]) if y is None else y
         return y.index_copy_(0, kept.index, part)
 
-    def _sandwich(self, x: Tensor, score: Tensor) -> Tensor:
+    def _sandwich(self, x: Tensor) -> Tensor:
+        """Nothing is decided here, and the trace hears of no decision."""
         drawn = 1 + torch.randperm(max(0, self.widths - 2))[: self.between]
         order = sorted({0, *drawn.tolist(), self.widths - 1})
-        keep = torch.zeros_like(score)
-        keep[:, -1] = 1
-        self.tell(Decision(keep, score))
         answer = x
         for u in order:
-            with self.only(u, keep[:, u]) as kept:
-                answer = kept.call(partial(self.at, u), x)
+            answer = self._run(self.net, u, x)
             if self.trace is not None:
                 self.trace.hear_answer(self, answer)
+        if self.target is not None:
+            self._teach(x, order[1:])
         return answer
 
+    @torch.no_grad()
+    def _teach(self, x: Tensor, order: Sequence[int]) -> None:
+        """The average follows, and answers at the widths that teach."""
+        assert self.target is not None
+        for average, weight in zip(self.target.parameters(), self.net.parameters(), strict=True):
+            average.lerp_(weight, 1 - self.decay)
+        for u in order:
+            answer = self._run(self.target, u, x)
+            if self.trace is not None:
+                self.trace.hear_answer(self, answer)
 
-class OneWidth(Rule):
-    """Keep the width with the highest score; in training a Gumbel-softmax draw, hard forward and soft backward.
+
+class DoubleHead(nn.Module):
+    """Both heads of DS-Net's gate on one hidden layer over pooled features (arXiv:2103.13023, section 3.3).
+
+    The slimming head scores widths. The attention head multiplies every channel with 1 + tanh, which is 1 at the start;
+    it learns with the net, in the first stage, too. Pooled features differ little from input to input, so they are
+    normed first: without, the gate ends at one width for all.
 
     Args:
-        temperature: of the relaxation. A schedule may change it.
+        channels: of the feature map (B, C, H, W).
+        widths: scores per row.
+        hidden: width of the hidden layer; a quarter of the channels if None.
     """
 
-    def __init__(self, temperature: float = 1.0):
+    def __init__(self, channels: int, widths: int, hidden: int | None = None):
         super().__init__()
-        self.temperature = temperature
+        hidden = max(1, channels // 4) if hidden is None else hidden
+        self.reduce = nn.Sequential(nn.BatchNorm1d(channels), nn.Linear(channels, hidden), nn.ReLU())
+        self.slimming = nn.Linear(hidden, widths)
+        self.attention = nn.Linear(hidden, channels)
+        nn.init.zeros_(self.attention.weight)
+        nn.init.zeros_(self.attention.bias)
 
-    def forward(self, score: Tensor) -> Tensor:
-        """(rows, widths), 1 for one width of every row."""
-        if not self.training:
-            return torch.zeros_like(score).scatter(-1, score.argmax(-1, keepdim=True), 1.0)
-        noise = -(-torch.rand_like(score).clamp(1e-6, 1 - 1e-6).log()).log()
-        soft = ((score + noise) / self.temperature).softmax(-1)
-        hard = torch.zeros_like(soft).scatter(-1, soft.argmax(-1, keepdim=True), 1.0)
-        return hard + (soft - soft.detach())
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Scores (B, widths)."""
+        return self.slimming(self.reduce(x_BCHW.mean((2, 3))))
+
+    def attend(self, x_BCHW: Tensor) -> Tensor:
+        """x, with some channels louder and some softer."""
+        return x_BCHW * (1 + self.attention(self.reduce(x_BCHW.mean((2, 3)))).tanh())[..., None, None]
 
 
 class InPlaceDistillation(Objective):
@@ -283,7 +174,7 @@ class InPlaceDistillation(Objective):
 
     def __call__(self, answer: Any, y: Tensor, trace: Trace) -> Tensor:
         """Cross-entropy of the widest, plus cross-entropy of every other with the widest's probabilities."""
-        *others, widest = _answers(trace)[1]
+        *others, widest = _answers(trace).online
         taught = widest.detach().softmax(1)
         losses = [F.cross_entropy(widest, y), *(F.cross_entropy(logits, taught) for logits in others)]
         return torch.stack(losses).sum()
@@ -292,24 +183,59 @@ class InPlaceDistillation(Objective):
         return "InPlaceDistillation()"
 
 
+class EnsembleBootstrapping(Objective):
+    """Stage one as DS-Net trains it: a moving average of the net teaches (in-place ensemble bootstrapping,
+    arXiv:2103.13023, section 3.2).
+
+    The widest learns from the labels, those between from the average's widest, and the narrowest from the mean of what
+    the average says at all wider widths that were drawn. Wants `Slimmable.bootstrap` and `between` set. In eval mode,
+    where the average does not answer, it is the cross-entropy of the widest.
+    """
+
+    def __call__(self, answer: Any, y: Tensor, trace: Trace) -> Tensor:
+        """The sum over widths.
+
+        Raises:
+            StructureError: no teacher in a pass in train mode.
+        """
+        heard = _answers(trace)
+        narrowest, *between, widest = heard.online
+        loss = F.cross_entropy(widest, y)
+        if not heard.layer.training:
+            return loss
+        if not heard.taught:
+            raise StructureError("no moving average answered; call the layer's `bootstrap`, and set its `between`")
+        taught = [logits.softmax(1) for logits in heard.taught]
+        losses = [F.cross_entropy(logits, taught[-1]) for logits in between]
+        return torch.stack([loss, *losses, F.cross_entropy(narrowest, torch.stack(taught).mean(0))]).sum()
+
+    def __repr__(self) -> str:
+        return "EnsembleBootstrapping()"
+
+
 class SandwichGate(Objective):
     """Stage two: the gate learns which rows need width (sandwich gate sparsification, DS-Net, arXiv:2103.13023).
 
     A row that the narrowest width gets right belongs there; one that only the widest gets right belongs to the widest.
-    What even the widest gets wrong goes to the narrowest, which saves its compute, or to the widest.
+    What even the widest gets wrong goes to the narrowest, which saves its compute, or to the widest, as in the authors'
+    code. They add the cross-entropy of the answer, and half the square of the mean cost in billions of MACs.
 
     Args:
         give_up: hopeless rows go to the narrowest.
+        balanced: both kinds of rows weigh the same in a batch, however many there are of each. Where rows that need
+            width are rare the gate would otherwise learn that hardly any does; let a budget say how many may have it.
     """
 
-    def __init__(self, *, give_up: bool = True):
-        self.give_up = give_up
+    def __init__(self, *, give_up: bool = True, balanced: bool = False):
+        self.give_up, self.balanced = give_up, balanced
 
     def __call__(self, answer: Any, y: Tensor, trace: Trace) -> Tensor:
         """Cross-entropy of the gate's scores with the width that every row belongs to."""
-        name, answers = _answers(trace)
-        score = next(call.decision.score for call in trace.calls if call.name == name)
-        return F.cross_entropy(score, self.targets(answers[0], answers[-1], y, score.shape[1]))
+        heard = _answers(trace)
+        score = next(call.decision.score for call in trace.calls if call.name == heard.name)
+        wanted = self.targets(heard.online[0], heard.online[-1], y, score.shape[1])
+        weight = 1 / wanted.bincount(minlength=score.shape[1]).clamp(min=1).to(score) if self.balanced else None
+        return F.cross_entropy(score, wanted, weight=weight)
 
     def targets(self, narrowest: Tensor, widest: Tensor, y: Tensor, widths: int) -> Tensor:
         """The width (B,) of every row."""
@@ -318,7 +244,7 @@ class SandwichGate(Objective):
         return wide.long() * (widths - 1)
 
     def __repr__(self) -> str:
-        return f"SandwichGate(give_up={self.give_up})"
+        return f"SandwichGate(give_up={self.give_up}, balanced={self.balanced})"
 
 
 def separate(model: nn.Module) -> nn.Module:
@@ -330,39 +256,30 @@ def separate(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(model)
     for layer in layers(model).values():
         if isinstance(layer, Slimmable) and isinstance(layer.net, Slim):
-            net, training = layer.net, layer.training
+            net, training, layer.target = layer.net, layer.training, None
             layer.net = nn.ModuleList(net.at(u) for u in range(layer.widths)).train(training)
     return model
 
 
-def scaled(channels: int, ratios: Sequence[float]) -> tuple[int, ...]:
-    """Channels at every ratio of the full width, rounded down to whole ones as MobileNet does.
+class _Heard(NamedTuple):
+    """One slimmable layer's answers: its own, narrowest first, and its teacher's."""
 
-    >>> scaled(64, (0.25, 0.5, 1.0))
-    (16, 32, 64)
-
-    Raises:
-        ConfigError: ratios that are not ascending or not in (0, 1].
-    """
-    rising = all(a < b for a, b in pairwise(ratios))
-    if not ratios or not rising or not 0 < ratios[0] <= ratios[-1] <= 1:
-        raise ConfigError(f"widths are {tuple(ratios)}; expected ascending ratios above 0 and at most 1")
-    return tuple(max(1, int(channels * ratio)) for ratio in ratios)
+    name: str
+    layer: Slimmable
+    online: list[Tensor]
+    taught: list[Tensor]
 
 
-def _channels(name: str, channels: Sequence[int]) -> tuple[int, ...]:
-    whole = all(isinstance(c, int) and not isinstance(c, bool) and c >= 1 for c in channels)
-    if not channels or not whole or any(a > b for a, b in pairwise(channels)):
-        raise ConfigError(f"{name} of the widths are {tuple(channels)}; expected ascending whole numbers of at least 1")
-    return tuple(channels)
-
-
-def _answers(trace: Trace) -> tuple[str, list[Tensor]]:
-    """The one slimmable layer's name and answers."""
-    names = [name for layer, name in trace.names.items() if isinstance(layer, Slimmable) and name in trace.answers]
-    if len(names) != 1 or len(trace.answers[names[0]]) < 2:
+def _answers(trace: Trace) -> _Heard:
+    """Of the one slimmable layer."""
+    found = [(name, layer) for layer, name in trace.names.items() if isinstance(layer, Slimmable)]
+    found = [(name, layer) for name, layer in found if len(trace.answers.get(name, ())) > 1]
+    if len(found) != 1:
         raise StructureError(
-            f"the answers of one Slimmable at two widths or more were expected and {names or 'none'} answered; use it "
-            f"in train mode, inside `record`"
+            f"the answers of one Slimmable at two widths or more were expected and {[name for name, _ in found]} "
+            f"answered; use it in train mode, or the dense form, inside `record`"
         )
-    return names[0], trace.answers[names[0]]
+    (name, layer), answers = found[0], trace.answers[found[0][0]]
+    taught = layer.training and layer.between is not None and layer.target is not None
+    own = len(answers) // 2 + 1 if taught else len(answers)  # all but the narrowest teach
+    return _Heard(name, layer, answers[:own], answers[own:])

@@ -277,7 +277,8 @@ class RouteBalance(Objective):
 
     def _of(self, call: Call, nodes: set[str]) -> Tensor:
         above = sum(name in nodes for name, _ in call.within)
-        arrived = call.keep.flatten(0, -2).sum(0)
+        # At least in float32: bfloat16 knows no share just below 1, and what is left of 1 has no logarithm.
+        arrived = call.keep.flatten(0, -2).to(torch.promote_types(call.keep.dtype, torch.float32)).sum(0)
         right = (arrived[1] / arrived.sum().clamp(min=1e-12)).clamp(1e-6, 1 - 1e-6)
         penalty = -(self.decay**above) * 0.5 * (right.log() + (1 - right).log())
         return torch.where(arrived.sum() > 0, penalty, 0)  # hard rules may leave a node without rows

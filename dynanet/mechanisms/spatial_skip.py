@@ -57,7 +57,7 @@ class SpatialSkip(Dynamic):
         if self.trace is not None:
             score = self.tiles.spread(decision.score[..., 0], x_BCHW)[:, 0, :, :, None]
             self.tell(Decision(torch.stack(self.compact.sets(mask), -1), score))
-        return self.compact.add(self, range(len(self.compact.parts)), mask, x_BCHW)
+        return self.compact.add(self, range(len(self.compact.reach)), mask, x_BCHW)
 
 
 class SpatialBudget(Objective):

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import StructureError
 from dynanet.core.rows import Rows, over_tensors
+from dynanet.ops.native.chains import Chain, Ready, fused, row_of
+from dynanet.ops.native.products import neighbours, product, product_add_
 
 
 class Tiles(Rows):
@@ -126,6 +128,8 @@ class Tiles(Rows):
 
     def spread(self, per_tile: Tensor, like: Tensor) -> Tensor:
         """(B, tiles down, tiles across) to (B, 1, H, W): every position gets its tile's value."""
+        if self.tile == 1:
+            return per_tile[:, None].to(like.dtype)
         wide = per_tile[:, None].repeat_interleave(self.tile, 2).repeat_interleave(self.tile, 3)
         return wide[..., : like.shape[2], : like.shape[3]].to(like.dtype)
 
@@ -152,12 +156,22 @@ class Compact:
 
     def __init__(self, unit: nn.Module, *, region: bool = False):
         Tiles(1, 2**30).check(unit)
-        self.region = region
-        self.parts = _parts(unit)
+        self.region, self._unit = region, unit
+        self._layers: list[nn.Module] = []
+        self._parts: list[list[nn.Module]] = []
+        self._native = Chain()
         reads = [_padding(part[0])[0] if part and isinstance(part[0], nn.Conv2d) else 0 for part in self.parts]
         self.reach = [0 if region else sum(reads[j + 1 :]) for j in range(len(reads))]
         if not any(isinstance(layer, nn.Conv2d) for layer in self.parts[0]):  # nothing costly: the image as it is
             self.reach[0] = sum(reads[1:2] if region else reads[1:])
+
+    @property
+    def parts(self) -> list[list[nn.Module]]:
+        """The unit's layers as they are now: a session folds batch norms into the convolutions before them."""
+        layers = _chain(self._unit)
+        if layers != self._layers:
+            self._layers, self._parts = layers, _parts(layers)
+        return self._parts
 
     def sets(self, keep_B1HW: Tensor) -> list[Tensor]:
         """Where each part runs, (B, H, W): the last at the kept positions."""
@@ -186,6 +200,12 @@ class Compact:
         if not layer.gathers:
             return x + keep_B1HW * self._dense(keep_B1HW, x)
         flat = _flat(x)
+        parts = self.parts
+        packed = self._native.ready(self._layers, flat)
+        if packed is not None and fused(parts[-1])[-1][0] in packed:
+            answer = flat.clone(memory_format=torch.contiguous_format)
+            self._rows(layer, units, keep_B1HW, flat, parts, packed, answer)
+            return _image(answer, x)
         rows, index = self._sparse(layer, units, keep_B1HW, flat)
         return x if rows is None else _image(flat.index_add(0, index, rows), x)
 
@@ -193,12 +213,16 @@ class Compact:
         self, layer: Dynamic, units: Sequence[int], keep_B1HW: Tensor, flat: Tensor
     ) -> tuple[Tensor | None, Tensor]:
         """The chain's answer (n, C) at the kept positions, and which these are; None if there are none."""
+        parts = self.parts
+        packed = self._native.ready(self._layers, flat)
+        if packed is not None:
+            return self._rows(layer, units, keep_B1HW, flat, parts, packed)
         kept = [layer.kept(at) for at in self.sets(keep_B1HW)]
         places = [k.index for k in kept if k.index is not None]
         if kept[-1].empty:
             return None, places[-1]
         rows = flat.index_select(0, places[0])
-        for j, part in enumerate(self.parts):
+        for j, part in enumerate(parts):
             with layer.within(kept[j].frame(layer, units[j])):
                 for i, step in enumerate(part):
                     if isinstance(step, nn.Conv2d):
@@ -208,6 +232,56 @@ class Compact:
                     else:
                         rows = step(rows[:, :, None, None])[:, :, 0, 0]
         return rows, places[-1]
+
+    def _rows(
+        self,
+        layer: Dynamic,
+        units: Sequence[int],
+        keep_B1HW: Tensor,
+        flat: Tensor,
+        parts: list[list[nn.Module]],
+        packed: Ready,
+        into: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor]:
+        """As `_sparse`, natively: rows are read through indices, never gathered or laid side by side. With `into`, the
+        last convolution adds its answer to these rows of images, and nothing is answered."""
+        kept = [
+            layer.kept(_dilate(keep_B1HW, reach)[:, 0]) if part else None
+            for part, reach in zip(parts, self.reach, strict=True)
+        ]
+        last = kept[-1]
+        assert last is not None and last.index is not None
+        if last.empty:
+            return None, last.index
+        rows = flat
+        where: Tensor | None = None  # the positions of `rows`; None: every one, the images as they are
+        for j, part in enumerate(parts):
+            here = kept[j]
+            if here is None:
+                continue
+            assert here.index is not None
+            with layer.within(here.frame(layer, units[j])):
+                for i, (step, relu) in enumerate(steps := fused(part)):
+                    if isinstance(step, nn.Conv2d):
+                        counts, around = [here.index.shape[0]], None
+                        if j > 0 and i == 0:
+                            rows_at = None if where is None else row_of(where, keep_B1HW.numel())
+                            around = neighbours(
+                                here.index, rows_at, keep_B1HW, step.kernel_size, step.dilation, _padding(step)
+                            )
+                        elif where is None:
+                            around = here.index[:, None]
+                        if into is not None and i + 1 == len(steps) and j + 1 == len(kept):
+                            product_add_(
+                                into, rows, *packed[step], counts=counts, to=here.index, around=around, relu=relu
+                            )
+                            return None, here.index
+                        rows = product(rows, *packed[step], step.out_channels, counts=counts, around=around, relu=relu)
+                    else:
+                        rows = flat.index_select(0, here.index) if where is None else rows
+                        rows = step(rows[:, :, None, None])[:, :, 0, 0]
+                    where = here.index
+        return rows, last.index
 
     def _dense(self, keep_B1HW: Tensor, x: Tensor) -> Tensor:
         sets = self.sets(keep_B1HW) if self.region else []
@@ -251,13 +325,14 @@ def _geometry(layer: nn.Conv2d) -> list[tuple[int, int, int]]:
     return list(zip(_padding(layer), layer.dilation, layer.kernel_size, strict=True))
 
 
-def _parts(unit: nn.Module) -> list[list[nn.Module]]:
+def _parts(layers: list[nn.Module]) -> list[list[nn.Module]]:
     """The layers of a chain, cut before every convolution that reads neighbours."""
     parts: list[list[nn.Module]] = [[]]
-    for layer in _chain(unit):
+    for layer in layers:
         if isinstance(layer, nn.Conv2d) and _padding(layer)[0]:
             parts.append([])
-        parts[-1].append(layer)
+        if not isinstance(layer, nn.Identity):
+            parts[-1].append(layer)
     return parts
 
 

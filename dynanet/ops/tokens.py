@@ -6,23 +6,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dynanet.core.rows import Rows
+from dynanet.core.rows import Rows, over_tensors
 
 
 class Tokens(NamedTuple):
     """Tokens with their membership: a rectangle with `alive` (dense), or packed with `lengths` (sparse).
 
-    Linears and norms work on `x` in either layout; only attention must know who is there.
+    Linears and norms work on `x` in either layout; only what looks at other tokens must know who is there.
 
     Attributes:
         x: (B, T, D), or packed (N, D), sample after sample.
         alive: (B, T), 1 for the tokens that are there; None: all.
         lengths: tokens of every sample when packed; None when x is a rectangle.
+        size: how many tokens each stands for, shaped as x without its last axis; None: one each. A token of size s is
+            attended to as s equal ones.
+        attention: how much the class token attends to each, as `class_attention` answers; None where nobody asked.
+        key: what tells alike tokens, (..., d), as `summed_key` answers; None where nobody asked.
     """
 
     x: Tensor
     alive: Tensor | None = None
     lengths: tuple[int, ...] | None = None
+    size: Tensor | None = None
+    attention: Tensor | None = None
+    key: Tensor | None = None
 
     def first(self) -> Tensor:
         """1 at every sample's first token (CLS), shaped as x without its last axis."""
@@ -35,47 +42,75 @@ class Tokens(NamedTuple):
         mark[(lengths.cumsum(0) - lengths)[lengths > 0]] = 1
         return mark
 
+    def there(self) -> Tensor:
+        """True where a token is there, shaped as x without its last axis."""
+        return torch.ones_like(self.x[..., 0], dtype=torch.bool) if self.alive is None else self.alive > 0
+
 
 class TokenRows(Rows):
     """Tokens leave; `alive` (dense) or `lengths` (sparse) tells those that stay. Lead is (B, T), or (N,) when packed.
 
-    The unit goes from Tokens to a tensor of token features, (B, T, D) or (N, D).
+    x is Tokens, or a pytree of Tokens and tensors that start with the lead; answers are pytrees of such tensors.
     """
 
     def whole(self, x: Any, lead: tuple[int, ...]) -> Any:
         """The rectangle as it is: the layer has written keep into `alive`."""
         return x
 
-    def take(self, x: Any, lead: tuple[int, ...], index: Tensor) -> Tokens:
-        """The kept tokens, packed."""
-        assert isinstance(x, Tokens)
-        if x.lengths is None:
+    def take(self, x: Any, lead: tuple[int, ...], index: Tensor) -> Any:
+        """The kept tokens, packed. All tokens are a view: nothing is copied."""
+        if isinstance(x, Tokens):
+            return self._packed(x, lead, index)
+        if isinstance(x, tuple | list):
+            return type(x)(self.take(part, lead, index) for part in x)
+        return over_tensors(lambda t: _rows(t, lead, index), x)
+
+    def _packed(self, tokens: Tokens, lead: tuple[int, ...], index: Tensor) -> Tokens:
+        taken = over_tensors(lambda t: _rows(t, lead, index), tokens._replace(lengths=None, alive=None))
+        if index.numel() == _count(lead):
+            return taken._replace(lengths=(lead[1],) * lead[0] if tokens.lengths is None else tokens.lengths)
+        if tokens.lengths is None:
             samples, sample = lead[0], index // lead[1]
         else:
-            samples = len(x.lengths)
-            lengths = torch.tensor(x.lengths, device=index.device)
-            sample = torch.arange(samples, device=index.device).repeat_interleave(lengths)[index]
-        counts = torch.zeros(samples, dtype=torch.long, device=index.device)
-        counts = counts.index_add(0, sample, torch.ones_like(sample))
-        packed = x.x.flatten(0, len(lead) - 1).index_select(0, index)
-        return Tokens(packed, lengths=tuple(counts.tolist()))
+            samples, sample = len(tokens.lengths), sample_of_row(tokens.lengths, index.device)[index]
+        return taken._replace(lengths=tuple(torch.bincount(sample, minlength=samples).tolist()))
 
     def put(self, y: Any, lead: tuple[int, ...], index: Tensor, otherwise: Any) -> Any:
         """`otherwise` (lead..., D) with y (r, D) at `index`."""
-        home = otherwise.flatten(0, len(lead) - 1).index_copy(0, index, y)
-        return home.reshape(*lead, *y.shape[1:])
+
+        def home(t: Tensor, o: Tensor) -> Tensor:
+            if index.numel() != _count(lead):
+                t = o.flatten(0, len(lead) - 1).index_copy(0, index, t)
+            return t.reshape(*lead, *t.shape[1:])
+
+        return over_tensors(home, y, otherwise)
 
     def mask(self, y: Any, lead: tuple[int, ...], keep: Tensor, otherwise: Any) -> Any:
         """The blend, token by token."""
-        k = keep.reshape(lead)[..., None].to(y.dtype)
-        return k * y + (1 - k) * otherwise
+
+        def blend(t: Tensor, o: Tensor) -> Tensor:
+            k = _like(keep.reshape(lead), t).to(t.dtype)
+            return k * t + (1 - k) * o
+
+        return over_tensors(blend, y, otherwise)
 
 
 TOKEN_ROWS = TokenRows()
 
 
+def attention_price(keep: Tensor, unit_macs: Tensor) -> Tensor:
+    """MACs per sample of units in which n kept tokens attend to each other: a n + b n^2, (B,).
+
+    Args:
+        keep: (B, ..., units), in the whole batch.
+        unit_macs: (units, 2), a and b of every unit, measured.
+    """
+    n = keep.to(unit_macs).flatten(1, -2).sum(1)  # (B, units)
+    return (n * unit_macs[:, 0] + n.square() * unit_macs[:, 1]).sum(1)
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, heads: int) -> Tensor:
-    """Multi-head attention among the tokens that are there.
+    """Multi-head attention among the tokens that are there, each counting as many times as its `size` says.
 
     Args:
         query: (B, T, D), or (N, D) when the tokens are packed; key and value alike.
@@ -89,23 +124,182 @@ def attend(query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, heads: int
     """
     if tokens.lengths is None:
         if tokens.alive is not None and tokens.alive.requires_grad:
-            return _weighted_attend(query, key, value, heads, tokens.alive)
-        mask = None if tokens.alive is None else (tokens.alive > 0)[:, None, None, :]
-        return _heads_attend(query, key, value, heads, mask)
+            weight = tokens.alive if tokens.size is None else tokens.alive * tokens.size
+            return _weighted_attend(query, key, value, heads, weight)
+        return _heads_attend(query, key, value, heads, _bias(tokens, query.dtype))
+    bias = None if tokens.size is None else tokens.size.log().to(query.dtype)
+    samples = len(tokens.lengths)
     if len(set(tokens.lengths)) == 1 and tokens.lengths[0] > 0:
-        q, k, v = (z.unflatten(0, (len(tokens.lengths), -1)) for z in (query, key, value))
-        return _heads_attend(q, k, v, heads).flatten(0, 1)
-    samples = zip(*(z.split(tokens.lengths) for z in (query, key, value)), strict=True)
-    parts = [_heads_attend(q[None], k[None], v[None], heads)[0] for q, k, v in samples if q.shape[0]]
-    return torch.cat(parts) if parts else torch.zeros_like(query)
+        q, k, v = (z.unflatten(0, (samples, -1)) for z in (query, key, value))
+        mask = None if bias is None else bias.reshape(samples, 1, 1, -1)
+        return _heads_attend(q, k, v, heads, mask).flatten(0, 1)
+    parts = zip(*(z.split(tokens.lengths) for z in (query, key, value)), strict=True)
+    biases = [None] * samples if bias is None else bias.split(tokens.lengths)
+    answers = [
+        _heads_attend(q[None], k[None], v[None], heads, None if b is None else b[None, None, None])[0]
+        for (q, k, v), b in zip(parts, biases, strict=True)
+        if q.shape[0]
+    ]
+    return torch.cat(answers) if answers else torch.zeros_like(query)
 
 
-def _weighted_attend(query: Tensor, key: Tensor, value: Tensor, heads: int, alive: Tensor) -> Tensor:
-    """Attention whose exponentials are multiplied with `alive` (DynamicViT, arXiv:2106.02034, eq. 10-11): the same as a
-    boolean mask where alive is 0 or 1, and the way by which a gradient reaches the gate that dropped a token."""
+def class_attention(query: Tensor, key: Tensor, tokens: Tokens, heads: int) -> Tensor:
+    """How much the first token attends to each token of its sample: the softmax of its query, averaged over heads.
+
+    Liang et al. 2022 (EViT, arXiv:2202.07800, section 3.2) call it attentiveness. 0 for what is not there.
+
+    Args:
+        query: as in `attend`.
+        key: as in `attend`.
+        tokens: says who is there.
+        heads: D is split into so many.
+
+    Returns:
+        (B, T), or (N,) when packed.
+    """
+    rectangle = Rectangle(tokens)
+    first = first_rows(query, tokens)
+    logits = (spread_rows(first, tokens) * key).unflatten(-1, (heads, -1)).sum(-1) * (heads / key.shape[-1]) ** 0.5
+    weights = rectangle.of(logits, fill=-torch.inf)
+    if tokens.size is not None:
+        weights = weights + rectangle.of(tokens.size, fill=1.0).log()[..., None]
+    # A sample without tokens has no weights: not a softmax of minus infinities, which is NaN.
+    weights = (weights - weights.amax(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).min)).exp()
+    weights = weights / weights.sum(1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
+    return rectangle.rows(weights.mean(-1))
+
+
+def summed_key(key: Tensor, heads: int) -> Tensor:
+    """(..., D) to (..., D / heads), the sum over heads: in direction the mean, which is what Bolya et al. 2023 (ToMe,
+    arXiv:2210.09461) compare."""
+    first, *others = key.chunk(heads, -1)
+    return sum(others, first.clone())
+
+
+def rank(score: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """For every token how many of its sample's tokens score lower (the earlier first where equal), and how many there
+    are; both shaped as score, (B, T) or (N,), as whole numbers. Minus and plus infinity are scores like others; what is
+    not there ranks nowhere and is not counted.
+    """
+    rectangle = Rectangle(tokens)
+    if rectangle.full:
+        order = rectangle.of(score, fill=0.0).argsort(dim=1, stable=True)
+        count = torch.full_like(order, order.shape[1])
+    else:
+        there = rectangle.there()
+        order = torch.where(there, rectangle.of(score, fill=0.0), torch.inf).argsort(dim=1, stable=True)
+        # What is there but infinite must still come before what is not: sort once more by presence, which is stable.
+        order = order.gather(1, (~there).gather(1, order).to(torch.int8).argsort(dim=1, stable=True))
+        count = there.sum(1, keepdim=True).expand_as(order)
+    place = torch.arange(order.shape[1], device=score.device).expand_as(order)
+    ranks = torch.zeros_like(order).scatter(1, order, place)
+    return rectangle.rows(ranks), rectangle.rows(count)
+
+
+def spread_rows(per_sample: Tensor, tokens: Tokens) -> Tensor:
+    """(B, ...) to every token of the sample: (B, 1, ...), which broadcasts, or (N, ...) when packed."""
+    if tokens.lengths is None:
+        return per_sample[:, None]
+    return per_sample.index_select(0, sample_of_row(tokens.lengths, per_sample.device))
+
+
+def first_rows(t: Tensor, tokens: Tokens) -> Tensor:
+    """The first token's part of t, (B, T, ...) or (N, ...), for every sample: (B, ...); 0 where it has no tokens."""
+    if tokens.lengths is None:
+        return t[:, 0]
+    lengths = torch.tensor(tokens.lengths, dtype=torch.long, device=t.device)
+    if t.shape[0] == 0:
+        return t.new_zeros(lengths.shape[0], *t.shape[1:])
+    rows = t.index_select(0, (lengths.cumsum(0) - lengths).clamp(max=t.shape[0] - 1))
+    return torch.where(_like(lengths > 0, rows), rows, 0.0)
+
+
+def sum_by_sample(x: Tensor, tokens: Tokens) -> Tensor:
+    """The sum over a sample's tokens, (B, ...). What is not there must be 0 in x."""
+    if tokens.lengths is None:
+        return x.sum(1)
+    sums = x.new_zeros(len(tokens.lengths), *x.shape[1:])
+    return sums.index_add(0, sample_of_row(tokens.lengths, x.device), x)
+
+
+def sample_of_row(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """The sample of every packed row, (N,)."""
+    counts = torch.tensor(lengths, dtype=torch.long, device=device)
+    return torch.arange(len(lengths), device=device).repeat_interleave(counts, output_size=sum(lengths))
+
+
+class Rectangle:
+    """Numbers of tokens as one rectangle (B, longest, ...), and back: for what is sorted or compared in a sample.
+
+    Attributes:
+        full: every place of it is a token.
+    """
+
+    def __init__(self, tokens: Tokens):
+        self._tokens = tokens
+        self._place: Tensor | None = None
+        self._longest, lengths = tokens.x.shape[1], tokens.lengths
+        self.full = tokens.alive is None if lengths is None else len(set(lengths)) == 1
+        if lengths is not None:
+            self._longest = max(lengths, default=0)
+        if lengths is not None and not self.full:
+            counts = torch.tensor(lengths, dtype=torch.long, device=tokens.x.device)
+            sample = sample_of_row(lengths, tokens.x.device)
+            start = counts.cumsum(0) - counts
+            within = torch.arange(sample.shape[0], device=tokens.x.device) - start[sample]
+            self._place = sample * self._longest + within
+
+    def of(self, t: Tensor, fill: float) -> Tensor:
+        """(B, T, ...) or (N, ...) to (B, longest, ...); `fill` where no token is."""
+        lengths = self._tokens.lengths
+        if lengths is None:
+            return t if self.full else torch.where(_like(self._tokens.there(), t), t, fill)
+        if self._place is None:
+            return t.reshape(len(lengths), self._longest, *t.shape[1:])
+        padded = t.new_full((len(lengths) * self._longest, *t.shape[1:]), fill).index_copy(0, self._place, t)
+        return padded.reshape(len(lengths), self._longest, *t.shape[1:])
+
+    def there(self) -> Tensor:
+        """(B, longest), True where a token is."""
+        if self._tokens.lengths is None:
+            return self._tokens.there()
+        return self.of(torch.ones_like(self._tokens.x[:, 0]), fill=0.0) > 0
+
+    def rows(self, t: Tensor) -> Tensor:
+        """(B, longest, ...) back to the layout of the tokens."""
+        if self._tokens.lengths is None:
+            return t
+        return t.flatten(0, 1) if self._place is None else t.flatten(0, 1).index_select(0, self._place)
+
+
+def _rows(t: Tensor, lead: tuple[int, ...], index: Tensor) -> Tensor:
+    flat = t.flatten(0, len(lead) - 1) if len(lead) > 1 else t
+    return flat if index.numel() == flat.shape[0] else flat.index_select(0, index)
+
+
+def _like(mark: Tensor, t: Tensor) -> Tensor:
+    """With as many axes as t has, the last ones 1."""
+    return mark.reshape(*mark.shape, *[1] * (t.dim() - mark.dim()))
+
+
+def _count(lead: tuple[int, ...]) -> int:
+    return lead[0] * lead[1] if len(lead) > 1 else lead[0]
+
+
+def _bias(tokens: Tokens, dtype: torch.dtype) -> Tensor | None:
+    """What is added to the logits of a rectangle; a boolean mask where that says it all."""
+    if tokens.size is None:
+        return None if tokens.alive is None else (tokens.alive > 0)[:, None, None, :]
+    bias = tokens.size.log().to(dtype)
+    return (bias if tokens.alive is None else bias.masked_fill(tokens.alive <= 0, -torch.inf))[:, None, None, :]
+
+
+def _weighted_attend(query: Tensor, key: Tensor, value: Tensor, heads: int, weight: Tensor) -> Tensor:
+    """Attention whose exponentials are multiplied with a weight (DynamicViT, arXiv:2106.02034, eq. 10-11): the same as
+    a boolean mask where it is 0 or 1, and the way by which a gradient reaches the gate that dropped a token."""
     q, k, v = (z.unflatten(-1, (heads, -1)).transpose(-2, -3) for z in (query, key, value))
     logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
-    weights = (logits - logits.amax(-1, keepdim=True).detach()).exp() * alive[:, None, None, :]
+    weights = (logits - logits.amax(-1, keepdim=True).detach()).exp() * weight[:, None, None, :]
     weights = weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
     return (weights @ v).transpose(-2, -3).flatten(-2)
 

@@ -1,6 +1,7 @@
 """Training: objectives, schedules, and a run that goes on where it was killed.
 
-What needs Lightning (`fit`, `Training`, `Run`, `Checkpoints`, `AtomicCheckpointIO`) is imported when it is first used.
+What needs Lightning (`fit`, `Training`, `Run`, `Frozen`, `Checkpoints`, `AtomicCheckpointIO`) is imported when it is
+first used.
 """
 
 from importlib import import_module
@@ -12,6 +13,7 @@ from dynanet.train.batches import Batches
 from dynanet.train.batchnorm import recalibrate_batchnorm
 from dynanet.train.checkpoint import load_checkpoint, load_weights, newest, save_checkpoint
 from dynanet.train.collapse import CollapseAlarm, collapsed, loads
+from dynanet.train.detection import DetectionLoss
 from dynanet.train.equilibrium import exits_reached, rescale_gradients
 from dynanet.train.objectives import CrossEntropy, MultiExit, TargetRate, Within
 from dynanet.train.optimizers import adamw, cosine, one_cycle, sgd
@@ -30,6 +32,7 @@ from dynanet.train.schedules import anneal_temperature, exponential, linear, tig
 
 if TYPE_CHECKING:
     from dynanet.train.fitting import Run, fit
+    from dynanet.train.freezing import Frozen
     from dynanet.train.lightning import Training
     from dynanet.train.saving import AtomicCheckpointIO, Checkpoints
 
@@ -40,7 +43,9 @@ __all__ = [
     "CollapseAlarm",
     "CostReward",
     "CrossEntropy",
+    "DetectionLoss",
     "DropReward",
+    "Frozen",
     "LoadBalance",
     "MultiExit",
     "Objective",
@@ -80,6 +85,7 @@ __all__ = [
 _WITH_LIGHTNING = {
     "AtomicCheckpointIO": "dynanet.train.saving",
     "Checkpoints": "dynanet.train.saving",
+    "Frozen": "dynanet.train.freezing",
     "Run": "dynanet.train.fitting",
     "Training": "dynanet.train.lightning",
     "fit": "dynanet.train.fitting",

@@ -5,17 +5,25 @@
 
 from dynanet.zoo.blockdrop import blockdrop
 from dynanet.zoo.branchynet import branchy_alexnet, branchy_lenet, branchy_resnet
+from dynanet.zoo.causal_transformer import causal_transformer
 from dynanet.zoo.cgnet import cgnet
 from dynanet.zoo.convnet_aig import convnet_aig, convnet_aig_cifar
+from dynanet.zoo.detector import detector_halting, detector_skip, detector_static
+from dynanet.zoo.drnet import drnet, drnet_imagenet
 from dynanet.zoo.ds_net import ds_net
-from dynanet.zoo.fbs import fbs, static_vgg
+from dynanet.zoo.fbs import fbs, fbs_resnet, static_vgg
+from dynanet.zoo.gfnet import gfnet, gfnet_imagenet
+from dynanet.zoo.layer_cascade import layer_cascade, layer_cascade_static
 from dynanet.zoo.moe import moe_encoder, moe_vit
 from dynanet.zoo.msdnet import msdnet, msdnet_anytime, msdnet_imagenet
+from dynanet.zoo.pretrained_text import TextTokenizer, TruncationWarning, packaged_minilm, pretrained_text_exits
 from dynanet.zoo.ranet import ranet, ranet_cifar, ranet_imagenet
 from dynanet.zoo.reference import load_reference
 from dynanet.zoo.skipnet import skipnet
 from dynanet.zoo.spectral import scene_form, scene_macs, spectral_exit, spectral_static
 from dynanet.zoo.staged_resnet import staged_resnet, static_resnet
+from dynanet.zoo.text_encoder import text_exits
+from dynanet.zoo.token_vits import a_vit, dynamic_vit, evit, token_vit, tome
 from dynanet.zoo.vit import vit_exits, vit_static
 
 MODELS = {
@@ -24,10 +32,18 @@ MODELS = {
         branchy_alexnet, branchy_lenet, branchy_resnet, vit_exits, vit_static,
         msdnet, msdnet_anytime, msdnet_imagenet, spectral_exit, spectral_static, staged_resnet, static_resnet,
         moe_vit, moe_encoder,
-        ds_net, fbs, static_vgg, cgnet,
+        token_vit, dynamic_vit, evit, a_vit, tome,
+        text_exits, causal_transformer,
+        ds_net, fbs, fbs_resnet, static_vgg, cgnet,
         skipnet, convnet_aig, convnet_aig_cifar, blockdrop,
         ranet, ranet_cifar, ranet_imagenet,
+        layer_cascade, layer_cascade_static,
+        gfnet, gfnet_imagenet, drnet, drnet_imagenet,
+        detector_static, detector_halting, detector_skip,
     )
 }  # fmt: skip
 
-__all__ = [*MODELS, "load_reference", "scene_form", "scene_macs"]
+__all__ = [
+    *MODELS, "TextTokenizer", "TruncationWarning", "load_reference", "packaged_minilm", "pretrained_text_exits",
+    "scene_form", "scene_macs",
+]  # fmt: skip

@@ -34,8 +34,8 @@ def cgnet(
         widths: channels at each resolution; every one after the first halves height and width.
         depths: blocks at each resolution.
         share: of the input channels in the base path; a quarter in the paper's CIFAR networks.
-        groups: output channels decide in so many groups, for every image.
-        tile: instead, stride-1 convolutions decide for tiles of this side; those with a stride decide per image.
+        groups: output channels decide in so many groups, each with a base path that reads other channels.
+        tile: stride-1 convolutions decide for tiles of this side; those with a stride decide per image.
         threshold: where the thresholds start.
 
     Returns:
@@ -50,10 +50,10 @@ def cgnet(
         raise ConfigError(
             f"cgnet: widths are {tuple(widths)} and depths {tuple(depths)}; expected one depth per width, all above 0"
         )
-    if groups < 1 or any(width % groups for width in widths) or (tile is not None and (tile < 1 or groups > 1)):
+    if groups < 1 or any(width % groups for width in widths) or (tile is not None and tile < 1):
         raise ConfigError(
             f"cgnet: {groups} groups and tiles of {tile} with widths {tuple(widths)}; groups must divide every width, "
-            f"tiles have a side of 1 or more, and only one of the two decides"
+            f"and tiles have a side of 1 or more"
         )
 
     def gated(inputs: int, outputs: int, stride: int) -> ChannelGating:

@@ -12,17 +12,9 @@ from torch import nn
 from dynanet.core.architecture import architecture
 from dynanet.core.errors import ConfigError
 from dynanet.core.gate import Gate
-from dynanet.gates.scorers import PooledScorer
-from dynanet.mechanisms.slimmable import (
-    OneWidth,
-    Slim,
-    SlimBatchNorm2d,
-    SlimConv2d,
-    SlimLinear,
-    Slimmable,
-    SlimSequential,
-    scaled,
-)
+from dynanet.gates.rules import Pick
+from dynanet.mechanisms.slimmable import DoubleHead, Slimmable
+from dynanet.nets.slim import Slim, SlimBatchNorm2d, SlimConv2d, SlimLinear, SlimSequential, scaled
 
 DEPTHS = (1, 2, 2, 6, 2)  # of MobileNet's stages after the stem
 
@@ -37,7 +29,7 @@ def ds_net(
     late: Sequence[int] = (736, 864, 1024, 1152),
     depths: Sequence[int] = DEPTHS,
     strides: Sequence[int] = (2, 1, 2, 2, 2, 2),
-    hidden: int = 16,
+    hidden: int | None = None,
 ) -> nn.Sequential:
     """DS-Net on MobileNetV1: (B, C, H, W) to logits (B, num_classes).
 
@@ -49,11 +41,11 @@ def ds_net(
         late: channels of the fifth stage at every width; the paper's run from 736 to 1,152.
         depths: separable convolutions per stage.
         strides: of the stem and of every stage's first convolution. (1, 1, 2, 2, 2, 1) suits 32 x 32 pixels.
-        hidden: width of the gate's hidden layer.
+        hidden: width of the gate's hidden layer; a quarter of the channels that it sees if None.
 
     Returns:
         The early stages, then a `Slimmable` with a unit per width. A new model's gate is not trained: train the widths
-        first, with `model[1].between = 2`, then the gate.
+        first, with `model[1].between = 2` and `model[1].bootstrap()`, then the gate.
 
     Raises:
         ConfigError: widths that are not ascending or not as many in both stages; another number of stages.
@@ -76,7 +68,7 @@ def ds_net(
     first = _mobilenet([(c,) for c in early], in_channels, depths[:3], strides[:4])
     channels = (early[-1],) * widths
     body = [*_stage(channels, middle, depths[3], strides[4]), *_stage(middle, late, depths[4], strides[5])]
-    gate = Gate(PooledScorer(early[-1], widths, hidden, bias=0.0), OneWidth(), units=widths)
+    gate = Gate(DoubleHead(early[-1], widths, hidden), Pick(noise=True, hard=True), units=widths)
     return nn.Sequential(
         SlimSequential(*first).at(0), Slimmable(SlimSequential(*body, *_head(late, num_classes)), gate)
     )

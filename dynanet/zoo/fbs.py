@@ -1,7 +1,8 @@
-"""A small VGG for CIFAR whose convolutions keep the channels that matter for the image at hand.
+"""A small VGG and a ResNet for CIFAR whose convolutions keep the channels that matter for the image at hand.
 
 The M-CifarNet of Gao, Zhao, Dudziak, Mullins, Xu: Dynamic Channel Pruning: Feature Boosting and Suppression, ICLR 2019,
-https://arxiv.org/abs/1810.05331: eight 3x3 convolutions, global average pooling, a linear layer.
+https://arxiv.org/abs/1810.05331: eight 3x3 convolutions, global average pooling, a linear layer. And the networks for
+small images of He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition, https://arxiv.org/abs/1512.03385.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from torch import nn
 from dynanet.core.architecture import architecture
 from dynanet.core.errors import ConfigError
 from dynanet.mechanisms.channel_skip import ChannelSkip, fbs_gate
+from dynanet.nets.resnet import cifar_blocks, cifar_stem, head
 
 WIDTHS = (64, 64, 128, 128, 128, 192, 192, 192)
 STRIDES = (1, 1, 2, 1, 1, 2, 1, 1)
@@ -62,6 +64,47 @@ def fbs(
         inputs = width
     chain = ChannelSkip(convs, gates, counts, norms=norms, boost=True)
     return nn.Sequential(chain, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes))
+
+
+@architecture
+def fbs_resnet(
+    *,
+    num_classes: int,
+    in_channels: int = 3,
+    depth: int = 20,
+    widths: Sequence[int] = (16, 32, 64),
+    groups: int | None = 4,
+    density: float = 0.5,
+) -> nn.Sequential:
+    """A CIFAR ResNet whose blocks boost and suppress channels: (B, C, H, W) to logits (B, num_classes).
+
+    Every block's two convolutions are one chain. Groups that the second one leaves add nothing to the shortcut. Stem,
+    shortcuts and classifier always run.
+
+    Args:
+        num_classes: width of the logits.
+        in_channels: channels of the input.
+        depth: 6n + 2, with n blocks at each of three resolutions.
+        widths: channels at each resolution.
+        groups: as in `fbs`.
+        density: as in `fbs`.
+
+    Returns:
+        A network with a `ChannelSkip` in every block; `nets.resnet.cifar_resnet` is the same one without gates.
+
+    Raises:
+        ConfigError: a depth that is not 6n + 2, groups that do not divide a width, or a density outside (0, 1].
+    """
+    _check(widths, widths, groups)
+    blocks = cifar_blocks(depth, widths)
+    for block in blocks:
+        found = [m for m in block.branch.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
+        convs = [m for m in found if isinstance(m, nn.Conv2d)]
+        counts = [groups if groups is not None else conv.out_channels for conv in convs]
+        gates = [fbs_gate(conv.in_channels, count, density) for conv, count in zip(convs, counts, strict=True)]
+        norms = [m for m in found if isinstance(m, nn.BatchNorm2d)]
+        block.branch = ChannelSkip(convs, gates, counts, norms=norms, afters=[nn.ReLU(), nn.Identity()], boost=True)
+    return nn.Sequential(cifar_stem(in_channels, widths[0]), *blocks, head(widths[-1], num_classes))
 
 
 @architecture

@@ -65,7 +65,8 @@ def reference_state_dict(model: EarlyExit) -> dict[str, Tensor]:
 def paper_flops(
     model: EarlyExit, input_shape: tuple[int, int, int], convention: Literal["msdnet"] = "msdnet"
 ) -> list[int]:
-    """What the authors' own counter prints for one sample that leaves at exit 0, 1, ...; never to be mixed with MACs.
+    """What the authors' own counter prints for one sample that leaves at exit 0, 1, ... of those that are on; never to
+    be mixed with MACs.
 
     "msdnet" (also RANet's and CondenseNet's): multiply-accumulates of convolutions without their bias, weights + bias
     of a linear layer, one per input of a ReLU, kernel size per output of a pooling; norms, concatenation and additions
@@ -85,7 +86,7 @@ def paper_flops(
 
 
 def macs_per_exit(model: EarlyExit, input_shape: tuple[int, int, int]) -> list[int]:
-    """Multiply-accumulates (convolutions, linears) of one sample (C, H, W) that leaves at exit 0, 1, ...
+    """Multiply-accumulates (convolutions, linears) of one sample (C, H, W) that leaves at active exit 0, 1, ...
 
     What a CostModel measures, without thresholds and traces; a network on the meta device is enough.
     """
@@ -251,15 +252,16 @@ def _check_state(system: str, expected: Mapping[str, Tensor], came: Mapping[str,
 
 
 def _count_per_exit(model: EarlyExit, input_shape: tuple[int, int, int]) -> list[tuple[int, int]]:
-    """(MACs, the msdnet convention's extras) up to and including each exit."""
+    """(MACs, the msdnet convention's extras) up to and including each exit that is on."""
     model = copy.deepcopy(model).eval()  # a copy, because the caller's may be training
     weight = next(model.parameters())
     state, counts = torch.zeros(1, *input_shape, device=weight.device, dtype=weight.dtype), []
     with torch.no_grad(), CountMacs() as count, _CountExtras() as extras:
-        for stage, leave in zip(model.stages, model.exits, strict=True):
+        for k, (stage, leave) in enumerate(zip(model.stages, model.exits, strict=True)):
             state = stage(state)
-            leave(state)
-            counts.append((count.total, extras.total))
+            if k in model.active:
+                leave(state)
+                counts.append((count.total, extras.total))
     return counts
 
 

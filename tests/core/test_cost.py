@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dynanet.core.cost import CostModel
-from dynanet.core.dynamic import everything, execute, forced, layers, record
+from dynanet.core.dynamic import Dynamic, everything, execute, forced, layers, record
 from dynanet.core.errors import InputError, StructureError
 from dynanet.core.gate import Gate
 from dynanet.core.macs import CountMacs
-from dynanet.gates.rules import Soft, StraightThrough, Threshold
+from dynanet.gates.rules import Pick, Soft, StraightThrough, Threshold
 from dynanet.gates.scorers import TileScorer
 from dynanet.mechanisms.early_exit import EarlyExit
 from dynanet.mechanisms.layer_skip import LayerSkip
@@ -71,6 +71,41 @@ def test_a_gate_always_runs_and_a_layer_inside_has_its_own_price():
     assert cost.unit[""].tolist() == [2 * SQUARE + D], "the inner gate runs with the outer unit"
     assert cost.unit["block.1"].tolist() == [SQUARE]
     assert cost.full == cost.worst == 2 * D + 3 * SQUARE
+
+
+class OneOf(Dynamic):
+    """Of several units a row runs one; where more are forced, all of those."""
+
+    most = 1
+
+    def __init__(self, *units):
+        super().__init__()
+        self.gate = Gate(nn.Linear(D, len(units)), Pick(), units=len(units))
+        self.units = nn.ModuleList(units)
+
+    def forward(self, x):
+        keep, y = self.tap(self.gate(x)).keep, torch.zeros_like(x)
+        for u, unit in enumerate(self.units):
+            y = y + self.run(u, unit, keep[..., u], x, otherwise=torch.zeros_like(x))
+        return y
+
+
+def test_of_units_that_exclude_each_other_the_dearest_counts():
+    """Three ways: a square; a square that may be skipped; three squares of which two exclude each other."""
+    inner = OneOf(square(), nn.Sequential(square(), square()))
+    model = OneOf(square(), skip(square()), nn.Sequential(square(), inner)).eval()
+    cost = CostModel(model, torch.randn(3, D))
+    dearest = 3 * D + SQUARE + 2 * D + 2 * SQUARE
+    assert cost.full == cost.worst == dearest
+    assert cost.unit[""].tolist() == [SQUARE, D, SQUARE + 2 * D]
+    assert cost.unit["units.2.1"].tolist() == [SQUARE, 2 * SQUARE]
+    x = torch.randn(60, D)
+    spent = cost.spent(recorded(model, x))
+    assert spent.max() == dearest and spent.min() < dearest
+    with cost.dearest(model):
+        assert (cost.spent(recorded(model, x)) == cost.worst).all()
+    inner.most = 2
+    assert CostModel(model, x[:1]).worst == dearest + SQUARE
 
 
 def test_a_shared_layer_has_one_price_and_is_paid_per_call():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from edits import CANARY, NAMES, WEIGHTS, Tiny, reseal, tiny
+from edits import CANARY, NAMES, WEIGHTS, Tiny, edit_json, reseal, tiny
 from hostile import cases
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -24,6 +24,7 @@ from dynanet.core.errors import BundleError, ConfigError
 from dynanet.export.bundle import bundle, load, read
 from dynanet.export.card import Card
 from dynanet.export.config import Inputs
+from dynanet.zoo.staged_resnet import staged_resnet
 
 BUILDERS = {"tiny": tiny}
 INPUTS = Inputs(channels=2, size=(8, 8), mean=(0.5, 0.25), std=(1, 2.0))
@@ -52,6 +53,25 @@ def copy(good, tmp_path) -> Path:
 
 
 # --- what is written comes back -------------------------------------------------------------------------------------
+
+
+def test_exits_that_are_off_stay_off(tmp_path):
+    torch.manual_seed(0)
+    model = staged_resnet(num_classes=3, widths=(4, 8), depths=(2, 1), context=0).eval()
+    model.thresholds.fill_(-0.5)
+    bundle(model, tmp_path / "on")
+    model.active = (1, 2)
+    bundle(model, tmp_path / "off")
+    again = load(tmp_path / "off", {"staged_resnet": staged_resnet})
+    assert again.active == (1, 2) and again.steps == 2
+    x = torch.randn(6, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
+    assert load(tmp_path / "on", {"staged_resnet": staged_resnet}).active == (0, 1, 2)
+    edit_json(tmp_path / "off" / "config.json", {"active": {"": [2, 1]}})
+    reseal(tmp_path / "off")
+    with pytest.raises(BundleError, match="expected ascending numbers of exits"):
+        load(tmp_path / "off", {"staged_resnet": staged_resnet})
 
 
 def test_the_model_comes_back(tmp_path):

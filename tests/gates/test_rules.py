@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynanet.core.errors import ConfigError
-from dynanet.gates.rules import Always, Bernoulli, Given, Gumbel, Rule, Soft, StraightThrough, Threshold, TopK
+from dynanet.gates.rules import Always, Bernoulli, Given, Gumbel, Pick, Rule, Soft, StraightThrough, Threshold, TopK
 
 RULES = {
     "threshold": Threshold(),
@@ -15,10 +15,12 @@ RULES = {
     "gumbel": Gumbel(0.7),
     "bernoulli": Bernoulli(),
     "soft": Soft(2.0),
+    "pick": Pick(),
+    "pick two of noise, hard": Pick(2, noise=True, hard=True),
     "always": Always(),
     "given": Given(torch.tensor([1.0, 0.0, 1.0, 0.0])),
 }
-HARD_IN_TRAINING = sorted(RULES.keys() - {"soft"})
+HARD_IN_TRAINING = sorted(RULES.keys() - {"soft", "pick"})
 
 
 @pytest.fixture(autouse=True)

@@ -8,19 +8,17 @@ from dynanet.core.dynamic import execute, forced, record
 from dynanet.core.errors import ConfigError, StructureError
 from dynanet.core.gate import Gate
 from dynanet.core.macs import CountMacs
+from dynanet.gates.rules import Pick
 from dynanet.gates.scorers import PooledScorer
 from dynanet.mechanisms.slimmable import (
+    DoubleHead,
+    EnsembleBootstrapping,
     InPlaceDistillation,
-    OneWidth,
     SandwichGate,
-    SlimBatchNorm2d,
-    SlimConv2d,
-    SlimLinear,
     Slimmable,
-    SlimSequential,
-    scaled,
     separate,
 )
+from dynanet.nets.slim import SlimBatchNorm2d, SlimConv2d, SlimLinear, SlimSequential
 from dynanet.testing import check_equal, check_gradients
 
 WIDTHS = (4, 8, 12)
@@ -41,7 +39,7 @@ def net(classes=5, shared=False):
 
 
 def layer(**options):
-    return Slimmable(net(**options), Gate(PooledScorer(6, 3, 4, bias=0.0), OneWidth(), units=3))
+    return Slimmable(net(**options), Gate(PooledScorer(6, 3, 4, bias=0.0), Pick(noise=True, hard=True), units=3))
 
 
 def picking(*widths):
@@ -75,11 +73,10 @@ def test_a_row_gets_the_answer_and_the_price_of_its_width(x, shared):
     assert cost.unit[""][0] < 0.5 * cost.unit[""][2]
 
 
-def test_rows_of_a_width_run_together_and_other_widths_do_not_run(x, monkeypatch):
+def test_rows_of_a_width_run_together_and_other_widths_do_not_run(x):
     model = execute(layer().eval(), sparse=True)
     seen = []
-    at = Slimmable.at
-    monkeypatch.setattr(Slimmable, "at", lambda self, u, rows: seen.append((u, len(rows))) or at(self, u, rows))
+    model.net.register_forward_pre_hook(lambda net, inputs: seen.append((inputs[1], len(inputs[0]))))
     with torch.no_grad(), forced(model, picking(2, 0, 2, 2)):
         model(x)
     assert seen == [(0, 1), (2, 3)]
@@ -127,7 +124,7 @@ def test_the_sandwich_runs_both_ends_and_some_between(x):
     model = Slimmable(
         SlimSequential(SlimConv2d((6,) * 6, (2, 3, 4, 5, 6, 7), 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                        SlimLinear((2, 3, 4, 5, 6, 7), 3)),
-        Gate(PooledScorer(6, 6, 4), OneWidth(), units=6),
+        Gate(PooledScorer(6, 6, 4), Pick(noise=True, hard=True), units=6),
     )  # fmt: skip
     model.between = 2
     drawn = set()
@@ -158,6 +155,52 @@ def test_in_place_distillation_teaches_the_narrow_without_moving_the_wide(x):
     torch.testing.assert_close(gradients[2], (taught - labels) / 4)
 
 
+def test_a_moving_average_teaches_all_but_the_widest(x):
+    """By hand: the average after one step, its answers at the widths that were drawn, and who learns from which."""
+    model, y = layer(), torch.tensor([0, 1, 2, 3])
+    model.between = 1
+    model.bootstrap(0.75)
+    old = [p.clone() for p in model.target.parameters()]
+    with torch.no_grad():
+        for p in model.net.parameters():
+            p.add_(torch.randn_like(p))
+    with record(model.train()) as trace:
+        loss = EnsembleBootstrapping()(model(x), y, trace)
+    for average, was, weight in zip(model.target.parameters(), old, model.net.parameters(), strict=True):
+        torch.testing.assert_close(average, 0.75 * was + 0.25 * weight)
+    narrow, middle, wide, taught_middle, taught_wide = trace.answers[""]
+    torch.testing.assert_close(taught_wide, model.target(x, 2))
+    assert not taught_middle.requires_grad and not torch.equal(taught_middle, middle)
+    gradients = torch.autograd.grad(loss, (narrow, middle, wide))
+    wanted = ((taught_middle.softmax(1) + taught_wide.softmax(1)) / 2, taught_wide.softmax(1), torch.eye(5)[y])
+    for logits, gradient, target in zip((narrow, middle, wide), gradients, wanted, strict=True):
+        torch.testing.assert_close(gradient, (logits.softmax(1) - target).detach() / 4)
+    model.eval()
+    with torch.no_grad(), record(model) as trace:
+        held_out = EnsembleBootstrapping()(model(x), y, trace)
+        torch.testing.assert_close(held_out, nn.functional.cross_entropy(model.at(2, x), y))
+    assert separate(model).target is None
+    model.train().target = None
+    with record(model) as trace, pytest.raises(StructureError, match="no moving average"):
+        EnsembleBootstrapping()(model(x), y, trace)
+
+
+def test_attention_starts_as_nothing_and_then_reaches_every_width(x):
+    model = Slimmable(net(), Gate(DoubleHead(6, 3), Pick(noise=True, hard=True), units=3)).eval()
+    with torch.no_grad():
+        plain = [model.net(x, u) for u in range(3)]
+        for u in range(3):
+            torch.testing.assert_close(model.at(u, x), plain[u])
+        scorer = model.gate.scorer
+        scorer.attention.bias.copy_(torch.tensor([-9.0, 0, 0, 0, 0, 9]))
+        louder = x * torch.tensor([0.0, 1, 1, 1, 1, 2])[:, None, None]
+        for sparse in (False, True):
+            with forced(execute(model, sparse=sparse), picking(2, 0, 1, 0)):
+                y = model(x)
+            for i, u in enumerate((2, 0, 1, 0)):
+                torch.testing.assert_close(y[i], model.net(louder[i : i + 1], u)[0])
+
+
 def test_the_gate_learns_who_needs_width(x):
     wrong, right = torch.eye(5)[[0, 0, 0, 0]], torch.eye(5)[[1, 1, 1, 1]]
     y = torch.tensor([1, 1, 1, 1])
@@ -168,6 +211,19 @@ def test_the_gate_learns_who_needs_width(x):
     assert SandwichGate().targets(narrow, wide, y, 3).tolist() == [0, 2, 0, 0]
     assert SandwichGate(give_up=False).targets(narrow, wide, y, 3).tolist() == [0, 2, 2, 0]
     model = layer()
+    heard = [right.repeat(2, 1), right.repeat(2, 1), right.repeat(2, 1)]
+    heard[0][:2] = wrong[:2]  # two of eight need width
+    for balanced in (False, True):
+        with record(model.train()) as trace:
+            model(x.repeat(2, 1, 1, 1))
+        trace.answers[""] = heard
+        loss = SandwichGate(balanced=balanced)(None, y.repeat(2), trace)
+        score = trace.calls[0].decision.score
+        (gradient,) = torch.autograd.grad(loss, score)
+        wanted = torch.tensor([2, 2, 0, 0, 0, 0, 0, 0])
+        weights = torch.tensor([1 / 6, 1, 1 / 2])[wanted] if balanced else torch.ones(8)
+        expected = (score.softmax(1) - torch.eye(3)[wanted]) * (weights / weights.sum())[:, None]
+        torch.testing.assert_close(gradient, expected.detach())
     optimizer = torch.optim.SGD(model.gate.parameters(), 0.5)
     y = torch.tensor([0, 1, 2, 3])
     losses = []
@@ -181,41 +237,23 @@ def test_the_gate_learns_who_needs_width(x):
 
 
 def test_training_terms_say_what_they_need(x):
-    model = layer().eval()
+    model = execute(layer().eval(), sparse=True)
     with record(model) as trace:
         answer = model(x)
     with pytest.raises(StructureError, match="in train mode"):
         InPlaceDistillation()(answer, torch.zeros(4).long(), trace)
 
 
-@pytest.mark.parametrize("widths", [(8, 4), (0, 4), (), (4.0, 8), (True, 2)])
-def test_widths_that_fall_or_mean_nothing_are_refused(widths):
-    with pytest.raises(ConfigError, match="expected ascending whole numbers"):
-        SlimConv2d((3,) * len(widths), widths, 3)
-
-
-@pytest.mark.parametrize("ratios", [(0.5, 0.25), (0.5, 0.5), (0.0, 1.0), (0.5, 1.5), ()])
-def test_ratios_that_do_not_ascend_are_refused(ratios):
-    with pytest.raises(ConfigError, match="expected ascending ratios"):
-        scaled(32, ratios)
-
-
-def test_what_does_not_fit_together_is_refused():
-    with pytest.raises(ConfigError, match="one number in and one out"):
-        SlimConv2d((3,), (4, 8), 3)
-    with pytest.raises(ConfigError, match="depthwise"):
-        SlimConv2d((4, 8), (4, 9), 3, depthwise=True)
-    with pytest.raises(StructureError, match="one number of widths"):
-        SlimSequential(SlimConv2d((3, 3), (4, 8), 3), SlimLinear((4,), 2))
-    with pytest.raises(StructureError, match="one number of widths"):
-        SlimSequential(nn.ReLU())
-    with pytest.raises(StructureError, match="scores 2 widths and the net has 3"):
-        Slimmable(net(), Gate(PooledScorer(6, 2), OneWidth(), units=2))
-
-
 def test_one_width_draws_in_training_by_its_scores():
     torch.manual_seed(0)
-    rule, score = OneWidth(), torch.tensor([0.0, 2.0, -1.0]).expand(4000, 3)
+    rule, score = Pick(noise=True, hard=True), torch.tensor([0.0, 2.0, -1.0]).expand(4000, 3)
     drawn = rule.train()(score).mean(0)
     torch.testing.assert_close(drawn, score[0].softmax(0), atol=0.03, rtol=0)
     assert Decision(rule.eval()(score), score).keep[0].tolist() == [0, 1, 0]
+
+
+def test_what_does_not_fit_together_is_refused():
+    with pytest.raises(StructureError, match="scores 2 widths and the net has 3"):
+        Slimmable(net(), Gate(PooledScorer(6, 2), Pick(noise=True, hard=True), units=2))
+    with pytest.raises(ConfigError, match="decay of 1"):
+        layer().bootstrap(1.0)

@@ -170,6 +170,14 @@ def test_a_node_that_no_row_reaches_is_not_penalised():
     assert everyone < -0.5 * math.log(1e-6) * 1.01 + 0.5 * 0.5 * 20
 
 
+def test_balance_is_finite_in_bfloat16_when_all_go_one_way():
+    tree = full_tree(1, lambda: Gate(nn.Linear(D, 1), Soft()), leaf).bfloat16()
+    nn.init.constant_(tree.gate.scorer.bias, 100.0)
+    with record(tree.train()) as trace:
+        tree(torch.randn(4, D).bfloat16())
+    assert RouteBalance()(None, None, trace).isfinite()
+
+
 @pytest.mark.parametrize(
     "mix, loss", [(mixture, CrossEntropy()), (expected, LeafCrossEntropy())], ids=["mixture", "expected"]
 )

@@ -3,7 +3,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynanet.ops.tokens import TOKEN_ROWS, Tokens, attend
+from dynanet.ops.tokens import (
+    TOKEN_ROWS,
+    Tokens,
+    attend,
+    class_attention,
+    first_rows,
+    rank,
+    sample_of_row,
+    spread_rows,
+    sum_by_sample,
+    summed_key,
+)
 
 D, HEADS = 8, 2
 presence = st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=4)
@@ -116,3 +127,99 @@ def test_nobody_to_attend_to():
         assert attend(nothing, nothing, nothing, Tokens(nothing, lengths=lengths), HEADS).shape == (0, D)
     empty = torch.zeros(0, 3, D)
     assert attend(empty, empty, empty, Tokens(empty), HEADS).shape == (0, 3, D)
+
+
+def both_layouts(there):
+    """The same random tokens with gaps in a rectangle, and packed; and how to bring rows of the first to the second."""
+    alive = torch.tensor(there, dtype=torch.float64)
+    x = torch.randn(*alive.shape, D, dtype=torch.float64)
+    index = alive.flatten().nonzero().squeeze(1)
+    packed = Tokens(x.flatten(0, 1)[index], lengths=tuple(alive.sum(1).int().tolist()))
+    return Tokens(x, alive=alive), packed, lambda t: t.flatten(0, 1)[index]
+
+
+@given(presence)
+@settings(max_examples=30, deadline=None)
+def test_ranks_are_places_in_the_sample(there):
+    rectangle, packed, rows = both_layouts(there)
+    score = rectangle.x[..., 0].clone()
+    score[:, 1] = score[:, 2]  # equal scores: the earlier is lower
+    score[:, 3] = torch.inf
+    ranks, count = rank(score, rectangle)
+    for b, present in enumerate(there):
+        mine = [t for t in range(5) if present[t]]
+        expected = sorted(mine, key=lambda t: (score[b, t], t))
+        assert [ranks[b, t] for t in mine] == [expected.index(t) for t in mine]
+        assert (count[b] == len(mine)).all()
+    ranks_packed, count_packed = rank(rows(score), packed)
+    assert torch.equal(ranks_packed, rows(ranks)) and torch.equal(count_packed, rows(count))
+
+
+@given(presence)
+@settings(max_examples=30, deadline=None)
+def test_the_attention_of_the_class_token_is_the_first_row_of_the_attention(there):
+    there = [[True, *present[1:]] for present in there]
+    rectangle, packed, rows = both_layouts(there)
+    q, k = torch.randn(2, *rectangle.x.shape, dtype=torch.float64)
+    attention = class_attention(q, k, rectangle, HEADS)
+    for b, alive in enumerate(rectangle.alive):
+        present = alive > 0
+        parts = [slice(h * D // HEADS, (h + 1) * D // HEADS) for h in range(HEADS)]
+        weights = [(k[b, present][:, p] @ q[b, 0, p] / (D / HEADS) ** 0.5).softmax(0) for p in parts]
+        torch.testing.assert_close(attention[b, present], torch.stack(weights).mean(0))
+        assert (attention[b, ~present] == 0).all()
+    torch.testing.assert_close(class_attention(rows(q), rows(k), packed, HEADS), rows(attention))
+
+
+def test_a_token_of_size_three_is_attended_to_as_three_equal_ones():
+    q, k, v = rectangle(2, 4)
+    size = torch.tensor([[1.0, 3, 1, 1], [1, 1, 2, 1]], dtype=torch.float64)
+    grown = [torch.cat([z[b].repeat_interleave(size[b].long(), 0) for b in range(2)]) for z in (q, k, v)]
+    expected = attend(*grown, Tokens(grown[0], lengths=(6, 5)), HEADS)
+    starts = [[0, 1, 4, 5], [6, 7, 8, 10]]
+    alive = torch.ones(2, 4, dtype=torch.float64)
+    for tokens in (
+        Tokens(q, size=size),
+        Tokens(q, alive=alive, size=size),
+        Tokens(q, alive=alive.clone().requires_grad_(), size=size),
+    ):
+        torch.testing.assert_close(attend(q, k, v, tokens, HEADS), expected[torch.tensor(starts)])
+    flat = [z.flatten(0, 1) for z in (q, k, v)]
+    packed = Tokens(flat[0], lengths=(4, 4), size=size.flatten())
+    torch.testing.assert_close(attend(*flat, packed, HEADS), expected[torch.tensor(starts).flatten()])
+    fewer = [z[:7] for z in flat]  # of unequal lengths: sample by sample
+    torch.testing.assert_close(
+        attend(*fewer, Tokens(fewer[0], lengths=(4, 3), size=size.flatten()[:7]), HEADS)[:4], expected[starts[0]]
+    )
+    assert class_attention(q, k, Tokens(q, size=size), HEADS)[0, 1] == pytest.approx(
+        class_attention(grown[0][None, :6], grown[1][None, :6], Tokens(grown[0][None, :6]), HEADS)[0, 1:4].sum().item()
+    )
+
+
+@given(presence)
+@settings(max_examples=20, deadline=None)
+def test_sums_and_firsts_of_every_sample(there):
+    rectangle, packed, _ = both_layouts(there)
+    expected = (rectangle.x * rectangle.alive[..., None]).sum(1)
+    torch.testing.assert_close(sum_by_sample(packed.x, packed), expected)
+    spread = spread_rows(expected, packed)
+    assert torch.equal(spread, expected[sample_of_row(packed.lengths, packed.x.device)])
+    first = [next((rectangle.x[b, t] for t in range(5) if row[t]), torch.zeros(D)) for b, row in enumerate(there)]
+    assert torch.equal(first_rows(packed.x, packed), torch.stack(first).double())
+
+
+def test_the_summed_key_points_where_the_mean_does():
+    key = torch.randn(3, 5, D)
+    mean = key.unflatten(-1, (HEADS, -1)).mean(-2)
+    torch.testing.assert_close(summed_key(key, HEADS), HEADS * mean)
+
+
+def test_what_travels_with_tokens_leaves_with_them():
+    x = torch.arange(12.0).view(2, 3, 2)
+    tokens = Tokens(x, size=x[..., 0], key=x + 1)
+    taken, other = TOKEN_ROWS.take((tokens, x[..., 1]), (2, 3), torch.tensor([0, 4, 5]))
+    assert taken.lengths == (1, 2) and taken.alive is None
+    assert taken.size.tolist() == [0, 8, 10] and torch.equal(taken.key, taken.x + 1)
+    assert other.tolist() == [1, 9, 11]
+    everything = TOKEN_ROWS.take(tokens, (2, 3), torch.arange(6))
+    assert everything.lengths == (3, 3) and everything.x.data_ptr() == x.data_ptr(), "all tokens are no copy"

@@ -5,7 +5,9 @@ from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import execute
 from dynanet.core.errors import ConfigError
 from dynanet.core.macs import CountMacs
-from dynanet.zoo.fbs import fbs, static_vgg
+from dynanet.nets.resnet import cifar_resnet
+from dynanet.testing import check_equal
+from dynanet.zoo.fbs import fbs, fbs_resnet, static_vgg
 
 
 def test_m_cifarnet_has_the_papers_size():
@@ -44,6 +46,32 @@ def test_at_full_density_with_saliencies_of_one_it_is_the_static_network():
     with torch.no_grad():
         for sparse in (False, True):
             torch.testing.assert_close(execute(model, sparse=sparse)(x), static(x))
+
+
+def test_a_boosted_resnet_is_the_static_one_at_full_density_and_saves_at_half():
+    torch.manual_seed(0)
+    arguments = {"num_classes": 4, "depth": 8, "widths": (4, 8, 8)}
+    model, static = fbs_resnet(density=1.0, **arguments).eval(), cifar_resnet(**arguments).eval()
+    for i in (0, 4):
+        static[i].load_state_dict(model[i].state_dict())
+    for mine, theirs in zip(model[1:4], static[1:4], strict=True):
+        for k, place in enumerate((0, 3)):
+            theirs.branch[place].load_state_dict(mine.branch.convs[k].state_dict())
+            theirs.branch[place + 1].load_state_dict(mine.branch.norms[k].state_dict())
+            torch.nn.init.zeros_(mine.branch.gates[k].scorer.map.weight)
+    x = torch.randn(3, 3, 10, 10)
+    with torch.no_grad():
+        for sparse in (False, True):
+            torch.testing.assert_close(execute(model, sparse=sparse)(x), static(x))
+    half = fbs_resnet(density=0.5, **arguments)
+    check_equal(half, x, draws=2)
+    cost = CostModel(half, x)
+    with torch.no_grad(), CountMacs() as count:
+        execute(half.eval(), sparse=True)(x[:1])
+    prices = [cost.unit[f"{block}.branch"] for block in (1, 2, 3)]
+    halves, quarters = sum(p[:4].sum() for p in prices), sum(p[4:].sum() for p in prices)
+    assert count.total == cost.always + halves / 2 + quarters / 4, "half of the outputs, of all and of half the inputs"
+    assert cost.full == cost.always + halves + quarters
 
 
 @pytest.mark.parametrize("groups, units", [(4, 4), (None, 16)])

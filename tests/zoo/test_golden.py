@@ -24,6 +24,7 @@ MODELS = {
         num_classes=12, blocks=2, base=3, step=2, step_mode="even", channels=8, growth=4, growth_factors=(1, 2, 4, 4),
         bottleneck_factors=(1, 2, 4, 4), head="imagenet",
     ),
+    "ranet_small": lambda: zoo.ranet(num_classes=10, blocks=2, block_step=1, step=2, channels=8, growth=4),
     "staged_resnet": lambda: zoo.staged_resnet(num_classes=10),
     "staged_resnet_plain": lambda: zoo.staged_resnet(num_classes=10, exits=(0, 2, 3), context=0),
 }  # fmt: skip

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from dynanet.core.cost import CostModel
+from dynanet.core.dynamic import record
 from dynanet.core.errors import CheckpointError, ConfigError
 from dynanet.zoo import load_reference, msdnet, ranet
-from dynanet.zoo.reference import paper_flops, reference_state_dict
+from dynanet.zoo.reference import macs_per_exit, paper_flops, reference_state_dict
 
 PARITY = Path(os.environ.get("DYNANET_DATA", Path(__file__).parents[2].parent / "shared")) / "parity"
 CASES = sorted([*PARITY.glob("msdnet*.json"), *PARITY.glob("ranet*.json")])
@@ -43,6 +45,21 @@ def test_the_authors_logits(path, weight, seeded_input):
     assert all(
         torch.equal(a, b) for a, b in zip(parallel.state_dict().values(), model.state_dict().values(), strict=True)
     )
+
+
+def test_exits_that_are_off_are_not_counted():
+    """What is left is what a cost model measures, exit by exit."""
+    model = msdnet(num_classes=10, blocks=4, channels=4, growth=2)
+    before = macs_per_exit(model, (3, 32, 32)), paper_flops(model, (3, 32, 32))
+    model.active = (1, 3)
+    x = torch.zeros(1, 3, 32, 32)
+    cost = CostModel(model, x)
+    with torch.no_grad(), record(model.eval()) as trace:
+        model(x)
+    macs = macs_per_exit(model, (3, 32, 32))
+    assert macs == cost.steps(trace)[0].tolist()
+    for after, all_on in zip((macs, paper_flops(model, (3, 32, 32))), before, strict=True):
+        assert len(after) == 2 and after[0] < all_on[1] and after[1] < all_on[3]
 
 
 @pytest.mark.parametrize("prune", ["max", "min"])

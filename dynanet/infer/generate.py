@@ -1,0 +1,247 @@
+"""Generation with exits: each token of each sequence takes as many layers as it needs (CALM, arXiv:2207.07061).
+
+A batch's rows leave apart: those that go on are compacted. What deeper layers should have remembered of a token that
+left early is the question of every such system; the two answers are `CopyState` and `Recompute`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynanet.core.errors import ConfigError, InputError
+from dynanet.gates.token_confidence import TokenConfidence
+from dynanet.infer.risk import certified
+from dynanet.ops.decoding import Cache, Decoder, prefilled
+
+
+class Generated(NamedTuple):
+    """What was generated.
+
+    Attributes:
+        ids: (B, new) int64.
+        exits: (B, new) int64, the number of the exit that gave each token.
+    """
+
+    ids: Tensor
+    exits: Tensor
+
+
+class Leave(NamedTuple):
+    """When a token leaves: its confidence reaches a threshold.
+
+    Attributes:
+        confidence: how sure a token is.
+        thresholds: one per exit but the last, in the units of the confidence; `confidence.level` converts.
+    """
+
+    confidence: TokenConfidence
+    thresholds: tuple[float, ...]
+
+
+class Missing(ABC):
+    """What becomes of the keys and values that a token which left early does not leave in deeper layers.
+
+    One object serves one call of `generate`; `fresh` makes it.
+    """
+
+    @abstractmethod
+    def fresh(self, cache: Cache) -> "Missing":
+        """For a new call."""
+
+    @abstractmethod
+    def left(self, stage: int, x: Tensor, rows: Tensor, positions: Tensor) -> None:
+        """Tokens left in front of a stage, with features x (R, S, D)."""
+
+    @abstractmethod
+    def due(self, stage: int, x: Tensor, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens to run through a stage together with x (R, 1, D): features (R, S, D) and positions (R, S).
+
+        x comes last. Rows that have fewer due repeat it.
+        """
+
+
+class CopyState(Missing):
+    """Deeper layers remember the features with which the token left, as if they had changed nothing (CALM).
+
+    Costs the projections to keys and values at every skipped layer. What later tokens see differs from the whole
+    model's memory.
+    """
+
+    def __init__(self, cache: Cache | None = None):
+        self._cache = cache
+
+    def fresh(self, cache: Cache) -> "CopyState":  # noqa: D102
+        return CopyState(cache)
+
+    def left(self, stage: int, x: Tensor, rows: Tensor, positions: Tensor) -> None:  # noqa: D102
+        assert self._cache is not None
+        decoder = self._cache.decoder
+        for layer in range(decoder.stage(stage).start, decoder.depth):
+            self._cache.remember(layer, x, rows, positions)
+
+    def due(self, stage: int, x: Tensor, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        return x, positions
+
+
+class Recompute(Missing):
+    """A token that goes deeper takes along its row's tokens that had left before: one pass for all of them.
+
+    Deeper layers then remember exactly what the whole model would (for the same tokens). Work is put off, and never
+    done for what no deeper token follows. EE-LLM (Chen et al. 2023, arXiv:2312.04916) calls it KV recomputation, FREE
+    (Bae et al. 2023, arXiv:2310.05424) synchronised parallel decoding.
+    """
+
+    def __init__(self, cache: Cache | None = None):
+        self._waiting: dict[tuple[int, int], list[tuple[Tensor, int]]] = {}
+
+    def fresh(self, cache: Cache) -> "Recompute":  # noqa: D102
+        return Recompute(cache)
+
+    def left(self, stage: int, x: Tensor, rows: Tensor, positions: Tensor) -> None:  # noqa: D102
+        for r, row in enumerate(rows.tolist()):
+            waiting = self._waiting.setdefault((stage, row), [])
+            known = {position for _, position in waiting}
+            for s, position in enumerate(positions[r].tolist()):
+                if position not in known:
+                    known.add(position)
+                    waiting.append((x[r, s], position))
+
+    def due(self, stage: int, x: Tensor, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
+        waiting = [self._waiting.pop((stage, row), []) for row in rows.tolist()]
+        longest = max((len(w) for w in waiting), default=0)
+        if not longest:
+            return x, positions
+        xs, places = [], []
+        for r, tokens in enumerate(waiting):
+            repeat = longest - len(tokens)
+            own = [x[r, -1:].expand(repeat, -1), x[r]]
+            xs.append(torch.cat([*([torch.stack([t for t, _ in tokens])] if tokens else []), *own]))
+            again = [int(positions[r, -1])] * repeat
+            place = [*(p for _, p in tokens), *again, *positions[r].tolist()]
+            places.append(torch.tensor(place, device=x.device))
+        return torch.stack(xs), torch.stack(places)
+
+
+@torch.no_grad()
+def generate(
+    decoder: Decoder,
+    prompts: Sequence[Tensor],
+    new: int,
+    *,
+    leave: Leave | None = None,
+    missing: Missing | None = None,
+) -> Generated:
+    """Greedy continuation of prompts, all rows together, each token with its own exit.
+
+    Args:
+        decoder: a causal transformer; its mode is left as it is, and should be eval.
+        prompts: (length,) int64 each, of any lengths, one token or more.
+        new: tokens to generate for each.
+        leave: when a token leaves early; None: never, the whole model.
+        missing: `CopyState` (the default) or `Recompute`.
+
+    Raises:
+        InputError: no prompts, an empty one, or one that is no row of token ids.
+        ConfigError: not one threshold per exit but the last, or fewer than one new token.
+    """
+    check_prompts(prompts, new)
+    stages = len(decoder.exits)
+    if leave is not None and len(leave.thresholds) != stages - 1:
+        raise ConfigError(f"{len(leave.thresholds)} thresholds for {stages} exits; give one per exit but the last")
+    cache, last, position = prefilled(decoder, list(prompts), new)
+    policy = (missing if missing is not None else CopyState()).fresh(cache)
+    ids, exits = (torch.zeros(len(prompts), new, dtype=torch.int64, device=decoder.device) for _ in range(2))
+    for step in range(new):
+        rows, at = torch.arange(len(prompts), device=decoder.device), position[:, None]
+        x = decoder.embed(last[:, None], at)
+        for stage in range(stages):
+            x, at = policy.due(stage, x, rows, at)
+            *first, final = decoder.stage(stage)
+            before = cache.run(first, x, rows, at)
+            x = cache.run([final], before, rows, at)
+            logits = decoder.logits(stage, x[:, -1])
+            if stage + 1 == stages or leave is None:
+                gone = torch.full_like(rows, stage + 1 == stages, dtype=torch.bool)
+            else:
+                gone = leave.confidence(logits, x[:, -1], before[:, -1]) >= leave.thresholds[stage]
+            leaving = rows[gone]
+            ids[leaving, step], exits[leaving, step] = logits[gone].argmax(-1), stage
+            if stage + 1 < stages and leaving.numel():
+                policy.left(stage + 1, x[gone], leaving, at[gone])
+            rows, x, at = rows[~gone], x[~gone], at[~gone]
+            if not rows.numel():
+                break
+        last, position = ids[:, step], position + 1
+    return Generated(ids, exits)
+
+
+def certify(
+    decoder: Decoder,
+    prompts: Sequence[Tensor],
+    new: int,
+    confidence: TokenConfidence,
+    shares: Sequence[float],
+    *,
+    risk: float,
+    delta: float,
+    missing: Missing | None = None,
+) -> Leave | None:
+    """The most eager threshold whose texts differ little from the whole model's, promised by Learn-then-Test.
+
+    With probability 1 - delta over the draw of the prompts, the expected share of tokens that differ from the whole
+    model's greedy text is at most `risk` (CALM's textual consistency, section 4; `infer.risk` does the test). Positions
+    are compared one by one, so a text that says the same one token later counts as another text.
+
+    Args:
+        decoder: in eval mode.
+        prompts: held-out ones, drawn independently.
+        new: tokens to generate for each.
+        confidence: how sure a token is.
+        shares: thresholds as the paper's, between 0 and 1, the same at every exit, from the most careful to the most
+            eager, chosen without looking at these prompts.
+        risk: in (0, 1).
+        delta: in (0, 1).
+        missing: as in `generate`.
+
+    Returns:
+        The rule; None: not even the most careful one can be promised, so never leave early.
+
+    Raises:
+        ConfigError: thresholds that do not fall.
+        BudgetError: risk or delta outside (0, 1).
+    """
+    if not shares or list(shares) != sorted(set(shares), reverse=True):
+        raise ConfigError(f"shares is {list(shares)}; expected falling thresholds, the most careful one first")
+    whole = generate(decoder, prompts, new).ids
+    rules = [Leave(confidence, (confidence.level(share),) * (len(decoder.exits) - 1)) for share in shares]
+    losses = []
+    for rule in rules:
+        ids = generate(decoder, prompts, new, leave=rule, missing=missing).ids
+        losses.append((ids != whole).double().mean(1).cpu().numpy())
+        if losses[-1].mean() > risk:  # it fails, and testing stops at the first that does
+            break
+    kept = certified(np.stack(losses, 1), risk, delta)
+    return rules[kept - 1] if kept else None
+
+
+def check_prompts(prompts: Sequence[Tensor], new: int) -> None:
+    """Refuse what cannot be continued.
+
+    Raises:
+        InputError: no prompts, an empty one, or one that is no row of token ids.
+        ConfigError: fewer than one new token.
+    """
+    if new < 1:
+        raise ConfigError(f"{new} new tokens asked for; expected 1 or more")
+    if not prompts:
+        raise InputError("no prompts to continue; give at least one")
+    for number, prompt in enumerate(prompts):
+        if prompt.dim() != 1 or prompt.dtype != torch.int64 or not prompt.numel():
+            raise InputError(
+                f"prompt {number} has shape {tuple(prompt.shape)} and {prompt.dtype}; expected (length,) token ids of "
+                f"torch.int64, one or more (begin an empty one with a token that stands before texts, a newline say)"
+            )

@@ -1,0 +1,120 @@
+"""Decoding token by token: a causal transformer in parts, and what it remembers of earlier tokens: keys and values."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Decoder(nn.Module, ABC):
+    """A causal transformer in parts, so that rows can leave after some layers, and tokens be drafted and verified.
+
+    Attributes:
+        depth: layers.
+        exits: after which layers, counted from 0 in ascending order, next tokens can be read; the last layer included.
+    """
+
+    depth: int
+    exits: tuple[int, ...]
+
+    @abstractmethod
+    def embed(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Token ids and their positions, (R, S) each, to features (R, S, D)."""
+
+    @abstractmethod
+    def query(self, layer: int, x: Tensor) -> Tensor:
+        """(R, S, D) to (R, S, heads, d)."""
+
+    @abstractmethod
+    def key_value(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(R, S, D) to (R, S, heads, d) twice."""
+
+    @abstractmethod
+    def finish(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
+        """What follows attention: x and attended, (R, S, D) each, to the layer's answer."""
+
+    @abstractmethod
+    def logits(self, number: int, x: Tensor) -> Tensor:
+        """(..., D) to (..., vocabulary), by exit `number` of `exits`."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return next(self.parameters()).device
+
+    def stage(self, number: int) -> range:
+        """The layers between exit number - 1 and exit `number`."""
+        return range(self.exits[number - 1] + 1 if number else 0, self.exits[number] + 1)
+
+
+class Cache:
+    """Keys and values of every layer, by row and position. What lies behind a row's last token is never looked at.
+
+    Args:
+        decoder: whose.
+        rows: sequences that are decoded together.
+        longest: positions.
+    """
+
+    def __init__(self, decoder: Decoder, rows: int, longest: int):
+        self.decoder, self.rows = decoder, rows
+        first = torch.zeros(1, 1, dtype=torch.int64, device=decoder.device)
+        key, _ = decoder.key_value(0, decoder.embed(first, first))
+        shape = (rows, longest, *key.shape[2:])
+        self.keys = [key.new_zeros(shape) for _ in range(decoder.depth)]
+        self.values = [key.new_zeros(shape) for _ in range(decoder.depth)]
+
+    def remember(self, layer: int, x: Tensor, rows: Tensor, positions: Tensor) -> None:
+        """Keys and values of x (R, S, D), for rows (R,) at positions (R, S), as input of the layer."""
+        key, value = self.decoder.key_value(layer, x)
+        self.keys[layer][rows[:, None], positions] = key
+        self.values[layer][rows[:, None], positions] = value
+
+    def run(self, layers: Iterable[int], x: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+        """Layers over x (R, S, D): each token attends to what its row has at its own position and before.
+
+        Args:
+            layers: ascending.
+            x: input of the first of them.
+            rows: (R,), which sequences these are.
+            positions: (R, S). A token given twice is computed twice and remembered once.
+        """
+        if x.shape[0] == 0:
+            return x
+        seen = int(positions.max()) + 1
+        mask = (torch.arange(seen, device=x.device) <= positions[:, :, None])[:, None]  # (R, 1, S, seen)
+        everyone = rows.shape[0] == self.rows
+        for layer in layers:
+            self.remember(layer, x, rows, positions)
+            keys, values = (
+                (t[:, :seen] if everyone else t[rows, :seen]).transpose(1, 2)
+                for t in (self.keys[layer], self.values[layer])
+            )
+            query = self.decoder.query(layer, x).transpose(1, 2)
+            attended = functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+            x = self.decoder.finish(layer, x, attended.transpose(1, 2).flatten(2))
+        return x
+
+
+def prefilled(decoder: Decoder, prompts: list[Tensor], new: int) -> tuple[Cache, Tensor, Tensor]:
+    """A cache that has read all prompts but their last tokens, room for `new` more; these tokens and their positions.
+
+    Args:
+        decoder: eval mode.
+        prompts: (length,) int64 each, one token or more.
+        new: tokens that will be generated.
+
+    Returns:
+        The cache, last tokens (B,), positions (B,).
+    """
+    lengths = torch.tensor([p.shape[0] for p in prompts], device=decoder.device)
+    cache = Cache(decoder, len(prompts), int(lengths.max()) + new)
+    ids = nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(decoder.device)
+    rows = torch.arange(len(prompts), device=decoder.device)
+    before = ids[:, :-1]
+    if before.shape[1]:  # what stands behind a shorter prompt is overwritten before anyone looks at it
+        positions = torch.arange(before.shape[1], device=decoder.device).expand_as(before)
+        cache.run(range(decoder.depth), decoder.embed(before, positions), rows, positions)
+    return cache, ids[rows, lengths - 1], lengths - 1

@@ -1,0 +1,163 @@
+/* Native kernels of dynanet: neuron blocks, experts and pixels, for one thread and float32. Plain C behind a C ABI.
+ *
+ * kernels.h holds them; here they are compiled once for every instruction set, and each gets its suffix. Which set a
+ * processor has is asked at run time, so one library serves all processors of an architecture. */
+
+#define _GNU_SOURCE /* for madvise */
+#include <pthread.h>
+#include <stdint.h>
+#include <sys/mman.h>
+
+#define TAPS 64            /* the largest kernel of a convolution: 8 x 8 positions, say */
+#define GROUP (256 * 1024) /* bytes of packed weights that stay in the second level's cache */
+
+#define WORTH 4e6          /* multiply-accumulates for which another thread is started */
+#define MOST 64            /* threads */
+
+#define JOIN_(a, b) a##_##b
+#define JOIN(a, b) JOIN_(a, b)
+
+/* answer (m, n) = gathered rows times packed weights, plus bias, rectified, scaled, put or added where `to` says.
+ *
+ * Rows come in groups, counts[g] of them after one another, each with weights and bias of its own. A row of the left
+ * matrix is `taps` pieces of `channels` numbers: the rows `around[taps * i ...]` of `a`; below 0 it is `zeros`. Without
+ * `around`, taps is 1 and rows lie one after another. `packed` is (groups, panels, taps * channels, columns of a panel).
+ * `bias`, `to` and `scale` may be 0. */
+struct product {
+  long groups;
+  const int64_t *counts;
+  long n, taps, channels;
+  const float *a;
+  const int64_t *around;
+  const float *zeros, *packed, *bias, *scale;
+  const int64_t *to;
+  long relu, add;
+  float *answer;
+};
+
+struct share {
+  const struct product *product;
+  long begin, end;
+  void (*panels)(const struct product *, long, long);
+};
+
+static void *work(void *share) {
+  const struct share *s = share;
+  s->panels(s->product, s->begin, s->end);
+  return 0;
+}
+
+/* The product by so many threads, each with columns of its own. Answers whether all of `around` is below `rows` and all
+ * of `to` within `places`; if not, nothing is done. */
+static int run(const struct product *p, long rows, long places, long panels, long threads,
+               void (*some)(const struct product *, long, long)) {
+  long m = 0;
+  for (long g = 0; g < p->groups; g++) m += p->counts[g];
+  for (long i = 0; p->around && i < m * p->taps; i++)
+    if (p->around[i] >= rows) return 0;
+  for (long i = 0; p->to && i < m; i++)
+    if (p->to[i] < 0 || p->to[i] >= places) return 0;
+  long worth = (long)((double)m * (double)p->n * (double)(p->taps * p->channels) / WORTH);
+  if (threads > worth) threads = worth;
+  if (threads > panels) threads = panels;
+  if (threads > MOST) threads = MOST;
+  if (threads < 1) threads = 1;
+  struct share shares[MOST];
+  pthread_t others[MOST];
+  int started[MOST] = {0};
+  for (long t = threads - 1; t >= 0; t--) {
+    shares[t] = (struct share){p, panels * t / threads, panels * (t + 1) / threads, some};
+    started[t] = t && !pthread_create(&others[t], 0, work, &shares[t]);
+    if (!started[t]) work(&shares[t]);
+  }
+  for (long t = 1; t < threads; t++)
+    if (started[t]) pthread_join(others[t], 0);
+  return 1;
+}
+
+#if defined(__x86_64__) || defined(__i386__)
+
+#define ISA(name) JOIN(name, avx512)
+#define TARGET __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma")))
+#define LANES 16
+#define ROWS 12
+#define ACROSS 4
+#include "kernels.h"
+#undef ISA
+#undef TARGET
+#undef LANES
+#undef ROWS
+#undef ACROSS
+
+#define ISA(name) JOIN(name, avx2)
+#define TARGET __attribute__((target("avx2,fma")))
+#define LANES 8
+#define ROWS 6
+#define ACROSS 2
+#include "kernels.h"
+#undef ISA
+#undef TARGET
+#undef LANES
+#undef ROWS
+#undef ACROSS
+
+static int has_avx512(void) {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
+}
+
+static int has_avx2(void) {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+#else
+
+static int has_avx512(void) { return 0; }
+static int has_avx2(void) { return 0; }
+
+#endif
+
+#define ISA(name) JOIN(name, generic)
+#define TARGET
+#define LANES 4
+#define ROWS 6
+#define ACROSS 2
+#include "kernels.h"
+
+/* Bit 0: generic, 1: avx2, 2: avx512. */
+int dynanet_sets(void) { return 1 | has_avx2() << 1 | has_avx512() << 2; }
+
+/* around (n, down * across): for every place in `after`, the rows that a kernel of a convolution reads there, and -1
+ * beyond the image's edge. `row_of` says which row a place of the images is, below 0 for none; without it, the place
+ * itself. Answers whether all places are within `places`; if not, nothing is done. */
+int dynanet_neighbours(long n, const int64_t *after, long places, const int64_t *row_of, long height, long width,
+                       long down, long across, long step_down, long step_across, long pad_down, long pad_across,
+                       int64_t *around) {
+  for (long i = 0; i < n; i++)
+    if (after[i] < 0 || after[i] >= places) return 0;
+  for (long i = 0; i < n; i++) {
+    long image = after[i] / (height * width), inside = after[i] % (height * width);
+    long top = inside / width - pad_down, left = inside % width - pad_across;
+    for (long y = top; y < top + down * step_down; y += step_down)
+      for (long x = left; x < left + across * step_across; x += step_across) {
+        int out = y < 0 || y >= height || x < 0 || x >= width;
+        int64_t place = (image * height + y) * width + x;
+        *around++ = out ? -1 : row_of ? row_of[place] : place;
+      }
+  }
+  return 1;
+}
+
+/* Asks for large pages: weights are read from end to end, and looking up small pages takes half of that time. */
+void dynanet_large_pages(void *begin, long bytes) {
+#ifdef MADV_HUGEPAGE
+  madvise(begin, (size_t)bytes, MADV_HUGEPAGE); /* in vain where the system has none */
+#else
+  (void)begin, (void)bytes;
+#endif
+}
+
+/* What the library was compiled from. */
+const char *dynanet_source(void) { return DYNANET_SOURCE; }

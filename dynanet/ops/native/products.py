@@ -1,0 +1,287 @@
+"""Products of gathered rows with packed weights as operators: experts, and convolutions at chosen positions.
+
+Rows of the left matrix are read where they lie, through an index: nothing is gathered first, no neighbourhoods are laid
+side by side. Rows may come in groups with weights of their own (experts). Answers may be scaled and added where another
+index says: nothing is scattered afterwards.
+"""
+
+import ctypes
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.flop_counter import register_flop_formula
+
+from dynanet.ops.native.library import Kernels, chosen
+
+TAPS = 64
+"""The most pieces that a row of the left matrix may have."""
+
+_LIBRARY = torch.library.Library("dynanet", "FRAGMENT")
+_LIBRARY.define(
+    "product(Tensor rows, Tensor packed, Tensor? bias, int outputs, int[] counts, Tensor? around, bool relu) -> Tensor"
+)
+_LIBRARY.define(
+    "product_add_(Tensor(a!) answer, Tensor rows, Tensor packed, Tensor? bias, int[] counts, Tensor? around, "
+    "bool relu, Tensor to, Tensor? scale) -> ()"
+)
+_LIBRARY.define(
+    "neighbours(Tensor places, Tensor? row_of, int images, int[] size, int[] kernel, int[] dilation, int[] padding) "
+    "-> Tensor"
+)
+
+
+class Packed:
+    """Weights as the kernels read them, panel by panel; made once, and again when a weight has changed.
+
+    Only for weights that are frozen (no gradient is wanted of them): training changes weights at every step. A session
+    freezes its model. What is packed is a copy and takes the weights' memory a second time. A copy of the owner packs
+    anew.
+    """
+
+    def __init__(self) -> None:
+        self._wide, self._of, self._state = 0, list[Tensor | None](), list[tuple[int, bool] | None]()
+        self._packed: Tensor | None = None
+        self._bias: Tensor | None = None
+
+    def of(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None] | None:
+        """(packed, bias (groups, outputs)) of a group of rows each; None if they are not frozen, or not float32 on the
+        CPU.
+
+        Args:
+            weights: (outputs, depth) or, of a convolution, (outputs, channels, height, width); equal shapes.
+            biases: (outputs,) each, or None for all.
+        """
+        tensors, kernels = [*weights, *biases], chosen()
+        assert kernels is not None
+        if any(t is not None and t.is_inference() for t in weights):
+            return None  # nothing tells when these change
+        # A few microseconds: with one row, that counts.
+        state = [None if t is None else (t._version, t.requires_grad) for t in tensors]
+        if (
+            self._packed is not None
+            and self._wide == kernels.wide
+            and state == self._state
+            and all(map(operator.is_, tensors, self._of))
+        ):
+            return self._packed, self._bias
+        self._packed = None
+        if any(t is not None and (t.requires_grad or t.dtype is not torch.float32 or not t.is_cpu) for t in tensors):
+            return None
+        bias = [b.detach() for b in biases if b is not None]
+        self._packed, self._bias = _panels(weights, kernels), torch.stack(bias) if bias else None
+        self._wide, self._of, self._state = kernels.wide, tensors, state
+        return self._packed, self._bias
+
+    def __reduce__(self) -> Any:
+        return Packed, ()
+
+
+def product(
+    rows: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    outputs: int,
+    *,
+    counts: Sequence[int],
+    around: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """Linear of gathered rows.
+
+    Args:
+        rows: (N, channels). All tensors are on the CPU, and float32 if they are no index; see `library.fit`.
+        packed: of as many groups as `counts` has, see `Packed`.
+        bias: (groups, outputs), or None.
+        outputs: columns of the answer.
+        counts: how many rows of the answer belong to each group, one group after the other; M together.
+        around: (M, taps) rows of `rows` that make one row of the left matrix, below 0 for zeros; None: all in order.
+        relu: rectify.
+
+    Returns:
+        (M, outputs).
+    """
+    return torch.ops.dynanet.product(rows, packed, bias, outputs, counts, around, relu)
+
+
+def product_add_(
+    answer: Tensor,
+    rows: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    *,
+    counts: Sequence[int],
+    to: Tensor,
+    around: Tensor | None = None,
+    relu: bool = False,
+    scale: Tensor | None = None,
+) -> None:
+    """answer[to[i]] += scale[i] * (row i of the product plus its bias, rectified or not); arguments as of `product`.
+
+    Args:
+        answer: (places, outputs), contiguous; changed.
+        rows: see `product`.
+        packed: see `product`.
+        bias: see `product`.
+        counts: see `product`.
+        to: (M,), places; one may come several times.
+        around: see `product`.
+        relu: rectify before scaling.
+        scale: (M,), or None for 1.
+    """
+    torch.ops.dynanet.product_add_(answer, rows, packed, bias, counts, around, relu, to, scale)
+
+
+def neighbours(
+    places: Tensor,
+    row_of: Tensor | None,
+    image_BCHW: Tensor,
+    kernel: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    """(n, taps) int64: for every place, the rows that a convolution of stride 1 reads there, -1 beyond the edge.
+
+    Args:
+        places: (n,), flat positions in the images.
+        row_of: (B * H * W,), the row of every position, -1 for none; None: its own position.
+        image_BCHW: whose size counts.
+        kernel: of the convolution, as the next two.
+        dilation: see above.
+        padding: see above.
+    """
+    size = (image_BCHW.shape[2], image_BCHW.shape[3])
+    return torch.ops.dynanet.neighbours(places, row_of, image_BCHW.shape[0], size, kernel, dilation, padding)
+
+
+def _product(
+    rows: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    outputs: int,
+    counts: list[int],
+    around: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    answer = rows.new_empty(sum(counts), outputs)
+    _call(answer, rows, packed, bias, counts, around, None, None, relu)
+    return answer
+
+
+def _product_add_(
+    answer: Tensor,
+    rows: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    counts: list[int],
+    around: Tensor | None,
+    relu: bool,
+    to: Tensor,
+    scale: Tensor | None,
+) -> None:
+    _call(answer, rows, packed, bias, counts, around, to, scale, relu)
+
+
+def _call(
+    answer: Tensor,
+    rows: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    counts: list[int],
+    around: Tensor | None,
+    to: Tensor | None,
+    scale: Tensor | None,
+    relu: bool,
+) -> None:
+    kernels, m, outputs, channels = chosen(), sum(counts), answer.shape[1], rows.shape[1]
+    taps = 1 if around is None else around.shape[1]
+    assert kernels is not None
+    if m == 0:
+        return
+    rows = rows.contiguous()
+    # What would be read or written out of bounds must not reach the kernels.
+    floats, indices = (answer, rows, packed, bias, scale), (around, to)
+    assert all(t is None or (t.dtype is torch.float32 and t.is_cpu and t.is_contiguous()) for t in floats)
+    assert all(t is None or (t.dtype is torch.int64 and t.is_cpu and t.is_contiguous()) for t in indices)
+    assert packed.shape == (len(counts), -(-outputs // kernels.wide), taps * channels, kernels.wide)
+    assert bias is None or bias.shape == (len(counts), outputs)
+    assert (rows.shape[0] >= m if around is None else around.shape[0] == m) and 1 <= taps <= TAPS
+    assert (to is None or to.shape == (m,)) and (scale is None or scale.shape == (m,)) and min(counts) >= 0
+    nothing = None if around is None else rows.new_zeros(channels)
+    inside = kernels.product(
+        len(counts), (ctypes.c_int64 * len(counts))(*counts), outputs, taps, channels, rows.shape[0], rows.data_ptr(),
+        _address(around), _address(nothing), packed.data_ptr(), _address(bias), _address(scale), answer.shape[0],
+        _address(to), relu, to is not None, answer.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    assert inside, "an index points outside the rows, or outside the places"
+
+
+def _neighbours(
+    places: Tensor, row_of: Tensor | None, images: int, size: list[int], kernel: list[int], dilation: list[int],
+    padding: list[int],
+) -> Tensor:  # fmt: skip
+    kernels, (height, width) = chosen(), size
+    around = places.new_empty(places.shape[0], math.prod(kernel))
+    assert kernels is not None and places.dtype is torch.int64 and places.is_contiguous()
+    assert row_of is None or (row_of.dtype is torch.int64 and row_of.shape == (images * height * width,))
+    inside = kernels.neighbours(
+        places.shape[0], places.data_ptr(), images * height * width, _address(row_of), height, width, *kernel,
+        *dilation, *padding, around.data_ptr(),
+    )  # fmt: skip
+    assert inside, "a place lies outside the images"
+    return around
+
+
+def _address(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def _panels(weights: Sequence[Tensor], kernels: Kernels) -> Tensor:
+    """(groups, panels, depth, wide): of a convolution, depth runs over positions first and channels last."""
+    outputs, depth, wide = weights[0].shape[0], weights[0][0].numel(), kernels.wide
+    room = kernels.room(len(weights), -(-outputs // wide), depth, wide)
+    with torch.no_grad():
+        for weight, panels in zip(weights, room, strict=True):
+            flat = (weight.permute(0, 2, 3, 1) if weight.dim() == 4 else weight).flatten(1)
+            padded = functional.pad(flat, (0, 0, 0, -outputs % wide))
+            panels.copy_(padded.unflatten(0, (-1, wide)).transpose(1, 2))
+    return room
+
+
+def _meta(
+    rows: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    outputs: int,
+    counts: list[int],
+    around: Tensor | None,
+    relu: bool,
+) -> Tensor:
+    return rows.new_empty(sum(counts), outputs)
+
+
+_LIBRARY.impl("product", _product, "CPU")
+_LIBRARY.impl("product_add_", _product_add_, "CPU")
+_LIBRARY.impl("neighbours", _neighbours, "CPU")
+_LIBRARY.impl("product", _meta, "Meta")
+_LIBRARY.impl("product_add_", lambda answer, *rest: None, "Meta")
+_LIBRARY.impl(
+    "neighbours",
+    lambda places, row_of, images, size, kernel, *rest: places.new_empty(places.shape[0], math.prod(kernel)),
+    "Meta",
+)
+
+
+@register_flop_formula(torch.ops.dynanet.product, get_raw=True)
+def _flops(rows: Tensor, packed: Tensor, bias: Any, outputs: int, counts: list[int], *_: Any, **__: Any) -> int:
+    """As torch counts: two for a multiply-accumulate. Padding of the last panel is not counted."""
+    return 2 * sum(counts) * packed.shape[2] * outputs
+
+
+@register_flop_formula(torch.ops.dynanet.product_add_, get_raw=True)
+def _add_flops(answer: Tensor, rows: Tensor, packed: Tensor, bias: Any, counts: list[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod((sum(counts), packed.shape[2], answer.shape[1]))

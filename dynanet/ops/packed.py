@@ -1,0 +1,85 @@
+"""Rows are samples of different lengths, their tokens packed one after another: samples leave, nothing is padded."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from dynanet.core.rows import LEADING, Rows
+from dynanet.ops.tokens import Tokens
+
+
+class Packed(NamedTuple):
+    """The tokens of all samples. Batches join by concatenating the tensors of both along their first axis.
+
+    Attributes:
+        x: (N, D), sample after sample.
+        counts: (B,) int64, tokens of every sample.
+        width: columns of the rectangle that they came from, for those who look at decisions.
+    """
+
+    x: Tensor
+    counts: Tensor
+    width: int
+
+    def tokens(self) -> Tokens:
+        """For `attend`."""
+        return Tokens(self.x, lengths=tuple(self.counts.tolist()))
+
+    def there(self) -> Tensor:
+        """(B, width) of x's dtype, 1 where the rectangle has a token."""
+        columns = torch.arange(self.width, device=self.x.device)
+        return (columns < self.counts[:, None]).to(self.x.dtype)
+
+    def mean(self) -> Tensor:
+        """Over the tokens of every sample, (B, D)."""
+        if self.counts.shape[0] == 1:
+            return self.x.mean(0, keepdim=True)
+        if self.counts.shape[0] == 0:
+            return self.x[:0]
+        return torch.segment_reduce(self.x, "mean", lengths=self.counts, axis=0, unsafe=True)
+
+
+def pack(x: Tensor, counts: Tensor) -> Packed:
+    """The first `counts` columns of every row of a rectangle (B, T, ...), packed."""
+    columns = torch.arange(x.shape[1], device=x.device)
+    return Packed(x[columns < counts[:, None]], counts, x.shape[1])
+
+
+class PackedRows(Rows):
+    """Samples leave. A `Packed` gives away their tokens; any other tensor has the samples along its first axis.
+
+    In the dense form nothing is packed: `Tokens` in their rectangle are leading rows.
+    """
+
+    flat = True
+
+    def whole(self, x: Any, lead: tuple[int, ...]) -> Any:
+        """x as it is."""
+        return LEADING.whole(x, lead)
+
+    def take(self, x: Any, lead: tuple[int, ...], index: Tensor) -> Any:
+        """The samples at `index`. All of them are x itself: nothing is copied."""
+        if index.numel() == lead[0]:
+            return x
+
+        def samples(part: Any) -> Any:
+            if not isinstance(part, Packed):
+                return LEADING.take(part, lead, index)
+            parts = part.x.split(part.counts.tolist())
+            kept = [parts[i] for i in index.tolist()]
+            return Packed(torch.cat(kept) if kept else part.x[:0], part.counts[index], part.width)
+
+        return tree_map(samples, x, is_leaf=lambda node: isinstance(node, Packed))
+
+    def put(self, y: Any, lead: tuple[int, ...], index: Tensor, otherwise: Any) -> Any:
+        """Answers, which have the samples along their first axis."""
+        return LEADING.put(y, lead, index, otherwise)
+
+    def mask(self, y: Any, lead: tuple[int, ...], keep: Tensor, otherwise: Any) -> Any:
+        """Answers, blended."""
+        return LEADING.mask(y, lead, keep, otherwise)
+
+
+PACKED_ROWS = PackedRows()

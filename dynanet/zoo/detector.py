@@ -1,0 +1,203 @@
+"""A small anchor-free detector of one stage, and its backbone made dynamic in two ways.
+
+At every position of one feature map (stride 8) it says which class lies there, how far the box's four sides are, and
+how central the position is (FCOS: Tian, Shen, Chen, He, ICCV 2019, https://arxiv.org/abs/1904.01355; one level and one
+small head instead of five and two towers). The backbone is a pre-activation ResNet (He et al. 2016,
+https://arxiv.org/abs/1603.05027) of bottleneck units, each x + unit(x):
+
+- `detector_static`: all units run everywhere.
+- `detector_halting`: positions take as many units as they need: SACT (Figurnov et al., CVPR 2017,
+  https://arxiv.org/abs/1612.02297, which puts it under Faster R-CNN).
+- `detector_skip`: a gate per unit leaves it out for whole images (Veit and Belongie, ECCV 2018,
+  https://arxiv.org/abs/1711.11503).
+
+The answer is one tensor (B, classes + 5, h, w): class logits, logarithms of the sides in strides, a centreness logit.
+`infer.detect.decode` makes boxes of it, `train.DetectionLoss` trains it.
+"""
+
+from collections.abc import Callable, Sequence
+from math import log
+
+from torch import Tensor, nn
+
+from dynanet.core.architecture import architecture
+from dynanet.core.errors import ConfigError
+from dynanet.core.gate import Gate
+from dynanet.gates.rules import Gumbel
+from dynanet.gates.scorers import ContextScorer, PooledScorer
+from dynanet.mechanisms.layer_skip import BranchSkip
+from dynanet.mechanisms.position_halting import PositionHalting
+from dynanet.ops.tiles import Tiles
+
+STRIDE = 8  # of the feature map: the stem and two resolutions halve
+
+
+@architecture
+def detector_static(
+    *,
+    num_classes: int,
+    in_channels: int = 3,
+    widths: Sequence[int] = (16, 32, 96),
+    depths: Sequence[int] = (2, 6),
+    head: int = 64,
+) -> nn.Sequential:
+    """The detector with every unit running everywhere; images (B, C, H, W) of any size.
+
+    Args:
+        num_classes: how many classes, background not counted.
+        in_channels: channels (bands) of the input.
+        widths: channels of the stem and of the two resolutions after it.
+        depths: units at each of the two resolutions.
+        head: channels of the head's convolution.
+
+    Returns:
+        (B, C, H, W) to (B, num_classes + 5, H / 8, W / 8), rounded up.
+
+    Raises:
+        ConfigError: a value out of range.
+
+    Example:
+        >>> import torch
+        >>> detector_static(num_classes=3)(torch.zeros(2, 3, 50, 64)).shape
+        torch.Size([2, 8, 7, 8])
+    """
+    _check(num_classes, in_channels, widths, depths, head)
+
+    def stage(first: nn.Module, units: list[nn.Sequential], width: int) -> nn.Module:
+        return nn.Sequential(first, *(_Added(unit) for unit in units))
+
+    return _detector(num_classes, in_channels, widths, depths, head, stage)
+
+
+@architecture
+def detector_halting(
+    *,
+    num_classes: int,
+    in_channels: int = 3,
+    widths: Sequence[int] = (16, 32, 96),
+    depths: Sequence[int] = (2, 6),
+    head: int = 64,
+    eps: float = 0.01,
+    bias: float = -3.0,
+) -> nn.Sequential:
+    """The detector whose positions halt: train it with `PositionPonderCost`.
+
+    Args:
+        num_classes: as in `detector_static`.
+        in_channels: as in `detector_static`.
+        widths: as in `detector_static`.
+        depths: as in `detector_static`.
+        head: as in `detector_static`.
+        eps: how far below 1 a position's scores may stop.
+        bias: of the halting scores at the start: at -3 a position takes all units of a stage of up to 20.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+    _check(num_classes, in_channels, widths, depths, head)
+
+    def stage(first: nn.Module, units: list[nn.Sequential], width: int) -> nn.Module:
+        scores = [ContextScorer(width, bias=bias, norm=True) for _ in units]
+        return PositionHalting(units, scores, Tiles(1), eps, first=first, residual=True, dilate=True)
+
+    return _detector(num_classes, in_channels, widths, depths, head, stage)
+
+
+@architecture
+def detector_skip(
+    *,
+    num_classes: int,
+    in_channels: int = 3,
+    widths: Sequence[int] = (16, 32, 96),
+    depths: Sequence[int] = (2, 6),
+    head: int = 64,
+    bias: float = 2.0,
+) -> nn.Sequential:
+    """The detector whose units are left out image by image: train it with `Within` or `TargetRate`.
+
+    Args:
+        num_classes: as in `detector_static`.
+        in_channels: as in `detector_static`.
+        widths: as in `detector_static`.
+        depths: as in `detector_static`.
+        head: as in `detector_static`.
+        bias: of the gates' scores at the start; positive: every unit runs at first.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+    _check(num_classes, in_channels, widths, depths, head)
+
+    def stage(first: nn.Module, units: list[nn.Sequential], width: int) -> nn.Module:
+        gates = [Gate(PooledScorer(width, bias=bias), Gumbel()) for _ in units]
+        return nn.Sequential(first, *(BranchSkip(unit, gate) for unit, gate in zip(units, gates, strict=True)))
+
+    return _detector(num_classes, in_channels, widths, depths, head, stage)
+
+
+class _Added(nn.Module):
+    """x + branch(x)."""
+
+    def __init__(self, branch: nn.Module):
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+_Stage = Callable[[nn.Module, list[nn.Sequential], int], nn.Module]
+
+
+def _detector(
+    num_classes: int, in_channels: int, widths: Sequence[int], depths: Sequence[int], head: int, stage: _Stage
+) -> nn.Sequential:
+    """Stem, two stages that each halve and then add units, head."""
+    inputs, *rest = widths
+    layers: list[nn.Module] = [_conv(in_channels, inputs, 3, 2), nn.BatchNorm2d(inputs), nn.ReLU(inplace=True)]
+    for width, depth in zip(rest, depths, strict=True):
+        layers += [stage(_conv(inputs, width, 3, 2), [_unit(width) for _ in range(depth)], width)]
+        layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        inputs = width
+    return nn.Sequential(*layers, _head(inputs, head, num_classes))
+
+
+def _unit(width: int) -> nn.Sequential:
+    """A bottleneck branch in the order of pre-activation: normalise, activate, convolve."""
+    inner = max(1, width // 2)
+    return nn.Sequential(
+        *(nn.BatchNorm2d(width), nn.ReLU(), _conv(width, inner, 1)),
+        *(nn.BatchNorm2d(inner), nn.ReLU(), _conv(inner, inner, 3)),
+        *(nn.BatchNorm2d(inner), nn.ReLU(), _conv(inner, width, 1)),
+    )
+
+
+def _head(width: int, hidden: int, num_classes: int) -> nn.Sequential:
+    """Two convolutions. At first every class is held for a hundredth likely, and a box for four strides wide: the focal
+    loss starts from there (Lin et al. 2017, arXiv:1708.02002, section 4.1)."""
+    last = nn.Conv2d(hidden, num_classes + 5, 3, padding=1)
+    nn.init.normal_(last.weight, std=0.01)
+    assert last.bias is not None
+    nn.init.zeros_(last.bias)
+    nn.init.constant_(last.bias[:num_classes], -log(99))
+    nn.init.constant_(last.bias[num_classes : num_classes + 4], log(2))
+    return nn.Sequential(_conv(width, hidden, 3), nn.BatchNorm2d(hidden), nn.ReLU(inplace=True), last)
+
+
+def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    """He initialisation by fan-out."""
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return conv
+
+
+def _check(num_classes: int, in_channels: int, widths: Sequence[int], depths: Sequence[int], head: int) -> None:
+    if len(widths) != 3 or len(depths) != 2:
+        raise ConfigError(
+            f"a detector of widths {tuple(widths)} and depths {tuple(depths)}; expected three widths (stem and two "
+            f"resolutions) and two depths"
+        )
+    counts = {"num_classes": [num_classes], "in_channels": [in_channels], "head": [head]}
+    for name, values in {**counts, "widths": widths, "depths": depths}.items():
+        if any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in values):
+            raise ConfigError(f"a detector's {name} is {values}; expected whole numbers of at least 1")

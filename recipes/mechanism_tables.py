@@ -1,0 +1,208 @@
+"""Tables about mechanisms: what each is worth on real data, and in milliseconds."""
+
+import numpy as np
+from rows import percent, quiet, rows, source, times
+
+NOTHING = ["Not measured yet: no row in `results/`."]
+
+EXPERIMENTS = {  # file of rows: what was trained, and what a narrower static network is there
+    "cifar10_mechanisms": "CIFAR-10, a small ResNet; static: the same network, narrower",
+    "characters_mechanisms": "Tiny Shakespeare, the next of 65 characters, a small network of feed-forward layers; static: fewer neurons",
+    "text_mechanisms": "TREC, six kinds of questions, a small transformer; static: fewer neurons",
+}
+
+NETWORKS = {  # card: the networks of the experiments that show it
+    "layer_skip": ("layer_skip", "layer_skip_rates", "layer_skip_normed", "layer_skip_normed_rates", "recurrent_skip", "skipnet"),
+    "policy_skip": ("policy_skip", "blockdrop"),
+    "path_select": ("path_select",),
+    "channel_skip": ("channel_skip",),
+    "channel_gating": ("channel_gating", "channel_gating_tiles"),
+    "slimmable": ("slimmable",),
+    "pondering": ("act", "pondernet"),
+    "soft_tree": ("soft_tree",),
+    "neuron_skip": ("neuron_skip", "moefied"),
+    "experts": ("experts",),
+}  # fmt: skip
+
+SPEEDS = {  # card: the networks of `recipes/skipping_speed.py` that show it
+    "layer_skip": ("layer_skip",),
+    "policy_skip": ("policy_skip",),
+    "path_select": ("path_select",),
+    "slimmable": ("widths",),
+    "channel_skip": ("channel_skip",),
+}
+
+FOUR = ("over_same_engine", "over_best_dense", "over_flop_ratio", "over_latency_theory")
+
+
+def found(card):
+    """Every row about a card, with its experiment."""
+    return [
+        (experiment, row)
+        for experiment in EXPERIMENTS
+        for row in rows(f"{experiment}.csv")
+        if row["network"] in NETWORKS.get(card, ())
+    ]
+
+
+def mechanism(card):
+    """The block of a card: accuracies beside static, full and random, then milliseconds."""
+    lines = []
+    for experiment, title in EXPERIMENTS.items():
+        mine = [row for where, row in found(card) if where == experiment]
+        if mine:
+            lines += ["", *_accuracies(experiment, title, mine)]
+    return (lines + _speeds(card))[1:] or NOTHING
+
+
+def _accuracies(experiment, title, mine):
+    lines = [
+        f"{title}, by the same recipe and at the same MACs (interpolated). Random: the same decisions, but another "
+        f"{'image' if 'cifar' in experiment else 'row'}'s. Test accuracy, one training each: differences below a point say little.",
+        source(mine, f"{experiment}.csv"),
+        "",
+        "| | epochs | accuracy | MACs | static, same MACs | full network | its MACs | random gates |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in mine:
+        keys = ("static_accuracy", "full_accuracy", "random_accuracy")
+        accuracy, (static, full, chance) = _share(row["accuracy"]), (_share(row[key]) for key in keys)
+        spent, dense = (_macs(row[key]) for key in ("macs", "full_macs"))
+        lines.append(
+            f"| {row['network']} | {row['epochs']} | {accuracy} | {spent} | {static} | {full} | {dense} | {chance} |"
+        )
+    return lines
+
+
+def _speeds(card):
+    lines = []
+    for experiment in EXPERIMENTS:
+        name = f"{experiment}_speed.csv"
+        mine = [row for row in quiet(rows(name)) if row["network"] in NETWORKS.get(card, ())]
+        if mine:
+            lines += [
+                "",
+                f"Sessions of the trained networks against the same weights with nothing skipped, one thread. {source(mine, name)}",
+            ]
+            lines += ["", *_four(mine, lambda row: row["network"])]
+    mine = [row for row in quiet(rows("skipping_speed.csv")) if row["network"] in SPEEDS.get(card, ())]
+    if mine:
+        lines += [
+            "",
+            f"At a larger size, with random weights and gates that keep a given share, one thread. {source(mine, 'skipping_speed.csv')}",
+        ]
+        lines += [
+            "",
+            *_four(mine, lambda row: f"{row['channels']} channels, {row['side']} x {row['side']}, keep {row['keep']}"),
+        ]
+    return lines  # fmt: skip
+
+
+def _four(mine, named):
+    lines = [
+        "| | batch | times faster, same engine | than the best dense engine | of the FLOP ratio | of the latency theory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, batch in dict.fromkeys((named(row), int(row["batch"])) for row in mine):
+        cell = [row for row in mine if named(row) == name and int(row["batch"]) == batch]
+        cells = " | ".join(times(np.median([float(row[column]) for row in cell])) for column in FOUR)
+        lines.append(f"| {name} | {batch} | {cells} |")
+    return lines
+
+
+def _share(value):
+    return percent(float(value)) if value else "not measured"
+
+
+def _macs(value):
+    value = float(value)
+    return f"{value / 1e6:.1f} M" if value >= 1e6 else f"{value / 1e3:.0f} k"
+
+
+def points(values):
+    """Differences in points, from the lowest to the highest."""
+    low, high = (f"{100 * value:+.1f}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def choice(card):
+    """What a newcomer wants to know of a mechanism: its last cells in the table of the README."""
+    mine = [row for _, row in found(card)]
+    if not mine:
+        return None
+    static = points([float(row["accuracy"]) - float(row["static_accuracy"]) for row in mine])
+    chance = points([float(row["accuracy"]) - float(row["random_accuracy"]) for row in mine])
+    speeds = [row for row in quiet(rows("skipping_speed.csv")) if row["network"] in SPEEDS.get(card, ())]
+    ratios = [
+        times(np.median([float(row["over_flop_ratio"]) for row in speeds if row["batch"] == batch]))
+        for batch in ("1", "8", "64", "256")
+        if any(row["batch"] == batch for row in speeds)
+    ]
+    return static, chance, " / ".join(ratios) or "not measured"
+
+
+def speed_targets():
+    """(what, asked, values) of the speeds that were asked for."""
+    found = quiet(rows("skipping_speed.csv"))
+
+    def cells(network, batch):
+        return [
+            float(row["over_flop_ratio"]) for row in found if row["network"] == network and row["batch"] == str(batch)
+        ]
+
+    for network, what in (("layer_skip", "layer skip"), ("widths", "widths, 256 channels")):
+        for batch in (8, 64, 256):
+            yield f"{what} over the FLOP ratio, batch {batch}", 0.9, cells(network, batch)
+
+
+def detection(*names):
+    """Rows of `recipes/bccd.py`."""
+    every = rows("bccd.csv")
+    found = [row for row in every if row["network"] in names]
+    if not found:
+        return NOTHING
+    full = next(row for row in every if row["network"] == "static-1.0")
+    size = f"{full['height']} x {full['width']} pixels, {full['epochs']} epochs from random weights"
+    lines = [
+        f"Detection: BCCD (blood cells), a small one-stage detector, {size}; mAP as COCO counts it on the "
+        "72 test images. Static: the same detector with fewer units, by the same recipe, at the same MACs "
+        "(interpolated). Another's: the same network, every image with the decisions of another.",
+        source(found, "bccd.csv"),
+        "",
+        "| | mAP | at 0.50 | MACs | static, same MACs | at 0.50 | full network | at 0.50 | its MACs | another's | at 0.50 |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    three = lambda row, *keys: [f"{float(row[k]):.3f}" for k in keys]  # noqa: E731
+    for row in found:
+        cells = [
+            *three(row, "map", "map_50"), f"{float(row['macs']) / 1e6:.0f} M",
+            *three(row, "static_map", "static_map_50"), *three(full, "map", "map_50"),
+            f"{float(full['macs']) / 1e6:.0f} M", *three(row, "random_map", "random_map_50"),
+        ]  # fmt: skip
+        lines.append(f"| {row['network']} | {' | '.join(cells)} |")
+    maps = [row for row in found if row.get("units_correlation")]
+    if maps:
+        lines += ["", "Units per position, over all pixels of the test images:", ""]
+        lines += ["| | inside the true boxes | outside | correlation with the boxes |", "|---|---|---|---|"]
+    for row in maps:
+        inside, outside, correlation = (float(row[f"units_{k}"]) for k in ("inside", "outside", "correlation"))
+        lines.append(f"| {row['network']} | {inside:.2f} | {outside:.2f} | {correlation:.3f} |")
+    speeds = [row for row in quiet(rows("bccd_speed.csv")) if row["network"] in (*names, "static-1.0")]
+    if any(row["network"] in names for row in speeds):
+        lines += ["", "Milliseconds per image, one thread, the session and the best engine that skips nothing:", ""]
+        lines += [
+            "| | batch | session | the same network, best dense engine | of the FLOP ratio |",
+            "|---|---|---|---|---|",
+        ]
+        for row in speeds:
+            ms = (f"{float(row[k]):.1f}" for k in ("session_ms", "best_dense_ms"))
+            lines.append(
+                f"| {row['network']} | {row['batch']} | {' | '.join(ms)} | {times(float(row['over_flop_ratio']))} |"
+            )
+    return lines
+
+
+def several(*parts):
+    """Blocks one after the other, those left out that have no rows."""
+    there = [part for part in parts if part is not NOTHING]
+    return [line for k, part in enumerate(there) for line in ([""] if k else []) + part] or NOTHING

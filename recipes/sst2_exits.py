@@ -1,0 +1,328 @@
+"""SST-2: MiniLM with an exit after each of its 6 layers, beside static encoders of fewer layers and random exits.
+
+    python recipes/sst2_exits.py train --data DIR            # stsa.binary.*; or names: joint static_6 static_2 ...
+    python recipes/sst2_exits.py measure --data DIR
+    python recipes/sst2_exits.py speed --data DIR
+
+Three ways to train exits: `joint` (all at once, the last exit teaching the others), `two_stage` (DeeBERT: the encoder
+first, then frozen), `self_distilled` (FastBERT: frozen too, and the last exit is the only teacher). Thresholds and
+budgets come from the official development set; the test set is looked at once. `speed` is sentences per second of the
+session against the static encoder in its best engine: packed or padded to the longest of a batch, eager or ONNX Runtime.
+"""
+
+import argparse
+import copy
+import io
+import logging
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from dynanet import Budget, CostModel, execute, forced, infer, record
+from dynanet.bench.compare import check_equivalent
+from dynanet.bench.machine import append_rows
+from dynanet.bench.paired import paired, ratio
+from dynanet.core.dynamic import everything
+from dynanet.core.errors import require
+from dynanet.data.text import load_labelled_lines
+from dynanet.gates.confidence import Patience
+from dynanet.infer.calibrate import paying
+from dynanet.train import Batches, MultiExit, adamw, fit, load_weights, newest, one_cycle
+from dynanet.zoo.pretrained_text import TextTokenizer, packaged_minilm, pretrained_text_exits
+from dynanet.zoo.text_encoder import exits_only, with_confidence
+
+LONGEST, BATCH, DEPTH = 72, 32, 6
+STATIC = {f"static_{n}": n for n in (1, 2, 3, 6)}
+FROZEN = {"two_stage": (1.0, 0.0), "self_distilled": (0.0, 1.0)}  # labels, teacher
+NETWORKS = ["joint", *STATIC, *FROZEN]
+
+
+class Bunches(Dataset):
+    """Batches of sentences of about the same length, so that training pads little. An item is a batch."""
+
+    def __init__(self, ids, labels, seed=0):
+        lengths, draw = (ids != 0).sum(1).tolist(), random.Random(seed)
+        order = sorted(range(len(ids)), key=lambda i: lengths[i] + draw.random() * 4)
+        rows = [torch.tensor(order[i : i + BATCH]) for i in range(0, len(order), BATCH)]
+        self.items = [(ids[r, : max(lengths[i] for i in r.tolist())], labels[r]) for r in rows]
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+    def batches(self, **more):
+        """For training and validation."""
+        return Batches(self, 1, collate=lambda items: items[0], **more)
+
+
+def load(folder, part):
+    texts, labels = load_labelled_lines(folder / f"stsa.binary.{part}")
+    return TextTokenizer(packaged_minilm(), longest=LONGEST)(texts, width=LONGEST), labels
+
+
+class OnlyTeacher(MultiExit):
+    """Exits learn what the last one says, and no labels (FastBERT)."""
+
+    def __call__(self, answer, y, trace):
+        """KL from the last exit to every other."""
+        exits = next(iter(trace.answers.values()))
+        teacher = exits[-1].detach().log_softmax(1)
+        return torch.stack([self._taught(e, teacher) for e in exits[:-1]]).sum()
+
+
+def build(name, runs=None):
+    """The network; those with a frozen encoder start from `static_6`, once that is trained."""
+    depth = STATIC.get(name, DEPTH)
+    exits = [depth - 1] if name in STATIC else None
+    model = pretrained_text_exits(packaged_minilm(), num_classes=2, longest=LONGEST, depth=depth, exits=exits)
+    if name in FROZEN and runs is not None:
+        full = pretrained_text_exits(packaged_minilm(), num_classes=2, longest=LONGEST, exits=[DEPTH - 1])
+        load_weights(full, newest(runs / "static_6"))
+        embed, *layers = full.stages[0]
+        model.stages[0][0].load_state_dict(embed.state_dict())
+        for stage, layer in zip(model.stages, layers, strict=True):
+            stage[-1].load_state_dict(layer.state_dict())
+        model.exits[-1].load_state_dict(full.exits[0].state_dict())
+        exits_only(model)
+    return model
+
+
+def train(name, args, data, held_out):
+    torch.manual_seed(args.seed)
+    model, frozen = build(name, args.runs), name in FROZEN
+    objective = MultiExit(distill=0.0 if name in STATIC else 0.5, temperature=1.0)
+    if frozen:
+        labels, teacher = FROZEN[name]
+        objective = OnlyTeacher(temperature=1.0) if teacher else MultiExit([labels] * (DEPTH - 1) + [0.0])
+    run = fit(
+        model, data.batches(shuffle=True, seed=args.seed), held_out.batches(), objective=objective,
+        epochs=args.epochs, folder=args.runs / name, optimizer=adamw(1e-3 if frozen else 1e-4, weight_decay=0.01),
+        scheduler=one_cycle(warmup=0.1), seed=args.seed, resume=True, progress=False,
+        trainer_options={"precision": "bf16-mixed"},
+    )  # fmt: skip
+    print(name, {key: round(value, 4) for key, value in run.metrics.items()}, flush=True)
+
+
+def trained(name, args):
+    model = build(name)
+    load_weights(model, newest(args.runs / name))
+    return execute(model.eval(), sparse=True)
+
+
+@torch.no_grad()
+def evaluate(model, cost, data):
+    """(accuracy, MACs per sentence, share that leaves at every exit)."""
+    right = spent = seen = 0
+    shares = np.zeros(model.steps)
+    for ids, labels in data.items:
+        with record(model) as trace:
+            right += int((model(ids).argmax(1) == labels).sum())
+        went_on = sum((keep[:, 0] for keep in trace[""]), torch.zeros(len(labels)))
+        shares += np.bincount(went_on.long().numpy(), minlength=model.steps)
+        spent, seen = spent + float(cost.spent(trace).sum()), seen + len(labels)
+    return right / seen, spent / seen, shares / seen
+
+
+def measure(args, held_out, test):
+    about = {"data": "SST-2 (stsa.binary)", "epochs": args.epochs, "seed": args.seed}
+    example = torch.full((1, LONGEST), 7)
+    rows = []
+    for name in [n for n in NETWORKS if (args.runs / n).exists()]:
+        model = trained(name, args)
+        cost = CostModel(model, example)
+        if name in STATIC:
+            accuracy, macs, _ = evaluate(model, cost, test)
+            held, _, _ = evaluate(model, cost, held_out)
+            rows.append(
+                {"network": name, "rule": "static", "budget": "", "held_out": held, "accuracy": accuracy, "macs": macs}
+            )
+            continue
+        looked = infer.tabulate(model, test.items, cost)  # for random exits: what a draw with these rates expects
+        for rule, network in (("max_probability", model), ("patience", with_confidence(model, Patience()))):
+            network = execute(network.eval(), sparse=True)
+            frontier = infer.calibrate(network, held_out.items, cost)
+            table = frontier.table
+            full, points = float(table.accuracy[-1]), frontier.curve(60)
+            wanted = {f"{share:.0%}": share * table.mean_macs[-1] for share in (0.25, 0.5, 0.75)}
+            near = [c for c in points if c.accuracy >= full - 0.005]
+            wanted["within 0.5 points"] = min(c.macs for c in near) if near else table.mean_macs[-1]
+            for budget, macs in wanted.items():
+                macs = min(max(macs, 1.0001 * table.mean_macs.min()), table.mean_macs.max())
+                early = execute(frontier.at(Budget(macs=float(macs))), sparse=True)
+                accuracy, spent, shares = evaluate(early, cost, test)
+                rows.append({
+                    "network": name, "rule": rule, "budget": budget, "held_out": frontier.choose(Budget(macs=float(macs))).accuracy,
+                    "accuracy": accuracy, "macs": spent, "random_accuracy": float(shares @ looked.accuracy),
+                    "random_macs": float(shares @ looked.mean_macs),
+                    "shares": " ".join(f"{share:.3f}" for share in shares),
+                })  # fmt: skip
+            last, whole, _ = evaluate(network, cost, test)
+            rows.append(
+                {
+                    "network": name,
+                    "rule": rule,
+                    "budget": "never early",
+                    "held_out": full,
+                    "accuracy": last,
+                    "macs": whole,
+                }
+            )
+    columns = ["network", "rule", "budget", "held_out", "accuracy", "macs", "random_accuracy", "random_macs", "shares"]
+    for row in rows:
+        print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+    append_rows(args.results / "sst2_exits.csv", [{c: row.get(c, "") for c in columns} for row in rows], about)
+
+
+class Whole(nn.Module):
+    """The static encoder on a rectangle, as one graph with a free batch and a free length."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = execute(model, sparse=False)
+
+    def forward(self, ids):
+        """Logits."""
+        return self.model(ids)
+
+
+def padded_runtime(model):
+    """The static encoder in ONNX Runtime, fed with batches padded to their longest sentence."""
+    runtime, file = require("onnxruntime", "onnx"), io.BytesIO()
+    ids = torch.full((2, 9), 7)
+    shapes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=LONGEST)},)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    program = torch.export.export(Whole(model).eval(), (ids,), dynamic_shapes=shapes)
+    torch.onnx.export(program, dynamo=True, verbose=False).save(file)
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = 1, 1
+    session = runtime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda ids: torch.from_numpy(session.run(None, {name: trimmed(ids).numpy()})[0])
+
+
+def trimmed(ids):
+    return ids[:, : int((ids != 0).sum(1).max())]
+
+
+def speed(args, held_out, test_ids):
+    """The session at the budget within half a point, against its own weights with the last exit alone: the static
+    encoder, in every engine. Equal answers are asserted first."""
+    model = trained(args.network, args)
+    example = torch.full((1, LONGEST), 7)
+    frontier = infer.calibrate(model, held_out.items, CostModel(model, example))
+    model.active = paying(frontier.table, model.exit_macs(example), Budget(macs=cheapest(frontier)))
+    cost = CostModel(model, example)
+    frontier = infer.calibrate(model, held_out.items, cost)
+    early = execute(frontier.at(Budget(macs=cheapest(frontier))), sparse=True)
+    ids = test_ids[torch.randperm(len(test_ids), generator=torch.Generator().manual_seed(0))[:256]]
+    example = ids[(ids != 0).sum(1) == 24][:1]
+    session = infer.Session(early, example, batches=(1, 4, 16, 32))
+    static = only_last(model)
+    packed = infer.Session(static, example, batches=(1, 4, 16, 32))
+    runtime, dense = padded_runtime(only_last(model)), execute(only_last(model), sparse=False)
+    with torch.no_grad():
+        expected = dense(ids)
+        for name, answer in (("packed", packed(ids)), ("onnxruntime", runtime(ids)), ("sparse", static(ids))):
+            torch.testing.assert_close(answer, expected, rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+    check_equivalent(early, session, ids)
+    rows = []
+    with record(session) as trace:
+        session(ids)
+    spent, whole = (
+        float(cost.spent(trace).mean()),
+        float(CostModel(static, torch.full((1, LONGEST), 7)).spent(traced(static, ids)).mean()),
+    )
+    for batch in (1, 32):
+        groups = ids[: 64 if batch == 1 else 256].split(batch)
+        count = sum(len(g) for g in groups)
+        calls = engine_calls(session, groups)
+        with torch.no_grad():
+            seconds = paired({
+                "session": lambda groups=groups: [session(g) for g in groups],
+                "stream": lambda groups=groups, b=batch: list(session.stream(torch.cat(groups), batch=b)),
+                "kept": lambda groups=groups: all_kept(session, groups),
+                "theory": lambda calls=calls: [engine(inputs) for engine, inputs in calls],
+                "static packed session": lambda groups=groups: [packed(g) for g in groups],
+                "static packed eager": lambda groups=groups: [static(g) for g in groups],
+                "static padded eager": lambda groups=groups: [dense(trimmed(g)) for g in groups],
+                "static padded onnxruntime": lambda groups=groups: [runtime(g) for g in groups],
+            }, rounds=args.rounds)  # fmt: skip
+        statics = [name for name in seconds if name.startswith("static")]
+        best = min(statics, key=lambda name: np.median(seconds[name]))
+        rows.append({
+            "network": args.network, "exits": " ".join(map(str, model.active)), "batch": batch, "threads": 1, "sentences": count,
+            **{f"{name.replace(' ', '_')}_per_s": count / float(np.median(s)) for name, s in seconds.items()},
+            "best_static": best, "over_best_static": ratio(seconds[best], seconds["session"])[0],
+            "stream_over_best_static": ratio(seconds[best], seconds["stream"])[0],
+            "over_latency_theory": ratio(seconds["theory"], seconds["session"])[0],
+            "stream_over_latency_theory": ratio(seconds["theory"], seconds["stream"])[0],
+            "macs_ratio": whole / spent,
+        })  # fmt: skip
+        print(rows[-1], flush=True)
+    append_rows(args.results / "sst2_exits_speed.csv", rows, {"data": "SST-2 (stsa.binary), test sentences"})
+
+
+def engine_calls(session, groups):
+    """Every engine call that the session makes for these batches, with its inputs."""
+    calls = []
+    for engine in session.engines():
+        engine.listener = lambda inputs, engine=engine: calls.append((engine, [t.clone() for t in inputs]))
+    for ids in groups:
+        session(ids)
+    for engine in session.engines():
+        engine.listener = None
+    return calls
+
+
+def cheapest(frontier):
+    """MACs of the cheapest choice that loses at most half a point of held-out accuracy."""
+    full = float(frontier.table.accuracy[-1])
+    return min(c.macs for c in frontier.curve(60) if c.accuracy >= full - 0.005)
+
+
+def only_last(model):
+    other = copy.deepcopy(model)
+    other.active = [DEPTH - 1]
+    return execute(other.eval(), sparse=True)
+
+
+def traced(model, ids):
+    with torch.no_grad(), record(model) as trace:
+        model(ids)
+    return trace
+
+
+def all_kept(session, groups):
+    with forced(session, everything):
+        for ids in groups:
+            session(ids)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["train", "measure", "speed"])
+    parser.add_argument("names", nargs="*", help="of networks to train; all if none")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, default=Path("runs/sst2_exits"))
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--network", default="joint", help="whose speed")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    development = Bunches(*load(args.data, "dev"))
+    if args.what == "train":
+        texts = Bunches(*load(args.data, "train"))
+        for network in args.names or NETWORKS:
+            train(network, args, texts, development)
+    elif args.what == "measure":
+        measure(args, development, Bunches(*load(args.data, "test")))
+    else:
+        speed(args, development, load(args.data, "test")[0])

@@ -1,0 +1,75 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dynanet.core.dynamic import execute, record
+from dynanet.core.errors import InputError, StructureError
+from dynanet.gates.scorers import ContextScorer
+from dynanet.inspect.positions import beside_boxes, cover, units_per_position
+from dynanet.mechanisms.position_halting import PositionHalting, steps_taken
+from dynanet.ops.tiles import Tiles
+
+
+def stage(tile=1, halo=0):
+    torch.manual_seed(0)
+    cells = [nn.Conv2d(4, 4, 3, padding=1) for _ in range(3)]
+    scores = [ContextScorer(4, tile, bias=-0.5) for _ in range(3)]
+    return PositionHalting(cells, scores, Tiles(tile, halo), first=nn.Identity(), residual=True, dilate=not halo)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_units_of_every_position(sparse):
+    x, model = torch.randn(2, 4, 6, 8), execute(stage().eval(), sparse=sparse)
+    with torch.no_grad(), record(model) as trace:
+        model(x)
+    units = units_per_position(trace, (12, 16))
+    assert len(units.unique()) > 1
+    assert torch.equal(units[:, ::2, ::2], steps_taken(trace) - 1)  # the first step is no unit
+    assert torch.equal(units[:, ::2, ::2], units[:, 1::2, 1::2])
+
+
+def test_layers_add_up_whatever_their_rows():
+    model = nn.Sequential(stage(), nn.AvgPool2d(2), stage(tile=2, halo=1)).eval()
+    with torch.no_grad(), record(model) as trace:
+        model(torch.randn(1, 4, 8, 8))
+    fine, coarse = (sum(trace[name])[..., -1] for name in ("0", "2"))
+    expected = fine + coarse.repeat_interleave(4, 1).repeat_interleave(4, 2)
+    assert torch.equal(units_per_position(trace, (8, 8)), expected)
+
+
+def test_no_layer_of_positions():
+    with record(nn.Identity()) as trace, pytest.raises(StructureError, match="positions"):
+        units_per_position(trace, (4, 4))
+
+
+def test_boxes_cover_the_pixels_whose_middle_they_hold():
+    covered = cover(torch.tensor([[1.0, 0, 3, 1.4], [2.6, 1.6, 4, 3]]), (3, 4))
+    assert covered.int().tolist() == [[0, 1, 1, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
+    assert not cover(torch.zeros(0, 4), (3, 4)).any()
+
+
+def test_the_correlation_is_pearsons():
+    torch.manual_seed(0)
+    boxes = [torch.tensor([[1.0, 1, 5, 6]]), torch.zeros(0, 4), torch.tensor([[0.0, 0, 9, 2]])]
+    compute = torch.rand(3, 8, 9)
+    inside = torch.stack([cover(b, (8, 9)) for b in boxes])
+    said = beside_boxes(compute + inside, boxes)
+    values = (compute + inside).flatten().numpy()
+    assert said.correlation == pytest.approx(np.corrcoef(values, inside.flatten().numpy())[0, 1])
+    assert said.inside == pytest.approx(float(values[inside.flatten()].mean()))
+    assert said.outside == pytest.approx(float(values[~inside.flatten()].mean()))
+
+
+def test_where_there_is_nothing_to_compare():
+    flat = torch.ones(1, 4, 4)
+    none, everywhere = [torch.zeros(0, 4)], [torch.tensor([[0.0, 0, 4, 4]])]
+    some = [torch.tensor([[0.0, 0, 2, 2]])]
+    assert beside_boxes(flat, some)[:2] == (1, 1) and math.isnan(beside_boxes(flat, some).correlation)
+    assert math.isnan(beside_boxes(torch.rand(1, 4, 4), none).inside)
+    assert math.isnan(beside_boxes(torch.rand(1, 4, 4), everywhere).outside)
+    assert all(math.isnan(v) for v in beside_boxes(torch.zeros(0, 4, 4), []))
+    with pytest.raises(InputError, match="boxes of 0"):
+        beside_boxes(flat, [])

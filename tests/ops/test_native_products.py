@@ -1,0 +1,233 @@
+"""Native kernels answer what torch answers, whatever the shapes, and touch nothing outside their arrays."""
+
+import copy
+import ctypes
+import mmap
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+from dynanet.core.macs import CountMacs
+from dynanet.ops.native import library
+from dynanet.ops.native.chains import fused
+from dynanet.ops.native.neurons import neurons_down, neurons_up
+from dynanet.ops.native.products import Packed, neighbours, product, product_add_
+
+quick = hypothesis.settings(
+    deadline=None, max_examples=25, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+
+
+@st.composite
+def numbers(draw, *names):
+    return {name: draw(st.integers(low, high)) for name, low, high in names}
+
+
+def drawn(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@quick
+@hypothesis.given(
+    numbers(("rows", 0, 9), ("inputs", 1, 70), ("blocks", 1, 6), ("size", 1, 9), ("seed", 0, 99)), st.booleans()
+)
+def test_neurons_up(kernels, n, relu):
+    x = drawn(1, n["inputs"], n["rows"]).t()  # not contiguous
+    weight, bias = drawn(2, n["blocks"] * n["size"], n["inputs"]), drawn(3, n["blocks"] * n["size"])
+    keep = (drawn(n["seed"], n["rows"], n["blocks"]) > 0).float()
+    for shift in (bias, None):
+        expected = functional.linear(x, weight, shift)
+        expected = expected.relu() if relu else expected
+        with CountMacs() as count:
+            answer = neurons_up(x, weight, shift, keep, relu=relu)
+        close(answer, expected * keep.repeat_interleave(n["size"], 1))
+        assert count.total == keep.sum() * n["size"] * n["inputs"]
+
+
+@quick
+@hypothesis.given(numbers(("rows", 0, 9), ("outputs", 1, 70), ("blocks", 1, 6), ("size", 1, 9), ("seed", 0, 99)))
+def test_neurons_down(kernels, n):
+    hidden, weight = drawn(1, n["rows"], n["blocks"] * n["size"]), drawn(2, n["blocks"] * n["size"], n["outputs"])
+    keep, bias = (drawn(n["seed"], n["rows"], n["blocks"]) > 0).float(), drawn(3, n["outputs"])
+    for shift in (bias, None):
+        with CountMacs() as count:
+            answer = neurons_down(hidden, weight, shift, keep)
+        expected = (hidden * keep.repeat_interleave(n["size"], 1)) @ weight
+        close(answer, expected if shift is None else expected + shift)
+        assert count.total == keep.sum() * n["size"] * n["outputs"]
+
+
+@quick
+@hypothesis.given(
+    numbers(("outputs", 1, 70), ("channels", 1, 40), ("taps", 1, 9), ("rows", 1, 20), ("seed", 0, 99)),
+    st.lists(st.integers(0, 27), min_size=1, max_size=3),
+    st.booleans(),
+)
+def test_products(kernels, n, counts, relu):
+    m, groups, generator = sum(counts), len(counts), torch.Generator().manual_seed(n["seed"])
+    weights = drawn(1, groups, n["outputs"], n["taps"] * n["channels"])
+    biases = drawn(2, groups, n["outputs"]) if n["seed"] % 2 else None
+    packed, bias = Packed().of(list(weights), [None] * groups if biases is None else list(biases))
+    rows = drawn(3, n["channels"], n["rows"]).t()
+    around = torch.randint(-1, n["rows"], (m, n["taps"]), generator=generator)
+    gathered = torch.cat([rows, rows.new_zeros(1, n["channels"])])[around].flatten(1)
+    parts = [functional.linear(a, w) for a, w in zip(gathered.split(counts), weights, strict=True)]
+    if biases is not None:
+        parts = [part + b for part, b in zip(parts, biases, strict=True)]
+    expected = torch.cat(parts).relu() if relu else torch.cat(parts)
+    with CountMacs() as count:
+        answer = product(rows, packed, bias, n["outputs"], counts=counts, around=around, relu=relu)
+    close(answer, expected)
+    assert count.total == m * n["outputs"] * n["taps"] * n["channels"]
+
+    to, scale = torch.randint(0, 5, (m,), generator=generator), drawn(4, m)
+    start = drawn(5, 5, n["outputs"])
+    total = start.clone()
+    product_add_(total, rows, packed, bias, counts=counts, to=to, around=around, relu=relu, scale=scale)
+    close(total, start.index_add(0, to, expected * scale[:, None]))
+
+
+@quick
+@hypothesis.given(
+    numbers(("height", 1, 7), ("width", 1, 7), ("down", 1, 5), ("across", 1, 5), ("step", 1, 2), ("seed", 0, 99))
+)
+def test_a_convolution_at_places(kernels, n):
+    kernel, pad = (n["down"], n["across"]), (n["down"] // 2 * n["step"], n["across"] // 2 * n["step"])
+    image, weight = drawn(1, 2, 5, n["height"], n["width"]), drawn(2, 6, 5, *kernel)
+    flat = image.permute(0, 2, 3, 1).flatten(0, 2)
+    places = (drawn(n["seed"], flat.shape[0]) > 0).nonzero()[:, 0]
+    padded = functional.pad(image, (pad[1], n["across"] * n["step"], pad[0], n["down"] * n["step"]))
+    dense = functional.conv2d(padded, weight, dilation=n["step"])[:, :, : n["height"], : n["width"]]
+    packed, _ = Packed().of([weight], [None])
+    around = neighbours(places, None, image, kernel, (n["step"], n["step"]), pad)
+    answer = product(flat, packed, None, 6, counts=[len(places)], around=around)
+    close(answer, dense.permute(0, 2, 3, 1).flatten(0, 2)[places])
+
+
+def test_threads_share_the_columns(kernels):
+    weight, x = drawn(1, 300, 128), drawn(2, 400, 128)
+    packed, _ = Packed().of([weight], [None])
+    before, answers = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            answers.append(product(x, packed, None, 300, counts=[400]))
+    finally:
+        torch.set_num_threads(before)
+    close(answers[0], x @ weight.t())
+    assert torch.equal(answers[0], answers[1]) and torch.equal(answers[0], answers[2])
+
+
+def test_nan_goes_through_a_relu(kernels):
+    x = torch.tensor([[torch.nan] * 3])
+    packed, _ = Packed().of([torch.ones(33, 3)], [None])
+    assert product(x, packed, None, 33, counts=[1], relu=True).isnan().all()
+    assert neurons_up(x, torch.ones(4, 3), None, torch.ones(1, 1), relu=True).isnan().all()
+
+
+def test_indices_that_point_outside_are_refused(kernels):
+    packed, _ = Packed().of([torch.ones(4, 3)], [None])
+    x, answer = torch.ones(5, 3), torch.ones(2, 4)
+    with pytest.raises(AssertionError, match="outside"):
+        product(x, packed, None, 4, counts=[1], around=torch.tensor([[5]]))
+    for place in (2, -1):
+        with pytest.raises(AssertionError, match="outside"):
+            product_add_(answer, x, packed, None, counts=[1], to=torch.tensor([place]))
+    with pytest.raises(AssertionError, match="outside"):
+        neighbours(torch.tensor([9]), None, torch.ones(1, 1, 3, 3), (3, 3), (1, 1), (1, 1))
+    assert torch.equal(answer, torch.ones(2, 4))
+
+
+class Fenced:
+    """Tensors that end where memory that must not be touched begins: a read beyond them ends the process."""
+
+    def __init__(self):
+        self.libc, self.maps = ctypes.CDLL(None, use_errno=True), []
+
+    def __call__(self, values):
+        pages = -(-values.numel() * values.element_size() // mmap.PAGESIZE)
+        memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+        begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        assert self.libc.mprotect(ctypes.c_void_p(begin + pages * mmap.PAGESIZE), mmap.PAGESIZE, 0) == 0
+        self.maps.append((memory, begin))
+        offset = pages * mmap.PAGESIZE - values.numel() * values.element_size()
+        fenced = torch.frombuffer(memory, dtype=values.dtype, count=values.numel(), offset=offset).view(values.shape)
+        return fenced.copy_(values)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MAP_PRIVATE"), reason="pages cannot be fenced here")
+@pytest.mark.parametrize("size", [1, 7, 16, 33, 64])
+def test_nothing_is_read_beyond_the_arrays(kernels, size):
+    fence = Fenced()
+    x, keep = fence(drawn(1, 5, size)), fence(torch.ones(5, 3))
+    weight, bias = fence(drawn(2, 15, size)), fence(drawn(3, 15))
+    hidden = neurons_up(x, weight, bias, keep, relu=False)
+    close(hidden, functional.linear(x, weight, bias))
+    close(neurons_down(fence(hidden), weight, None, keep), hidden @ weight)
+    packed, stacked = Packed().of([drawn(4, size, 9 * size)], [drawn(5, size)])
+    around, to = fence(torch.randint(-1, 5, (13, 9))), fence(torch.arange(13))
+    answer, scale = fence(torch.zeros(13, size)), fence(torch.ones(13))
+    packed, stacked = fence(packed), fence(stacked)
+    product_add_(answer, x, packed, stacked, counts=[13], to=to, around=around, scale=scale)
+    close(answer, product(x, packed, stacked, size, counts=[13], around=around))
+
+
+def test_packed_weights_follow_their_source(kernels):
+    weight, x = drawn(1, 5, 4), drawn(2, 3, 4)
+    packed = Packed()
+
+    def answer():
+        return product(x, *packed.of([weight], [None]), 5, counts=[3])
+
+    first = packed.of([weight], [None])[0]
+    assert packed.of([weight], [None])[0] is first
+    close(answer(), x @ weight.t())
+    weight.mul_(2)
+    close(answer(), x @ weight.t())
+    weight = drawn(3, 5, 4)
+    close(answer(), x @ weight.t())
+    other = copy.deepcopy(packed)
+    assert other.of([weight], [None])[0] is not packed.of([weight], [None])[0]
+    with torch.inference_mode():
+        assert Packed().of([drawn(1, 5, 4)], [None]) is None, "nothing would tell when it changes"
+    for unfit in (weight.double(), nn.Parameter(weight)):
+        assert packed.of([unfit], [None]) is None
+
+
+def test_packed_weights_are_packed_again_for_another_instruction_set():
+    weight, x, packed = drawn(1, 40, 4), drawn(2, 3, 4), Packed()
+    for name in library.instruction_sets():
+        with library.using(name):
+            close(product(x, *packed.of([weight], [None]), 40, counts=[3]), x @ weight.t())
+
+
+def test_large_weights_lie_on_large_pages(kernels):
+    weight = drawn(1, 1100, 1024)
+    packed, _ = Packed().of([weight], [None])
+    assert packed.data_ptr() % 2**21 == 0
+    close(product(drawn(2, 2, 1024), packed, None, 1100, counts=[2]), drawn(2, 2, 1024) @ weight.t())
+
+
+def test_operators_know_their_shapes_without_values():
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        x, keep = torch.ones(3, 8), torch.ones(3, 2)
+        hidden = neurons_up(x, torch.ones(6, 8), None, keep, relu=True)
+        assert neurons_down(hidden, torch.ones(6, 5), None, keep).shape == (3, 5)
+        assert product(x, torch.ones(2, 1, 8, 32), None, 7, counts=[2, 1]).shape == (3, 7)
+        places = torch.ones(4, dtype=torch.int64)
+        assert neighbours(places, None, torch.ones(1, 8, 3, 3), (3, 3), (1, 1), (1, 1)).shape == (4, 9)
+
+
+def test_a_relu_joins_the_convolution_before_it():
+    conv, relu, gelu = nn.Conv2d(1, 1, 1), nn.ReLU(), nn.GELU()
+    assert fused([relu, conv, relu, gelu, conv]) == [(relu, False), (conv, True), (gelu, False), (conv, False)]

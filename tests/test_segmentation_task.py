@@ -1,0 +1,113 @@
+"""Segmentation as a task: its objective, its schedule, its score."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dynanet import CostModel, execute, record
+from dynanet.core.errors import ConfigError, DataError
+from dynanet.core.trace import Trace
+from dynanet.mechanisms.pixel_cascade import PixelCascade, PixelCascadeLoss, left_at, roaming_thresholds
+from dynanet.tasks import PixelCrossEntropy, Segmentation, Training, by_lot
+
+VOID = 7
+TASK = Segmentation(3, VOID)
+
+
+class Says(nn.Module):
+    """Answers the labels that its input holds in the first channel."""
+
+    def forward(self, x):
+        return nn.functional.one_hot(x[:, 0].long(), 3).permute(0, 3, 1, 2).float()
+
+
+def cascade():
+    torch.manual_seed(0)
+    exits = [nn.Conv2d(4, 3, 1) for _ in range(3)]
+    return PixelCascade(nn.Conv2d(3, 4, 3, padding=1), [[nn.Conv2d(4, 4, 3, padding=1)] for _ in range(2)], exits)
+
+
+def score(found, truth):
+    found, truth = torch.tensor(found), torch.tensor(truth)
+    x = found[:, None].float()
+    return TASK.score(Says(), [(x[:1], truth[:1]), (x[1:], truth[1:])], CostModel(Says(), x[:1]))
+
+
+def test_figures_by_hand():
+    """Over all images together, void left out: class 0 3 of 4, class 1 2 of 3, class 2 0 of 1 (wrongly found)."""
+    found = [[[0, 0, 0, 1]], [[1, 2, 0, 2]]]
+    truth = [[[0, 0, 1, 1]], [[1, 0, 0, VOID]]]
+    # class 0: found and true 3, found or true 5; class 1: 2 of 3; class 2: 0 of 1
+    done = score(found, truth)
+    assert done.by_class["iou"] == pytest.approx([3 / 5, 2 / 3, 0])
+    assert done.figures == {"miou": pytest.approx((3 / 5 + 2 / 3 + 0) / 3), "pixel_accuracy": pytest.approx(5 / 7)}
+
+
+def test_a_class_that_is_nowhere_counts_nowhere():
+    done = score([[[0, 1]], [[0, 1]]], [[[0, 1]], [[1, 1]]])
+    assert math.isnan(done.by_class["iou"][2])
+    assert done.figures["miou"] == pytest.approx((1 / 2 + 2 / 3) / 2)
+
+
+def test_only_void_cannot_be_scored():
+    with pytest.raises(DataError, match="all pixels of 2 images are void .7."):
+        score([[[0, 1]], [[0, 1]]], [[[VOID, VOID]], [[VOID, VOID]]])
+
+
+def test_masks_of_another_size_are_told():
+    with pytest.raises(DataError, match="a label per pixel"):
+        TASK.score(Says(), [(torch.zeros(1, 1, 4, 4), torch.zeros(1, 4, 3).long())], None)
+    with pytest.raises(ConfigError, match="one label per pixel"):
+        PixelCrossEntropy(VOID)(torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 3).long(), Trace({}))
+
+
+def test_objectives():
+    assert isinstance(TASK.objective(cascade(), Training()), PixelCascadeLoss)
+    static = TASK.objective(nn.Conv2d(3, 3, 1), Training())
+    logits, y = torch.randn(2, 3, 2, 2, requires_grad=True), torch.tensor([[[0, 1], [VOID, 2]], [[VOID] * 2] * 2])
+    loss = static(logits, y, Trace({}))
+    known = y != VOID
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(logits.permute(0, 2, 3, 1)[known], y[known]))
+    nothing = static(logits, torch.full_like(y, VOID), Trace({}))
+    nothing.backward()
+    assert nothing == 0 and not logits.grad.any()
+    with pytest.raises(ConfigError, match="are for classification"):
+        TASK.objective(cascade(), Training(label_smoothing=0.1))
+
+
+def test_thresholds_roam_in_the_second_part_and_are_put_back():
+    model = cascade()
+    roam = roaming_thresholds(model, probabilities=(0.8, 0.99), begin=0.5)
+    roam(0.49)
+    assert (model.thresholds == torch.inf).all()
+    drawn = []
+    torch.manual_seed(0)
+    for _ in range(200):
+        roam(0.5)
+        drawn.append(model.thresholds.clone())
+    drawn = torch.stack(drawn)
+    finite = drawn[drawn.isfinite()].sigmoid()
+    assert 0.15 < drawn.isinf().float().mean() < 0.35
+    assert finite.min() >= 0.8 - 1e-6 and finite.max() <= 0.99 + 1e-6 and finite.std() > 0.02
+    TASK.finish(model)
+    assert (model.thresholds == torch.inf).all()
+    with pytest.raises(ConfigError, match="two between 0 and 1"):
+        roaming_thresholds(model, probabilities=(0.5, 1.0))
+
+
+def test_lots_keep_the_rates():
+    model = cascade().eval()
+    share = np.array([0.5, 0.3, 0.2])
+    drawn, thresholds = by_lot(model, share)
+    drawn.thresholds.copy_(torch.from_numpy(thresholds))
+    with torch.no_grad(), record(execute(drawn, sparse=True)) as trace:
+        drawn(torch.randn(4, 3, 50, 50))
+    found = torch.bincount(left_at(trace).flatten(), minlength=3) / 10_000
+    assert found.numpy() == pytest.approx(share, abs=0.03)
+    _, nobody = by_lot(model, np.array([0.0, 0.0, 1.0]))
+    assert (nobody == np.inf).all()
+    _, everybody = by_lot(model, np.array([1.0, 0.0, 0.0]))
+    assert everybody[0] == 0
