@@ -32,6 +32,7 @@ from dynanet.ops.tiles import Tiles
 from dynanet.train import (
     CrossEntropy,
     DropReward,
+    LoadBalance,
     Objective,
     Reinforce,
     SkipReward,
@@ -167,16 +168,15 @@ class SelfCritical(Objective):
         return f"SelfCritical({self.reward!r})"
 
 
-def path_select():
+def path_select(*, norm=False):
     """Every block but the first, or a 1x1 convolution in its place."""
 
     def two_ways(block):
         conv = next(m for m in block.modules() if isinstance(m, nn.Conv2d))
         cheap = nn.Conv2d(conv.in_channels, conv.out_channels, 1, conv.stride, bias=False)
         cheap = nn.Sequential(cheap, nn.BatchNorm2d(conv.out_channels), nn.ReLU())
-        return PathSelect(
-            [cheap, block], Gate(PooledScorer(conv.in_channels, 2, bias=0.0), Pick(noise=True), units=2)
-        )
+        scorer = PooledScorer(conv.in_channels, 2, bias=0.0, norm=norm)
+        return PathSelect([cheap, block], Gate(scorer, Pick(noise=not norm, hard=norm), units=2))
 
     return convert(static(), {"[1-5]": two_ways})
 
@@ -322,6 +322,9 @@ DYNAMIC = {
     "recurrent_skip": Recipe(recurrent_skip, within(0.5)),
     "policy_skip": Recipe(policy_skip, within(0.5)),
     "path_select": Recipe(path_select, within(0.5)),
+    "path_select_balanced": Recipe(
+        partial(path_select, norm=True), lambda model, cost: (CrossEntropy() + 0.1 * LoadBalance(), ())
+    ),
     "skipnet_warm": Recipe(
         skipnet_warm, within(0.6), start="static-1.0", epochs=2, optimizer=sgd(0.05, weight_decay=5e-4),
     ),

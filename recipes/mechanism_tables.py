@@ -14,7 +14,7 @@ EXPERIMENTS = {  # file of rows: what was trained, and what a narrower static ne
 NETWORKS = {  # card: the networks of the experiments that show it
     "layer_skip": ("layer_skip", "layer_skip_rates", "layer_skip_normed", "layer_skip_normed_rates", "recurrent_skip", "skipnet"),
     "policy_skip": ("policy_skip", "blockdrop"),
-    "path_select": ("path_select",),
+    "path_select": ("path_select", "path_select_balanced"),
     "channel_skip": ("channel_skip",),
     "channel_gating": ("channel_gating", "channel_gating_tiles"),
     "slimmable": ("slimmable",),
@@ -31,6 +31,8 @@ SPEEDS = {  # card: the networks of `recipes/skipping_speed.py` that show it
     "slimmable": ("widths",),
     "channel_skip": ("channel_skip",),
 }
+
+KERNELS = {"neuron_skip": "neurons", "experts": "experts", "spatial_skip": "pixels"}  # card: networks of `kernel_speed.py`
 
 FOUR = ("over_same_engine", "over_best_dense", "over_flop_ratio", "over_latency_theory")
 
@@ -127,18 +129,113 @@ def points(values):
 
 def choice(card):
     """What a newcomer wants to know of a mechanism: its last cells in the table of the README."""
-    mine = [row for _, row in found(card)]
+    mine = OTHERWISE[card]() if card in OTHERWISE else [
+        tuple(float(row["accuracy"]) - float(row[f"{other}_accuracy"]) for other in ("static", "random"))
+        for _, row in found(card)
+    ]  # fmt: skip
     if not mine:
         return None
-    static = points([float(row["accuracy"]) - float(row["static_accuracy"]) for row in mine])
-    chance = points([float(row["accuracy"]) - float(row["random_accuracy"]) for row in mine])
-    speeds = [row for row in quiet(rows("skipping_speed.csv")) if row["network"] in SPEEDS.get(card, ())]
+    static, chance = zip(*mine, strict=True)
+    speeds = _speed_rows(card)
     ratios = [
         times(np.median([float(row["over_flop_ratio"]) for row in speeds if row["batch"] == batch]))
         for batch in ("1", "8", "64", "256")
         if any(row["batch"] == batch for row in speeds)
     ]
-    return static, chance, " / ".join(ratios) or "not measured"
+    return points(static), points(chance), " / ".join(ratios) or "not measured"
+
+
+def _speed_rows(card):
+    """Of one thread, where nothing else ran: MSDNet's, a kernel's, or those of `skipping_speed.csv`."""
+    if card == "early_exit":
+        return [row for row in quiet(rows("msdnet_speed.csv")) if row["threads"] == "1"]
+    if card in KERNELS:
+        return [row for row in quiet(rows("kernel_speed.csv")) if row["network"].startswith(KERNELS[card])]
+    return [row for row in quiet(rows("skipping_speed.csv")) if row["network"] in SPEEDS.get(card, ())]
+
+
+def frontier(*networks):
+    """Points over static and over random of `cifar10_frontier.csv`: budgets within the static networks' MACs."""
+    every = rows("cifar10_frontier.csv")
+    static = sorted((float(row["macs"]), float(row["accuracy"])) for row in every if row["network"].startswith("static"))
+    macs, accuracies = zip(*static, strict=True)
+    mine = {
+        float(row["macs"]): row
+        for row in every
+        if row["network"] in networks and row["random_exits_accuracy"] and macs[0] <= float(row["macs"]) <= macs[-1]
+    }
+    return [
+        (float(row["accuracy"]) - float(np.interp(np.log(at), np.log(macs), accuracies)),
+         float(row["accuracy"]) - float(row["random_exits_accuracy"]))
+        for at, row in mine.items()
+    ]  # fmt: skip
+
+
+def scenes():
+    """Points over static and over random of `indian_pines.csv`: medians over the splits of the two budgets."""
+    found, static = rows("indian_pines.csv"), rows("indian_pines_static.csv")
+    return [
+        tuple(
+            float(np.median([float(row[f"at_{share}"]) for row in found]) - np.median([float(row[key]) for row in where]))
+            for where, key in (([row for row in static if row["share"] == str(share)], "accuracy"), (found, f"random_{share}"))
+        )
+        for share in (50, 25)
+    ]  # fmt: skip
+
+
+OTHERWISE = {  # cards whose rows are of another kind
+    "early_exit": lambda: frontier("staged, early exit", "msdnet, early exit"),
+    "cascade": lambda: frontier("cascade, early exit"),
+    "scene_exit": scenes,
+}
+
+
+def exits():
+    """The block of criteria by which to leave: rows of `recipes/cifar10_exits.py`."""
+    every = rows("cifar10_exits.csv")
+    found = [row for row in every if row["budget"]]
+    if not found:
+        return NOTHING
+    lines = [
+        "Criteria on the same trained networks, CIFAR-10: fitted, and thresholds chosen, on held-out images for each budget "
+        "of the last exit's MACs. Static: networks with one exit by the same recipe, at the same MACs (interpolated). Random: "
+        "exits drawn at the same rates. Paying exits: those that are left when exits that do not pay are switched off.",
+        source(found, "cifar10_exits.csv"),
+        "",
+        "| network | criterion | budget | MACs | accuracy | static | random | paying exits | their MACs | their accuracy |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in found:
+        cells = [row["network"], row["criterion"], f"{100 * float(row['budget']):.0f} %", _macs(row["macs"])]
+        cells += [percent(float(row[key])) for key in ("accuracy", "static_accuracy", "random_accuracy")]
+        if row["paying_exits"]:
+            cells += [row["paying_exits"], _macs(row["paying_macs"]), percent(float(row["paying_accuracy"]))]
+        else:
+            cells += [""] * 3
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def kernels(card):
+    """The block of a card with native kernels: rows of `recipes/kernel_speed.py`."""
+    found = quiet(rows("kernel_speed.csv"))
+    mine = [row for row in found if row["network"].startswith(KERNELS[card])] if card in KERNELS else []
+    if not mine:
+        return NOTHING
+    lines = [
+        f"Native kernels ({mine[0]['native']}), random weights, one thread. The roofline: per layer, the larger of MACs over the "
+        f"processor's measured peak and bytes of weights over its bandwidth. {source(mine, 'kernel_speed.csv')}",
+        "",
+        "| | keep | batch | times faster, same engine | than the best dense engine | of the FLOP ratio | of the roofline | with "
+        "kernels over without |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name, keep, batch in dict.fromkeys((row["network"], row["keep"], row["batch"]) for row in mine):
+        cell = [row for row in mine if (row["network"], row["keep"], row["batch"]) == (name, keep, batch)]
+        columns = ("over_same_engine", "over_best_dense", "over_flop_ratio", "over_roofline", "over_torch")
+        cells = " | ".join(times(np.median([float(row[column]) for row in cell])) for column in columns)
+        lines.append(f"| {name} | {float(keep):.2f} | {batch} | {cells} |")
+    return lines
 
 
 def speed_targets():
@@ -153,6 +250,18 @@ def speed_targets():
     for network, what in (("layer_skip", "layer skip"), ("widths", "widths, 256 channels")):
         for batch in (8, 64, 256):
             yield f"{what} over the FLOP ratio, batch {batch}", 0.9, cells(network, batch)
+    kernel = quiet(rows("kernel_speed.csv"))
+
+    def of(network, batch, column="over_flop_ratio"):
+        return [float(r[column]) for r in kernel if r["network"].startswith(network) and r["batch"] == str(batch)]
+
+    yield "neuron blocks over the FLOP ratio, weights larger than the cache, batch 1", 0.85, of("neurons", 1)
+    yield "experts over the FLOP ratio, 1024 tokens", 0.9, of("experts", 1024)
+    for tokens in (1, 4, 16, 64, 256):
+        yield f"experts over the roofline, {tokens} tokens", 0.8, of("experts", tokens, "over_roofline")
+    for batch, asked in ((1, 0.9), (8, 0.8)):
+        yield f"pixel convolution over the FLOP ratio, batch {batch}", asked, of("pixels, three", batch)
+        yield f"whole bottleneck by pixels over the FLOP ratio, batch {batch}", 0.8, of("pixels, bottleneck", batch)
 
 
 def detection(*names):

@@ -9,7 +9,7 @@ No figure there is typed by hand. A block lies between `<!-- results:NAME -->` a
 import sys
 
 import numpy as np
-from mechanism_tables import choice, detection, mechanism, several, speed_targets
+from mechanism_tables import choice, detection, exits, kernels, mechanism, several, speed_targets
 from rows import ROOT, percent, quiet, rows, source, spread, times
 
 CARDS = ROOT / "dynanet" / "mechanisms" / "cards"
@@ -190,7 +190,10 @@ def blocks():
     yield ROOT / "README.md", "readme", ["", *indian_pines(), "", *msdnet(), "", *cifar10(), ""]
     yield ROOT / "results" / "README.md", "targets", targets()
     mine = {
-        "early_exit": [*msdnet(), "", *cifar10()],
+        "early_exit": several([*msdnet(), "", *cifar10()], exits()),
+        "neuron_skip": several(mechanism("neuron_skip"), kernels("neuron_skip")),
+        "experts": several(mechanism("experts"), kernels("experts")),
+        "spatial_skip": several(mechanism("spatial_skip"), kernels("spatial_skip")),
         "scene_exit": scene(),
         "layer_skip": several(mechanism("layer_skip"), detection("skip-0.65")),
         "position_halting": detection("halting-0.05", "halting-0.02"),

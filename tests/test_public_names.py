@@ -43,7 +43,9 @@ HEAVY = [  # what only some users have or want, and what takes seconds
     "torch._dynamo",
     "torch.onnx",
     "torchmetrics",
+    "tokenizers",
     "torchvision",
+    "transformers",
 ]
 
 
