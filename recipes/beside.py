@@ -35,7 +35,6 @@ from dynanet.train import (
     load_weights,
     newest,
     one_cycle,
-    recalibrate_batchnorm,
 )
 
 
@@ -126,10 +125,9 @@ class Experiment:
         return self.static | self.dynamic
 
     def trained(self, name, args):
-        """With fresh batch norms for the rows that really run; and its cost model."""
-        model = self.finished(name, args)
-        recalibrate_batchnorm(execute(model, sparse=True), self.train, batches=100)
-        return model.eval(), CostModel(model, self.samples[:1])
+        """In eval mode, with the statistics that its batch norms had in training; and its cost model."""
+        model = self.finished(name, args).eval()
+        return model, CostModel(model, self.samples[:1])
 
     def there(self, name, args):
         """Was it trained, with all that it begins with?"""
