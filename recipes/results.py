@@ -194,6 +194,7 @@ def blocks():
         "neuron_skip": several(mechanism("neuron_skip"), kernels("neuron_skip")),
         "experts": several(mechanism("experts"), kernels("experts")),
         "spatial_skip": several(mechanism("spatial_skip"), kernels("spatial_skip")),
+        "cascade": cifar10(),
         "scene_exit": scene(),
         "layer_skip": several(mechanism("layer_skip"), detection("skip-0.65")),
         "position_halting": detection("halting-0.05", "halting-0.02"),
