@@ -172,8 +172,9 @@ class Experiment:
                 curve = sorted([*curve, (spent, accuracy)])
             else:
                 macs, accuracies = zip(*curve, strict=True)
-                static = float(np.interp(np.log(spent), np.log(macs), accuracies))
-                row |= {"full_macs": macs[-1], "full_accuracy": accuracies[-1], "static_accuracy": static}
+                row |= {"full_macs": macs[-1], "full_accuracy": accuracies[-1]}
+                if macs[0] <= spent <= macs[-1]:
+                    row["static_accuracy"] = float(np.interp(np.log(spent), np.log(macs), accuracies))
             if layers(model):
                 row["random_accuracy"], row["random_macs"] = evaluate(model, cost, self.test, exchanged=True)
             rows.append(row)

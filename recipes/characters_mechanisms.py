@@ -19,7 +19,7 @@ from torch import nn
 
 from dynanet import Budget, Gate, convert
 from dynanet.gates.rules import Gumbel, TopK
-from dynanet.mechanisms.experts import Experts, RouterScorer
+from dynanet.mechanisms.experts import BatchCoupledTopK, BiasedTopK, Experts, RouterScorer, sigmoid_over_kept
 from dynanet.mechanisms.neuron_skip import LowRankScorer, NeuronSkip, moefy
 from dynanet.train import Batches, CrossEntropy, LoadBalance, RouterZ, Within, adamw, tighten_budget
 
@@ -62,12 +62,23 @@ def neurons(characters):
     return convert(static(characters), {r".*feed_forward": gated})
 
 
-def experts(characters):
+def experts(characters, rule=lambda: TopK(ACTIVE), **settings):
     """The neurons in eight experts, two of which a context gets."""
 
     def routed(layer):
         parts = [feed_forward(HIDDEN // EXPERTS) for _ in range(EXPERTS)]
-        return Experts(parts, Gate(RouterScorer(WIDTH, EXPERTS), TopK(ACTIVE), units=EXPERTS))
+        return Experts(parts, Gate(RouterScorer(WIDTH, EXPERTS), rule(), units=EXPERTS), **settings)
+
+    return convert(static(characters), {r".*feed_forward": routed})
+
+
+def shared(characters):
+    """One of eight experts for a context, and a ninth for all."""
+
+    def routed(layer):
+        parts = [feed_forward(HIDDEN // EXPERTS) for _ in range(EXPERTS + 1)]
+        gate = Gate(RouterScorer(WIDTH, EXPERTS), TopK(1), units=EXPERTS)
+        return Experts(parts[1:], gate, shared=parts[0])
 
     return convert(static(characters), {r".*feed_forward": routed})
 
@@ -120,6 +131,12 @@ if __name__ == "__main__":
         dynamic={
             "neuron_skip": Recipe(partial(neurons, len(known)), quarter),
             "experts": Recipe(partial(experts, len(known)), balanced),
+            "switch": Recipe(partial(experts, len(known), lambda: TopK(1)), balanced),
+            "experts_shared": Recipe(partial(shared, len(known)), balanced),
+            "experts_by_bias": Recipe(
+                partial(experts, len(known), lambda: BiasedTopK(ACTIVE, EXPERTS), mix=sigmoid_over_kept)
+            ),
+            "experts_limited": Recipe(partial(experts, len(known), lambda: BatchCoupledTopK(ACTIVE, 1.25)), balanced),
             "moefied": Recipe(partial(converted, part(0, 0.8, shuffle=True, seed=args.seed)), None, start=f"hidden {HIDDEN}"),
         },
         train=part(0, 0.8, shuffle=True, drop_last=True, seed=args.seed), held_out=part(0.8, 0.9), test=part(0.9, 1),

@@ -10,7 +10,7 @@ optimiser and seed. DIR holds the parquet files of the Hugging Face hub's `cifar
 from functools import partial
 
 import torch
-from beside import Experiment, Recipe, arguments
+from beside import Experiment, Recipe, arguments, cross_entropy
 from torch import nn
 
 from dynanet import Budget, CostModel, Gate, convert, zoo
@@ -27,7 +27,11 @@ from dynanet.mechanisms.pondering import ACT, PonderCost, PonderLoss, PonderNet
 from dynanet.mechanisms.slimmable import DoubleHead, EnsembleBootstrapping, SandwichGate, Slimmable
 from dynanet.mechanisms.soft_tree import LeafClassifier, RouteBalance, full_tree
 from dynanet.nets.condconv import CondConv2d
+from dynanet.nets.dynamic_conv import DynamicConv2d
+from dynanet.nets.dynamic_relu import DynamicReLU
+from dynanet.nets.hypernetwork import HyperConv2d, KernelWriter, SampleCode
 from dynanet.nets.slim import SlimBatchNorm2d, SlimConv2d, SlimLinear, SlimResidual, SlimSequential, scaled
+from dynanet.nets.squeeze_excite import SqueezeExcite
 from dynanet.ops.tiles import Tiles
 from dynanet.train import (
     CrossEntropy,
@@ -42,6 +46,7 @@ from dynanet.train import (
     anneal_temperature,
     deployed_reward,
     exponential,
+    linear,
     sample_gates,
     sgd,
     surrogate,
@@ -194,6 +199,19 @@ def channel_skip():
     return convert(static(), {"[1-5]": gated})
 
 
+def channel_skip_normed():
+    """The same; saliencies are normed over the training data, and compete softly in training, as paths do."""
+
+    def gated(block):
+        first, norm, _, second, last = block.branch
+        gate = Gate(PooledScorer(first.in_channels, 4, hidden=0, bias=0.0, norm=True), Pick(2, hard=True), units=4)
+        gates, afters = [gate, fbs_gate(second.in_channels, 1, 1.0)], [nn.ReLU(), nn.Identity()]
+        block.branch = ChannelSkip([first, second], gates, [4, 1], norms=[norm, last], afters=afters)
+        return block
+
+    return convert(static(), {"[1-5]": gated})
+
+
 def channel_gating(tiles=None):
     """In every block but the first, convolutions read a quarter of the channels, and then the others where it pays: for
     an image, or with `tiles` for parts of it, where a convolution does not stride."""
@@ -259,13 +277,13 @@ def pondernet():
     return PonderNet(staged.stages, staged.exits, [PooledScorer(c, bias=-2.0) for c in channels[:-1]])
 
 
-def act():
+def act(*, norm=False):
     """A narrower network of twice the depth; the last three blocks of every stage are steps, and an image halts."""
     *blocks, exit_ = zoo.static_resnet(num_classes=10, widths=(16, 32, 64), depths=(4, 4, 4))
     stages = [blocks[i : i + 4] for i in range(0, 12, 4)]
     return nn.Sequential(
         *(
-            nn.Sequential(first, ACT(cells, [PooledScorer(inputs(cell), bias=0.0) for cell in cells[1:]]))
+            nn.Sequential(first, ACT(cells, [PooledScorer(inputs(cell), bias=0.0, norm=norm) for cell in cells[1:]]))
             for first, *cells in stages
         ),
         exit_,
@@ -294,16 +312,46 @@ def harder(model, cost):
     return CrossEntropy() + RouteBalance(0.1), (anneal_temperature(model, exponential(1.0, 0.1)),)
 
 
-def condconv():
-    """A little narrower than the full network; four kernels for each convolution of the last two blocks."""
+def with_parameters(build):
+    """A little narrower than the full network; convolutions of the last two blocks get weights of the image's own."""
 
-    def mixed(conv):
-        size, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
-        return CondConv2d(
-            conv.in_channels, conv.out_channels, size, experts=4, stride=stride, padding=padding, bias=False
-        )
+    def changed(conv):
+        more = {"stride": conv.stride[0], "padding": conv.padding[0], "bias": False}
+        return build(conv.in_channels, conv.out_channels, conv.kernel_size[0], more)
 
-    return convert(static(0.85), {r"[45]\.branch\.[03]": mixed})
+    return convert(static(0.85), {r"[45]\.branch\.[03]": changed})
+
+
+PARAMETERS = {
+    "condconv": lambda a, b, size, more: CondConv2d(a, b, size, experts=4, **more),
+    "dynamic_conv": lambda a, b, size, more: DynamicConv2d(a, b, size, kernels=4, temperature=30.0, **more),
+    "hypernetwork": lambda a, b, size, more: HyperConv2d(KernelWriter(16, a, b, size), SampleCode(a, 16), **more),
+}
+
+
+def squeeze_excite():
+    """As narrow; what every block but the first adds is scaled channel by channel."""
+
+    def scaled_(branch):
+        channels = next(m for m in reversed(branch) if isinstance(m, nn.BatchNorm2d)).num_features
+        return nn.Sequential(*branch, SqueezeExcite(channels))
+
+    return convert(static(0.85), {r"[1-5]\.branch": scaled_})
+
+
+def dynamic_relu():
+    """As narrow; inside every block but the first, a ReLU whose pieces are the image's own."""
+
+    def bent(branch):
+        channels = next(m for m in branch if isinstance(m, nn.BatchNorm2d)).num_features
+        return nn.Sequential(*(DynamicReLU(channels) if isinstance(m, nn.ReLU) else m for m in branch))
+
+    return convert(static(0.85), {r"[1-5]\.branch": bent})
+
+
+def cooling(model, cost):
+    """Dynamic convolution: shares of kernels are nearly even at first (arXiv:1912.03458, sec. 4)."""
+    return CrossEntropy(), (anneal_temperature(model, linear(30.0, 1.0, share=0.3)),)
 
 
 def inputs(block):
@@ -341,9 +389,18 @@ DYNAMIC = {
         optimizer=sgd(0.02, weight_decay=5e-4),
     ),
     "act": Recipe(act, lambda model, cost: (CrossEntropy() + 0.005 * PonderCost(), ())),
+    "act_normed": Recipe(partial(act, norm=True), lambda model, cost: (CrossEntropy() + 0.005 * PonderCost(), ())),
     "soft_tree": Recipe(soft_tree, harder),
-    "condconv": Recipe(condconv),
+    **{
+        name: Recipe(partial(with_parameters, build), cooling if name == "dynamic_conv" else cross_entropy)
+        for name, build in PARAMETERS.items()
+    },
+    "squeeze_excite": Recipe(squeeze_excite),
+    "dynamic_relu": Recipe(dynamic_relu),
     "channel_skip": Recipe(channel_skip, lambda model, cost: (CrossEntropy() + 1e-8 * SaliencyL1(), ())),
+    "channel_skip_normed": Recipe(
+        channel_skip_normed, lambda model, cost: (CrossEntropy() + 0.02 * LoadBalance(), ())
+    ),
     "channel_gating": Recipe(channel_gating, thresholds(0.4)),
     "channel_gating_tiles": Recipe(partial(channel_gating, Tiles(4, 1)), thresholds(0.4)),
     "slimmable_widths": Recipe(slimmable_widths, lambda model, cost: (EnsembleBootstrapping(), ())),

@@ -15,13 +15,14 @@ NETWORKS = {  # card: the networks of the experiments that show it
     "layer_skip": ("layer_skip", "layer_skip_rates", "layer_skip_normed", "layer_skip_normed_rates", "recurrent_skip", "skipnet"),
     "policy_skip": ("policy_skip", "blockdrop"),
     "path_select": ("path_select", "path_select_balanced"),
-    "channel_skip": ("channel_skip",),
+    "channel_skip": ("channel_skip", "channel_skip_normed"),
     "channel_gating": ("channel_gating", "channel_gating_tiles"),
     "slimmable": ("slimmable",),
-    "pondering": ("act", "pondernet"),
+    "pondering": ("act", "act_normed", "pondernet"),
     "soft_tree": ("soft_tree",),
     "neuron_skip": ("neuron_skip", "moefied"),
-    "experts": ("experts",),
+    "experts": ("experts", "switch", "experts_shared", "experts_by_bias", "experts_limited"),
+    "parameters": ("condconv", "dynamic_conv", "hypernetwork", "squeeze_excite", "dynamic_relu"),
 }  # fmt: skip
 
 SPEEDS = {  # card: the networks of `recipes/skipping_speed.py` that show it
@@ -132,17 +133,17 @@ def choice(card):
     mine = OTHERWISE[card]() if card in OTHERWISE else [
         tuple(float(row["accuracy"]) - float(row[f"{other}_accuracy"]) for other in ("static", "random"))
         for _, row in found(card)
+        if row["static_accuracy"] and row["random_accuracy"]
     ]  # fmt: skip
     if not mine:
         return None
     static, chance = zip(*mine, strict=True)
     speeds = _speed_rows(card)
     ratios = [
-        times(np.median([float(row["over_flop_ratio"]) for row in speeds if row["batch"] == batch]))
+        times(np.median(cell)) if (cell := [float(r["over_flop_ratio"]) for r in speeds if r["batch"] == batch]) else "-"
         for batch in ("1", "8", "64", "256")
-        if any(row["batch"] == batch for row in speeds)
     ]
-    return points(static), points(chance), " / ".join(ratios) or "not measured"
+    return points(static), points(chance), " / ".join(ratios) if speeds else "not measured"
 
 
 def _speed_rows(card):
@@ -162,7 +163,10 @@ def frontier(*networks):
     mine = {
         float(row["macs"]): row
         for row in every
-        if row["network"] in networks and row["random_exits_accuracy"] and macs[0] <= float(row["macs"]) <= macs[-1]
+        if row["network"] in networks
+        and row["random_exits_accuracy"]
+        and macs[0] <= float(row["macs"]) <= macs[-1]
+        and max(float(share) for share in row["shares"].split()) < 0.999  # else there is nothing to draw
     }
     return [
         (float(row["accuracy"]) - float(np.interp(np.log(at), np.log(macs), accuracies)),

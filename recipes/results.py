@@ -70,10 +70,13 @@ def msdnet():
     return lines
 
 
-def cifar10():
+def cifar10(*networks):
     points, speeds = rows("cifar10_frontier.csv"), rows("cifar10_speed.csv")
+    what = "a cascade of two static networks" if networks == ("cascade",) else (
+        "a staged ResNet and MSDNet, five exits each, and a cascade of two static networks"
+    )  # fmt: skip
     lines = [
-        "**CIFAR-10**, a staged ResNet and MSDNet, five exits each, and a cascade of two static networks, against static ones by the same recipe "
+        f"**CIFAR-10**, {what}, against static ones by the same recipe "
         f"({' or '.join(sorted({row['epochs'] for row in points}))} epochs). The budget is the cheapest whose held-out accuracy reaches "
         "the static network's; one thread, each in its best engine.",
         source(points, "cifar10_frontier.csv"),
@@ -82,7 +85,7 @@ def cifar10():
         "images per second, batch 1 | batch 64 |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for pair in dict.fromkeys((row["network"], row["static"]) for row in speeds):
+    for pair in dict.fromkeys((r["network"], r["static"]) for r in speeds if not networks or r["network"] in networks):
         mine = {row["batch"]: row for row in speeds if (row["network"], row["static"]) == pair}
         any_ = next(iter(mine.values()))
         lines.append(f"| {pair[0]} | {pair[1]} ")
@@ -189,12 +192,13 @@ def blocks():
     yield ROOT / "README.md", "choice", to_choose()
     yield ROOT / "README.md", "readme", ["", *indian_pines(), "", *msdnet(), "", *cifar10(), ""]
     yield ROOT / "results" / "README.md", "targets", targets()
+    yield ROOT / "results" / "README.md", "parameters", mechanism("parameters")
     mine = {
         "early_exit": several([*msdnet(), "", *cifar10()], exits()),
         "neuron_skip": several(mechanism("neuron_skip"), kernels("neuron_skip")),
         "experts": several(mechanism("experts"), kernels("experts")),
         "spatial_skip": several(mechanism("spatial_skip"), kernels("spatial_skip")),
-        "cascade": cifar10(),
+        "cascade": cifar10("cascade"),
         "scene_exit": scene(),
         "layer_skip": several(mechanism("layer_skip"), detection("skip-0.65")),
         "position_halting": detection("halting-0.05", "halting-0.02"),
@@ -208,6 +212,8 @@ def main():
     for path, name, lines in blocks():
         text, begin = path.read_text(), f"<!-- results:{name} -->"
         before, rest = text.split(begin)
+        where = {CARDS: "../../../results/", ROOT: "results/", ROOT / "results": ""}[path.parent]
+        lines = [line.replace("](results/", f"]({where}") for line in lines]
         new = "\n".join([f"{before}{begin}", *lines, f"{END}{rest.split(END, 1)[1]}"])
         if new != text:
             stale.append(str(path.relative_to(ROOT)))

@@ -84,3 +84,9 @@ def test_options_exist(option, capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     assert option in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", [README, ROOT / "results" / "README.md", *CARDS], ids=str)
+def test_links_lead_somewhere(path):
+    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
+        assert link.startswith("http") or (path.parent / link).exists(), f"{path.name} links to {link}"

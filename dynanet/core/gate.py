@@ -17,21 +17,27 @@ class Gate(nn.Module):
     Args:
         scorer: maps the layer's input to scores of shape (rows..., units).
         rule: maps scores to keep of the same shape; see `dynanet.gates.rules`.
-        units: how many units the scores must speak of; checked at the first call.
+        units: how many units the scores must speak of.
+
+    Raises:
+        ConfigError: a rule that does not fit so many units.
     """
 
     def __init__(self, scorer: nn.Module, rule: nn.Module, units: int = 1):
         super().__init__()
+        if callable(check := getattr(rule, "check", None)):
+            check(units)
         self.scorer, self.rule, self.units = scorer, rule, units
 
     def forward(self, x: Any) -> Decision:
         """Decide for every row of x.
 
         Raises:
-            StructureError: the scorer's last axis is not `units` long.
+            StructureError: the scorer's answer is not (rows..., units). What a scorer answers is known when it runs;
+                `CostModel(model, example)`, which training begins with, runs it.
         """
         score = self.scorer(x)
-        if score.shape[-1] != self.units:
+        if score.dim() < 2 or score.shape[-1] != self.units:
             raise StructureError(
                 f"the scorer {type(self.scorer).__name__} answered scores of shape {tuple(score.shape)}; the last axis "
                 f"must be {self.units}, one score per unit"

@@ -28,6 +28,13 @@ class Rule(nn.Module, ABC):
     def forward(self, score: Tensor) -> Tensor:
         """Keep for every row and unit."""
 
+    def check(self, units: int) -> None:
+        """Does this rule fit so many units? A gate asks when it is made.
+
+        Raises:
+            ConfigError: it does not, say because it keeps more.
+        """
+
 
 class Threshold(Rule):
     """Keep where the score is above `at`. No gradient reaches the scorer."""
@@ -48,7 +55,7 @@ class TopK(Rule):
         k: how many units a row keeps.
 
     Raises:
-        ConfigError: k below 1, or, at the first call, more than there are units.
+        ConfigError: k below 1.
     """
 
     def __init__(self, k: int):
@@ -57,10 +64,14 @@ class TopK(Rule):
             raise ConfigError(f"top-k got k = {k}; at least one unit must be kept, so k >= 1")
         self.k = k
 
+    def check(self, units: int) -> None:
+        """k is at most the number of units."""
+        if self.k > units:
+            raise ConfigError(f"top-k got k = {self.k} but there are only {units} units; lower k")
+
     def forward(self, score: Tensor) -> Tensor:
         """1 at the k highest scores of every row."""
-        if self.k > score.shape[-1]:
-            raise ConfigError(f"top-k got k = {self.k} but there are only {score.shape[-1]} units; lower k")
+        self.check(score.shape[-1])
         best = score.topk(self.k, dim=-1).indices
         return torch.zeros_like(score).scatter(-1, best, 1.0)
 
@@ -77,6 +88,7 @@ class StraightThrough(Rule):
 
     def __init__(self, at: float = 0.0, temperature: float = 1.0):
         super().__init__()
+        _positive(temperature)
         self.at, self.temperature = at, temperature
 
     def forward(self, score: Tensor) -> Tensor:
@@ -101,6 +113,7 @@ class Gumbel(Rule):
 
     def __init__(self, temperature: float = 1.0):
         super().__init__()
+        _positive(temperature)
         self.temperature = temperature
 
     def forward(self, score: Tensor) -> Tensor:
@@ -139,6 +152,7 @@ class Soft(Rule):
 
     def __init__(self, temperature: float = 1.0):
         super().__init__()
+        _positive(temperature)
         self.temperature = temperature
 
     def forward(self, score: Tensor) -> Tensor:
@@ -197,11 +211,7 @@ class Pick(Rule):
         self.register_buffer("price", torch.zeros(()))
 
     def check(self, units: int) -> None:
-        """Does this rule fit so many units?
-
-        Raises:
-            ConfigError: k above the number of units, or costs of another number.
-        """
+        """k is at most the number of units, and there is a cost for each."""
         if self.k > units:
             raise ConfigError(f"picking got k = {self.k} of only {units} units; lower k")
         if self.costs is not None and self.costs.shape[0] != units:

@@ -27,7 +27,8 @@ class Experts(Dynamic):
     weights come from the router's scores, which is how gradients reach it. Nothing is dropped: an expert runs for every
     row that chose it, however many (`BatchCoupledTopK` limits that, at a price).
 
-    The sparse form sorts rows by expert: each expert is called once, on rows that lie together, or not at all. It also
+    The sparse form sorts rows by expert: each expert is called once, on rows that lie together, or not at all; experts
+    of two linear layers go through one native kernel where that was built. It also
     serves training, once `execute(model, sparse=True)` has asked for it, where the rule is hard (`TopK` and its kin):
     then what was not kept has no gradient. Batch norms inside an expert would see its rows only.
 
@@ -225,6 +226,11 @@ class BiasedTopK(Rule):
         self.bias: Tensor
         self.register_buffer("bias", torch.zeros(experts))
 
+    def check(self, units: int) -> None:
+        """There is a bias for each unit."""
+        if units != self.bias.shape[0]:
+            raise ConfigError(f"BiasedTopK was made for {self.bias.shape[0]} experts, and the gate has {units} units")
+
     def forward(self, score: Tensor) -> Tensor:
         """1 at the k experts of every row."""
         best = (score.sigmoid() + self.bias.to(score.dtype)).topk(self.k, dim=-1).indices
@@ -257,6 +263,10 @@ class BatchCoupledTopK(Rule):
         if k < 1 or not capacity > 0:
             raise ConfigError(f"k is {k} and capacity {capacity}; expected k >= 1 and a capacity above 0")
         self.k, self.capacity = k, capacity
+
+    def check(self, units: int) -> None:
+        """k is at most the number of units."""
+        _check_k(self.k, units)
 
     def forward(self, score: Tensor) -> Tensor:
         """1 at those of a row's k best experts that had room for it."""
@@ -294,7 +304,6 @@ def _check(gate: Gate, experts: int, mix: Mix) -> None:
             f"the gate decides on {gate.units} units and there are {experts} experts; give units={experts}"
         )
     if isinstance(gate.rule, TopK | BiasedTopK | BatchCoupledTopK):
-        _check_k(gate.rule.k, experts)
         if gate.rule.k == 1 and experts > 1 and mix in (softmax_over_kept, sigmoid_over_kept):
             raise ConfigError(
                 f"{mix.__name__} of a single kept expert is always 1, so no gradient reaches the router; with k = 1 "

@@ -161,10 +161,15 @@ class LowRankScorer(nn.Module):
         units: scores per row.
         rank: width of the middle.
         bias: the last bias at the start. Positive: everything is kept at first.
+
+    Raises:
+        ConfigError: a rank below 1.
     """
 
     def __init__(self, inputs: int, units: int, rank: int = 16, bias: float = 1.0):
         super().__init__()
+        if rank < 1:
+            raise ConfigError(f"a low-rank scorer got rank = {rank}; give 1 or more")
         self.inner, self.outer = nn.Linear(inputs, rank, bias=False), nn.Linear(rank, units)
         nn.init.constant_(self.outer.bias, bias)
 

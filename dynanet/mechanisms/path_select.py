@@ -79,7 +79,6 @@ class PathSelect(Dynamic):
                     f"Gate(scorer, rule, units={len(branches)})"
                 )
             if isinstance(gate.rule, Pick):
-                gate.rule.check(len(branches))
                 self.most = gate.rule.k
         self.branches, self.gate, self.mix, self.otherwise = nn.ModuleList(branches), gate, mix, otherwise
 

@@ -42,7 +42,8 @@ class SlimConv2d(Slim):
         depthwise: every channel by itself.
 
     Raises:
-        ConfigError: widths that are no whole numbers from 1 up, that fall, or that are not as many in as out.
+        ConfigError: widths that are no whole numbers from 1 up, that fall, or that are not as many in as out; a kernel
+            that is not odd.
     """
 
     def __init__(
@@ -55,6 +56,8 @@ class SlimConv2d(Slim):
                 f"a slimmable convolution takes {self.inputs} and answers {self.outputs} channels; give one number in "
                 f"and one out for every width{', the same ones where it is depthwise' if depthwise else ''}"
             )
+        if kernel < 1 or kernel % 2 == 0:
+            raise ConfigError(f"a slimmable convolution got a kernel of {kernel}; give an odd one")
         self.kernel, self.stride, self.depthwise, self.widths = kernel, stride, depthwise, len(self.outputs)
         self.weight = nn.Parameter(torch.empty(outputs[-1], 1 if depthwise else inputs[-1], kernel, kernel))
         nn.init.kaiming_normal_(self.weight, mode="fan_out" if not depthwise else "fan_in", nonlinearity="relu")

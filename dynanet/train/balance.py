@@ -20,7 +20,8 @@ class LoadBalance(Objective):
 
     f is the share of choices that went to an expert, P the mean probability that the router gave it. Equal loads give
     1 per layer, all rows in one expert up to E. The gradient flows through P. Usual weight 0.01. With more than one
-    choice per row f counts all of them; with `BatchCoupledTopK` it counts those that were served.
+    choice per row f counts all of them; with `BatchCoupledTopK` it counts those that were served, and rows that
+    were not served at all are left out, as padding is, where Switch counts them in P.
 
     Args:
         layers: names of the layers that are meant; None: all that decide among several units. Name them in a model

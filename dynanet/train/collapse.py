@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from dynanet.core.halt import Halt
 from dynanet.core.trace import Call, Trace
@@ -19,19 +20,21 @@ class Load(NamedTuple):
 
     Attributes:
         kept: (units,) rows that kept each.
-        rows: (units,) rows that were decided on.
+        rows: (units,) rows that were decided on; where units compete, those that kept any (padding keeps none).
         compete: every row keeps the same number of several units (top-k): how many they are says nothing, and how they
             are spread says all. A tensor of one bool.
+        each: how many units a row asks for, if they compete. A tensor of one number.
     """
 
     kept: Tensor
     rows: Tensor
     compete: Tensor
+    each: Tensor
 
     def __add__(self, other: "Load") -> "Load":  # type: ignore[override]
         more = other.kept.shape[0] - self.kept.shape[0]
         mine, others = _grown(self, max(0, more)), _grown(other, max(0, -more))
-        return Load(mine.kept + others.kept, mine.rows + others.rows, mine.compete & others.compete)
+        return Load(mine.kept + others.kept, mine.rows + others.rows, mine.compete & others.compete, mine.each)
 
     def rate(self) -> float:
         """The share of decisions that kept."""
@@ -41,6 +44,10 @@ class Load(NamedTuple):
         """The coefficient of variation of the loads: 0 if all units work alike, (units - 1)^(1/2) if one does all."""
         load = self.kept / self.rows.clamp(min=1)
         return float(load.std(correction=0) / load.mean().clamp(min=1e-12))
+
+    def most_spread(self) -> float:
+        """What is too much: SPREAD, or less where few units compete and it could not be reached."""
+        return min(SPREAD, 0.9 * max(self.kept.shape[0] / max(float(self.each), 1e-12) - 1, 0.0) ** 0.5)
 
 
 def loads(trace: Trace) -> dict[str, Load]:
@@ -55,7 +62,7 @@ def loads(trace: Trace) -> dict[str, Load]:
         layer, decision = names[call.name], call.decision
         scored = decision.score.requires_grad and not isinstance(layer, Halt)
         if layer.training and (decision.keep.requires_grad or scored):
-            load = _load(call)
+            load = _load(call, names[call.name])
             found[call.name] = found[call.name] + load if call.name in found else load
     return found
 
@@ -67,7 +74,7 @@ def collapsed(found: dict[str, Load]) -> dict[str, str]:
         if load.rows.sum() < ENOUGH:
             continue
         if bool(load.compete):
-            if load.spread() > SPREAD:
+            if load.spread() > load.most_spread() > 0:
                 wrong[name] = (
                     f"the units of {name!r} have collapsed: the coefficient of variation of their loads is "
                     f"{load.spread():.2f}, and the busiest took {float(load.kept.max() / load.kept.sum()):.0%} of the "
@@ -104,14 +111,19 @@ class CollapseAlarm:
         self._found = {name: load for name, load in self._found.items() if load.rows.sum() < ENOUGH}
 
 
-def _load(call: Call) -> Load:
+def _load(call: Call, layer: Module) -> Load:
     keep = call.decision.keep.detach().flatten(0, -2)  # (rows, columns)
-    columns = keep.shape[-1]
+    columns, per_row = keep.shape[-1], keep.sum(1)
+    compete = torch.tensor(columns > 1, device=keep.device)
+    each = getattr(getattr(getattr(layer, "gate", None), "rule", None), "k", None)
+    if each is None:
+        taken = per_row[per_row > 0]
+        compete = compete & ((taken - taken[:1]).abs() < 1e-3).all()
+        each = taken[0] if len(taken) else 0.0
+    seen = torch.where(compete, (per_row > 0).sum(), keep.shape[0]).to(keep.dtype)
     kept = torch.cat([keep.new_zeros(call.first), keep.sum(0)])
-    rows = torch.cat([keep.new_zeros(call.first), keep.new_full((columns,), float(keep.shape[0]))])
-    per_row = keep.sum(1)
-    alike = (per_row - per_row[:1]).abs().amax() < 1e-3 if keep.shape[0] else torch.tensor(True)
-    return Load(kept, rows, alike & torch.tensor(columns > 1).to(keep.device))
+    rows = torch.cat([keep.new_zeros(call.first), seen.expand(columns)])
+    return Load(kept, rows, compete, torch.as_tensor(each, dtype=keep.dtype, device=keep.device))
 
 
 def _grown(load: Load, more: int) -> Load:

@@ -142,12 +142,15 @@ class TargetRate(Objective):
 
     Args:
         rate: one for all layers, or by layer name; layers without one are free.
+
+    Raises:
+        ConfigError: a rate outside (0, 1].
     """
 
     def __init__(self, rate: float | Mapping[str, float]):
         for value in rate.values() if isinstance(rate, Mapping) else (rate,):
-            if not 0 <= value <= 1:
-                raise ConfigError(f"a target rate of {value} is no share of the rows; give a number between 0 and 1")
+            if not 0 < value <= 1:
+                raise ConfigError(f"a target rate of {value} is no share of rows to keep; give one above 0, at most 1")
         self.rate = dict(rate) if isinstance(rate, Mapping) else rate
 
     def __call__(self, answer: Any, y: Any, trace: Trace) -> Tensor:

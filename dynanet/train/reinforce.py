@@ -35,9 +35,14 @@ class SkipReward(Reward):
 
     Args:
         alpha: what skipping everything is worth, in nats of cross-entropy.
+
+    Raises:
+        ConfigError: a negative alpha.
     """
 
     def __init__(self, alpha: float):
+        if not alpha >= 0:
+            raise ConfigError(f"SkipReward got alpha = {alpha}, which would punish skipping; give 0 or more")
         self.alpha = alpha
 
     def __call__(self, answer: Tensor, y: Tensor, trace: Trace) -> Tensor:
@@ -84,9 +89,14 @@ class CostReward(Reward):
     Args:
         weight: what the full model's MACs are worth, in nats of cross-entropy.
         cost: of this model.
+
+    Raises:
+        ConfigError: a negative weight.
     """
 
     def __init__(self, weight: float, cost: CostModel):
+        if not weight >= 0:
+            raise ConfigError(f"CostReward got weight = {weight}, which would praise spending; give 0 or more")
         self.weight, self.cost = weight, cost
 
     def __call__(self, answer: Tensor, y: Tensor, trace: Trace) -> Tensor:

@@ -2,9 +2,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from dynanet.core.errors import ConfigError
+from dynanet.core.errors import ConfigError, StructureError
+from dynanet.core.gate import Gate
 from dynanet.gates.rules import Always, Bernoulli, Given, Gumbel, Pick, Rule, Soft, StraightThrough, Threshold, TopK
+from dynanet.mechanisms.experts import BatchCoupledTopK, BiasedTopK
 
 RULES = {
     "threshold": Threshold(),
@@ -128,6 +131,29 @@ def test_top_k_refuses_what_cannot_be_kept():
         TopK(0)
     with pytest.raises(ConfigError, match="k = 3 but there are only 2"):
         TopK(3)(torch.randn(5, 2))
+
+
+@pytest.mark.parametrize(
+    "rule, words",
+    [
+        (TopK(3), "k = 3"), (Pick(3), "k = 3"), (BiasedTopK(1, 4), "4 experts"), (BatchCoupledTopK(3, 1.0), "k = 3"),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_a_gate_is_not_made_with_a_rule_for_other_units(rule, words):
+    with pytest.raises(ConfigError, match=words):
+        Gate(nn.Linear(4, 2), rule, units=2)
+
+
+def test_a_gate_refuses_scores_without_units():
+    with pytest.raises(StructureError, match=r"shape \(2,\)"):
+        Gate(nn.Flatten(0), Threshold(), units=2)(torch.randn(2, 1))
+
+
+@pytest.mark.parametrize("rule", [StraightThrough, Gumbel, Soft, Pick])
+def test_temperatures_are_above_0(rule):
+    with pytest.raises(ConfigError, match="temperature"):
+        rule(temperature=0.0)
 
 
 def test_what_is_given_is_saved_with_the_model():

@@ -7,8 +7,9 @@ from torch import nn
 from dynanet.core.dynamic import Dynamic, record
 from dynanet.core.gate import Gate
 from dynanet.gates.recurrent import RecurrentGate
-from dynanet.gates.rules import Bernoulli, Gumbel, StraightThrough, TopK
+from dynanet.gates.rules import Bernoulli, Gumbel, Pick, StraightThrough, TopK
 from dynanet.mechanisms.early_exit import EarlyExit
+from dynanet.mechanisms.experts import BatchCoupledTopK
 from dynanet.mechanisms.layer_skip import LayerSkip, RecurrentSkip
 from dynanet.train.collapse import CollapseAlarm, collapsed, loads
 
@@ -16,13 +17,16 @@ from dynanet.train.collapse import CollapseAlarm, collapsed, loads
 class Experts(Dynamic):
     """Runs the expert that its gate keeps; here it only decides."""
 
-    def __init__(self, bias, k=1):
+    def __init__(self, bias, k=1, padding=0.0, rule=None):
         super().__init__()
-        self.gate = Gate(nn.Linear(4, len(bias)), TopK(k), units=len(bias))
+        self.padding = padding
+        self.gate = Gate(nn.Linear(4, len(bias)), rule or TopK(k), units=len(bias))
         self.gate.scorer.bias.data.copy_(torch.tensor(bias))
 
     def forward(self, x):
-        keep = self.tap(self.gate(x)).keep
+        present = torch.ones(len(x), 1)
+        present[: round(self.padding * len(x))] = 0
+        keep = self.tap(self.gate(x), present=present).keep
         return x * keep.sum(1, keepdim=True)
 
 
@@ -92,3 +96,18 @@ def test_a_loop_of_your_own_is_warned_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         alarm.warn()
+
+
+@pytest.mark.parametrize(
+    "units, settings",
+    [
+        *((2, {}), (4, {}), (8, {"padding": 0.3}), (8, {"k": 2}), (4, {"rule": Pick()})),
+        (8, {"rule": BatchCoupledTopK(2, 2.0)}),
+    ],
+    ids=str,
+)
+def test_few_units_padding_and_limits_hide_no_collapse(units, settings):
+    k = settings.get("k", getattr(settings.get("rule"), "k", 1))
+    one, even = Experts([99.0] * k + [0.0] * (units - k), **settings), Experts([0.0] * units, **settings)
+    wrong = collapsed(loads(traced(nn.Sequential(one, even))))
+    assert list(wrong) == ["0"] and "the units of '0' have collapsed" in wrong["0"]

@@ -98,6 +98,8 @@ def test_target_rate_sums_over_layers():
         train.TargetRate({"elsewhere": 0.5})(answer, y, trace)
     with pytest.raises(ConfigError, match="target rate of 2"):
         train.TargetRate(2)
+    with pytest.raises(ConfigError, match="above 0"):
+        train.TargetRate(0.0)
 
 
 def test_multi_exit_says_what_is_missing():

@@ -1,4 +1,4 @@
-/* Native kernels of dynanet: neuron blocks, experts and pixels, for one thread and float32. Plain C behind a C ABI.
+/* Native kernels of dynanet: neuron blocks, experts and pixels, in float32. Plain C behind a C ABI.
  *
  * kernels.h holds them; here they are compiled once for every instruction set, and each gets its suffix. Which set a
  * processor has is asked at run time, so one library serves all processors of an architecture. */

@@ -72,6 +72,16 @@ class Kernels:
         return memory.view(shape)
 
 
+def must(holds: bool, what: str) -> None:
+    """What would be read out of bounds must not reach the kernels, under `python -O` neither.
+
+    Raises:
+        ValueError: naming what does not hold.
+    """
+    if not holds:
+        raise ValueError(f"a native kernel got {what}")
+
+
 def instruction_set() -> str:
     """Of the kernels in use; "" where there are none."""
     kernels = chosen()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dynanet.ops.native.library import chosen
+from dynanet.ops.native.library import chosen, must
 
 _LIBRARY = torch.library.Library("dynanet", "FRAGMENT")
 _LIBRARY.define("neurons_up(Tensor x, Tensor weight, Tensor? bias, Tensor keep, bool relu) -> Tensor")
@@ -77,12 +77,13 @@ def _down(hidden: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor) -> 
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor, sizes: tuple[int, int], neurons: int) -> None:
-    """What would be read out of bounds must not reach the kernels."""
     there = [t for t in (x, weight, bias, keep) if t is not None]
-    assert all(t.dtype is torch.float32 and t.is_cpu for t in there), "float32 on the CPU"
-    assert weight.is_contiguous() and (bias is None or (bias.is_contiguous() and bias.shape == sizes[1:]))
-    assert x.dim() == 2 and x.shape[1] == sizes[0] and keep.dim() == 2 and keep.shape[0] == x.shape[0]
-    assert keep.shape[1] > 0 and neurons % keep.shape[1] == 0
+    must(all(t.dtype is torch.float32 and t.is_cpu for t in there), "tensors that are not float32 on the CPU")
+    must(weight.is_contiguous(), "weights that do not lie in one piece")
+    must(bias is None or (bias.is_contiguous() and bias.shape == sizes[1:]), "a bias of another shape")
+    must(x.dim() == 2 and x.shape[1] == sizes[0], "rows of another shape")
+    must(keep.dim() == 2 and keep.shape[0] == x.shape[0], "decisions about other rows")
+    must(keep.shape[1] > 0 and neurons % keep.shape[1] == 0, "blocks that do not divide the neurons")
 
 
 def _address(t: Tensor | None) -> int | None:

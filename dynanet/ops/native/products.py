@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
-from dynanet.ops.native.library import Kernels, chosen
+from dynanet.ops.native.library import Kernels, chosen, must
 
 TAPS = 64
 """The most pieces that a row of the left matrix may have."""
@@ -205,19 +205,23 @@ def _call(
     rows = rows.contiguous()
     # What would be read or written out of bounds must not reach the kernels.
     floats, indices = (answer, rows, packed, bias, scale), (around, to)
-    assert all(t is None or (t.dtype is torch.float32 and t.is_cpu and t.is_contiguous()) for t in floats)
-    assert all(t is None or (t.dtype is torch.int64 and t.is_cpu and t.is_contiguous()) for t in indices)
-    assert packed.shape == (len(counts), -(-outputs // kernels.wide), taps * channels, kernels.wide)
-    assert bias is None or bias.shape == (len(counts), outputs)
-    assert (rows.shape[0] >= m if around is None else around.shape[0] == m) and 1 <= taps <= TAPS
-    assert (to is None or to.shape == (m,)) and (scale is None or scale.shape == (m,)) and min(counts) >= 0
+    fit = all(t is None or (t.dtype is torch.float32 and t.is_cpu and t.is_contiguous()) for t in floats)
+    must(fit, "tensors that are not float32 on the CPU, in one piece")
+    fit = all(t is None or (t.dtype is torch.int64 and t.is_cpu and t.is_contiguous()) for t in indices)
+    must(fit, "indices that are not int64 on the CPU, in one piece")
+    shape = (len(counts), -(-outputs // kernels.wide), taps * channels, kernels.wide)
+    must(packed.shape == shape, f"packed weights of shape {tuple(packed.shape)} in place of {shape}")
+    must(bias is None or bias.shape == (len(counts), outputs), "a bias of another shape")
+    must((rows.shape[0] >= m if around is None else around.shape[0] == m) and 1 <= taps <= TAPS, "too few rows")
+    fit = (to is None or to.shape == (m,)) and (scale is None or scale.shape == (m,)) and min(counts) >= 0
+    must(fit, "places, scales or counts of other rows")
     nothing = None if around is None else rows.new_zeros(channels)
     inside = kernels.product(
         len(counts), (ctypes.c_int64 * len(counts))(*counts), outputs, taps, channels, rows.shape[0], rows.data_ptr(),
         _address(around), _address(nothing), packed.data_ptr(), _address(bias), _address(scale), answer.shape[0],
         _address(to), relu, to is not None, answer.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    assert inside, "an index points outside the rows, or outside the places"
+    must(inside, "an index outside the rows, or outside the places")
 
 
 def _neighbours(
@@ -226,13 +230,15 @@ def _neighbours(
 ) -> Tensor:  # fmt: skip
     kernels, (height, width) = chosen(), size
     around = places.new_empty(places.shape[0], math.prod(kernel))
-    assert kernels is not None and places.dtype is torch.int64 and places.is_contiguous()
-    assert row_of is None or (row_of.dtype is torch.int64 and row_of.shape == (images * height * width,))
+    assert kernels is not None
+    must(places.dtype is torch.int64 and places.is_contiguous(), "places that are not int64, in one piece")
+    fit = row_of is None or (row_of.dtype is torch.int64 and row_of.shape == (images * height * width,))
+    must(fit and (row_of is None or row_of.is_contiguous()), "rows of places that are not int64, one each")
     inside = kernels.neighbours(
         places.shape[0], places.data_ptr(), images * height * width, _address(row_of), height, width, *kernel,
         *dilation, *padding, around.data_ptr(),
     )  # fmt: skip
-    assert inside, "a place lies outside the images"
+    must(inside, "a place outside the images")
     return around
 
 
