@@ -23,7 +23,7 @@ class CountMacs(TorchDispatchMode):
 
     torch's own formulas, and those it lacks: its registry has none for scaled dot product attention on the CPU, for
     fused recurrent layers, for the fast path of nn.MultiheadAttention and nn.TransformerEncoderLayer in eval mode, for
-    nn.Bilinear, and for products with a vector, and would count them as 0.
+    nn.Bilinear, for sampling between pixels, and for products with a vector, and would count them as 0.
 
     Attributes:
         macs: MACs by the innermost unit that was running, as (layer's name, first unit of the frame); None for what
@@ -106,6 +106,9 @@ def _cudnn_rnn(args: Any, out: Any) -> int:
     return math.prod(x.shape[:-1]) * sum(w.numel() for w in weights if w.dim() == 2)
 
 
+def _sampled(args: Any, out: Any) -> int:
+    return 4 * out.numel()  # each value from four neighbours
+
 def _native_attention(args: Any, out: Any) -> int:
     """Linears on the tokens that are there; attention on their padded rectangle, as the operator computes it."""
     tokens, longest, attended = _tokens(args[0])
@@ -166,4 +169,5 @@ _MACS = {
     aten.addmv_: _vector,
     aten.dot: _vector,
     aten.vdot: _vector,
+    aten.grid_sampler_2d: _sampled,
 }

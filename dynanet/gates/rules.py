@@ -284,11 +284,11 @@ class Given(Rule):
 
 def _costs(costs: Sequence[float] | Tensor) -> Tensor:
     tensor = torch.as_tensor(costs).detach().to(torch.get_default_dtype(), copy=True)
-    if tensor.dim() != 1 or not tensor.isfinite().all() or (tensor < 0).any():
+    if tensor.dim() != 1 or not (tensor.is_meta or (tensor.isfinite().all() and (tensor >= 0).all())):
         raise ConfigError(f"picking got costs {tensor.tolist()}; give one finite cost per unit, 0 or more")
     return tensor
 
 
 def _positive(temperature: float) -> None:
     if not temperature > 0:
-        raise ConfigError(f"picking got a temperature of {temperature}; give a number above 0")
+        raise ConfigError(f"a rule got a temperature of {temperature}; give a number above 0")

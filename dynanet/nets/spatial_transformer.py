@@ -4,12 +4,10 @@ Jaderberg, Simonyan, Zisserman, Kavukcuoglu: Spatial Transformer Networks, NeurI
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from dynanet.core.errors import ConfigError, InputError
 
@@ -151,16 +149,3 @@ def _centres(pixels: int, like: Tensor) -> Tensor:
 
 def _at_least_single(t: Tensor) -> Tensor:
     return t.to(torch.promote_types(t.dtype, torch.float32))
-
-
-def _sampling_flops(x: Any, grid: Any, *others: Any, out_shape: Any = None, **named: Any) -> int:
-    """A multiplication and an addition for each of four neighbours."""
-    values = 1
-    for n in out_shape:
-        values *= n
-    return 8 * values
-
-
-# torch's counter, which ours asks, knows no cost of this operator; a version that does keeps its own.
-if torch.ops.aten.grid_sampler_2d not in flop_registry:
-    register_flop_formula(torch.ops.aten.grid_sampler_2d)(_sampling_flops)
