@@ -25,9 +25,9 @@ from dynanet.mechanisms.channel_skip import ChannelSkip
 from dynanet.mechanisms.layer_skip import LayerSkip
 from dynanet.mechanisms.path_select import PathSelect
 from dynanet.mechanisms.policy_skip import PolicySkip
-from dynanet.mechanisms.slimmable import Slimmable
+from dynanet.mechanisms.slimmable import Slimmable, separate
 from dynanet.nets.resnet import basic_block, head
-from dynanet.nets.slim import SlimBatchNorm2d, SlimConv2d, SlimSequential, scaled, separate
+from dynanet.nets.slim import SlimBatchNorm2d, SlimConv2d, SlimSequential, scaled
 
 
 def scorer(channels, units=1):
