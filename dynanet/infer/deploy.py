@@ -149,9 +149,13 @@ def _unit(name: str, module: nn.Module, args: tuple[Any, ...], plan: Plan) -> Un
 
 
 def _static_parts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The largest submodules with nothing dynamic inside; containers that are never called are looked into."""
+    """The largest submodules with nothing dynamic inside. Looked into are containers that are never called, and what
+    holds a module that is used by other methods than `forward` and says so (`called_in_parts`): engines have none."""
     for name, child in model.named_children():
-        if _dynamic_inside(child) or isinstance(child, nn.ModuleList | nn.ModuleDict):
+        looked_into = isinstance(child, nn.ModuleList | nn.ModuleDict) or any(
+            getattr(module, "called_in_parts", False) for module in child.modules()
+        )
+        if _dynamic_inside(child) or looked_into:
             yield from _static_parts(child, f"{prefix}{name}.")
         elif any(True for _ in child.parameters()):
             yield f"{prefix}{name}", child

@@ -148,6 +148,8 @@ class DoubleHead(nn.Module):
         hidden: width of the hidden layer; a quarter of the channels if None.
     """
 
+    called_in_parts = True  # `attend` is asked too
+
     def __init__(self, channels: int, widths: int, hidden: int | None = None):
         super().__init__()
         hidden = max(1, channels // 4) if hidden is None else hidden

@@ -10,6 +10,7 @@ from dynanet.core.gate import Gate
 from dynanet.core.macs import CountMacs
 from dynanet.gates.rules import Pick
 from dynanet.gates.scorers import PooledScorer
+from dynanet.infer import Session
 from dynanet.mechanisms.slimmable import (
     DoubleHead,
     EnsembleBootstrapping,
@@ -257,3 +258,11 @@ def test_what_does_not_fit_together_is_refused():
         Slimmable(net(), Gate(PooledScorer(6, 2), Pick(noise=True, hard=True), units=2))
     with pytest.raises(ConfigError, match="decay of 1"):
         layer().bootstrap(1.0)
+
+
+def test_a_session_attends_too(x):
+    heads = DoubleHead(6, 3)
+    nn.init.normal_(heads.attention.weight)
+    model = Slimmable(net(), Gate(heads, Pick(), units=3)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(Session(model, x[:1], engines="eager")(x), execute(model, sparse=False)(x))
