@@ -220,6 +220,43 @@ def exits():
     return lines
 
 
+def sentences():
+    """The block of a text encoder with exits: rows of `recipes/sst2_exits.py`."""
+    found = rows("sst2_exits.csv")
+    if not found:
+        return NOTHING
+    lines = [
+        "Text: SST-2, MiniLM (6 layers, pretrained) with an exit after each, fine-tuned for "
+        f"{found[0]['epochs']} epochs; budgets chosen on the development set, shares of the last exit's MACs. Static: the same "
+        "encoder cut after so many layers. Random: exits drawn at the same rates (in expectation).",
+        source(found, "sst2_exits.csv"),
+        "",
+        "| network | criterion | budget | accuracy | MACs | random exits |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in found:
+        lines.append(
+            f"| {row['network']} | {row['rule']} | {row['budget'].replace('%', ' %')} | {percent(float(row['accuracy']))} | "
+            f"{_macs(row['macs'])} | {percent(float(row['random_accuracy'])) if row['random_accuracy'] else ''} |"
+        )
+    speeds = quiet(rows("sst2_exits_speed.csv"))
+    if speeds:
+        lines += [
+            "",
+            "Sentences per second, the session with exits against the static encoder in its best engine, one thread. "
+            + source(speeds, "sst2_exits_speed.csv"),
+            "",
+            "| batch | best static | times faster | refilled | of the latency theory | refilled | MACs, times fewer |",
+            "|---|---|---|---|---|---|---|",
+        ]
+    columns = ("over_best_static", "stream_over_best_static", "over_latency_theory", "stream_over_latency_theory", "macs_ratio")
+    for batch in dict.fromkeys(row["batch"] for row in speeds):
+        mine = [row for row in speeds if row["batch"] == batch]
+        cells = " | ".join(times(np.median([float(row[column]) for row in mine])) for column in columns)
+        lines.append(f"| {batch} | {mine[-1]['best_static']} | {cells} |")
+    return lines
+
+
 def kernels(card):
     """The block of a card with native kernels: rows of `recipes/kernel_speed.py`."""
     found = quiet(rows("kernel_speed.csv"))
@@ -263,6 +300,16 @@ def speed_targets():
     yield "experts over the FLOP ratio, 1024 tokens", 0.9, of("experts", 1024)
     for tokens in (1, 4, 16, 64, 256):
         yield f"experts over the roofline, {tokens} tokens", 0.8, of("experts", tokens, "over_roofline")
+    text = quiet(rows("sst2_exits_speed.csv"))
+    for batch in ("1", "32"):
+        mine = [row for row in text if row["batch"] == batch]
+        yield f"SST-2, sentences per second over the best static, batch {batch}", 1.8, [
+            float(r["over_best_static"]) for r in mine
+        ]
+        yield f"SST-2 over the latency theory, batch {batch}", 0.9, [float(r["over_latency_theory"]) for r in mine]
+        yield f"SST-2, refilled, over the latency theory, batch {batch}", 0.95, [
+            float(r["stream_over_latency_theory"]) for r in mine
+        ]
     for batch, asked in ((1, 0.9), (8, 0.8)):
         yield f"pixel convolution over the FLOP ratio, batch {batch}", asked, of("pixels, three", batch)
         yield f"whole bottleneck by pixels over the FLOP ratio, batch {batch}", 0.8, of("pixels, bottleneck", batch)

@@ -9,7 +9,7 @@ No figure there is typed by hand. A block lies between `<!-- results:NAME -->` a
 import sys
 
 import numpy as np
-from mechanism_tables import choice, detection, exits, kernels, mechanism, several, speed_targets
+from mechanism_tables import choice, detection, exits, kernels, mechanism, sentences, several, speed_targets
 from rows import ROOT, percent, quiet, rows, source, spread, times
 
 CARDS = ROOT / "dynanet" / "mechanisms" / "cards"
@@ -194,7 +194,7 @@ def blocks():
     yield ROOT / "results" / "README.md", "targets", targets()
     yield ROOT / "results" / "README.md", "parameters", mechanism("parameters")
     mine = {
-        "early_exit": several([*msdnet(), "", *cifar10()], exits()),
+        "early_exit": several([*msdnet(), "", *cifar10()], exits(), sentences()),
         "neuron_skip": several(mechanism("neuron_skip"), kernels("neuron_skip")),
         "experts": several(mechanism("experts"), kernels("experts")),
         "spatial_skip": several(mechanism("spatial_skip"), kernels("spatial_skip")),
