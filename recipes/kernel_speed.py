@@ -59,7 +59,7 @@ def neurons(inputs, hidden, layers, batches):
             yield f"neurons {inputs} x {hidden}, {layers} layers", keep, model, torch.randn(batch, inputs)
 
 
-def experts(layers=3, width=512, hidden=1024, several=8, k=2):
+def experts(width, hidden, layers, several=8, k=2, batches=(1, 4, 16, 64, 256, 1024)):
     """Layers of 8 experts of which every token takes 2."""
     torch.manual_seed(0)
 
@@ -70,7 +70,7 @@ def experts(layers=3, width=512, hidden=1024, several=8, k=2):
         return Experts([expert() for _ in range(several)], Gate(RouterScorer(width, several), TopK(k), units=several))
 
     model = nn.Sequential(*(layer() for _ in range(layers)))
-    for tokens in (1, 4, 16, 64, 256, 1024):
+    for tokens in batches:
         yield (
             f"experts {width} x {hidden}, {k} of {several}, {layers} layers",
             k / several,
@@ -122,7 +122,7 @@ def share(model, gates, x, keep):
 
 SETS = {
     "neurons": [lambda: neurons(1024, 8192, 3, BATCHES), lambda: neurons(2048, 8192, 2, BATCHES[:2])],
-    "experts": [experts],
+    "experts": [lambda: experts(512, 1024, 3), lambda: experts(768, 3072, 1, batches=(1, 4, 16, 64, 256))],
     "pixels": [
         lambda: pixels(three, 64, 56),
         lambda: pixels(three, 256, 14),

@@ -7,21 +7,24 @@ NOTHING = ["Not measured yet: no row in `results/`."]
 
 EXPERIMENTS = {  # file of rows: what was trained, and what a narrower static network is there
     "cifar10_mechanisms": "CIFAR-10, a small ResNet; static: the same network, narrower",
+    "cifar10_resnets": "CIFAR-10, networks of the zoo, made of 14-layer ResNets; static: that ResNet, narrower",
+    "cifar10_mobilenets": "CIFAR-10, a small MobileNet of the zoo; static: the same network, narrower",
+    "cifar10_vits": "CIFAR-10, a small vision transformer of the zoo; static: narrower feed-forward layers",
     "characters_mechanisms": "Tiny Shakespeare, the next of 65 characters, a small network of feed-forward layers; static: fewer neurons",
     "text_mechanisms": "TREC, six kinds of questions, a small transformer; static: fewer neurons",
 }
 
 NETWORKS = {  # card: the networks of the experiments that show it
-    "layer_skip": ("layer_skip", "layer_skip_rates", "layer_skip_normed", "layer_skip_normed_rates", "recurrent_skip", "skipnet"),
+    "layer_skip": ("layer_skip", "layer_skip_rates", "layer_skip_normed", "layer_skip_normed_rates", "recurrent_skip", "skipnet", "convnet_aig"),
     "policy_skip": ("policy_skip", "blockdrop"),
     "path_select": ("path_select", "path_select_balanced"),
-    "channel_skip": ("channel_skip", "channel_skip_normed"),
-    "channel_gating": ("channel_gating", "channel_gating_tiles"),
-    "slimmable": ("slimmable",),
+    "channel_skip": ("channel_skip", "channel_skip_normed", "fbs_resnet"),
+    "channel_gating": ("channel_gating", "channel_gating_tiles", "cgnet"),
+    "slimmable": ("slimmable", "ds_net"),
     "pondering": ("act", "act_normed", "pondernet"),
     "soft_tree": ("soft_tree",),
     "neuron_skip": ("neuron_skip", "moefied"),
-    "experts": ("experts", "switch", "experts_shared", "experts_by_bias", "experts_limited"),
+    "experts": ("experts", "switch", "experts_shared", "experts_by_bias", "experts_limited", "moe_vit"),
     "parameters": ("condconv", "dynamic_conv", "hypernetwork", "squeeze_excite", "dynamic_relu"),
 }  # fmt: skip
 
@@ -298,8 +301,9 @@ def speed_targets():
 
     yield "neuron blocks over the FLOP ratio, weights larger than the cache, batch 1", 0.85, of("neurons", 1)
     yield "experts over the FLOP ratio, 1024 tokens", 0.9, of("experts", 1024)
-    for tokens in (1, 4, 16, 64, 256):
-        yield f"experts over the roofline, {tokens} tokens", 0.8, of("experts", tokens, "over_roofline")
+    for size in ("experts 512 x 1024", "experts 768 x 3072"):
+        for tokens in (1, 4, 16, 64, 256):
+            yield f"{size} over the roofline, {tokens} tokens", 0.8, of(size, tokens, "over_roofline")
     text = quiet(rows("sst2_exits_speed.csv"))
     for batch in ("1", "32"):
         mine = [row for row in text if row["batch"] == batch]

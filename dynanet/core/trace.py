@@ -19,7 +19,8 @@ class Frame(NamedTuple):
         units: the units that run together; nearly always one.
         lead: the shape of the layer's keep without its unit axis.
         taken: sparse form: flat positions of the rows that were taken. None in the dense form.
-        keep: dense form: the flat mask over all rows. None in the sparse form.
+        keep: dense form: the flat mask over all rows. None in the sparse form. Without both, the unit
+            sees all rows in order.
         flat: the unit sees its rows along one axis in the dense form too (`Rows.flat`).
     """
 
@@ -35,7 +36,8 @@ class Frame(NamedTuple):
         if self.taken is not None:
             everywhere = keep.new_zeros(math.prod(self.lead), *keep.shape[1:]).index_copy(0, self.taken, keep)
             return everywhere.reshape(*self.lead, *keep.shape[1:])
-        assert self.keep is not None
+        if self.keep is None:
+            return keep.reshape(*self.lead, *keep.shape[1:])
         inner = keep.shape[1:] if self.flat else keep.shape[len(self.lead) :]
         mask = self.keep.to(keep.dtype).reshape(*self.lead, *[1] * len(inner))
         return keep.reshape(*self.lead, *inner) * mask

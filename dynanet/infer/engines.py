@@ -9,6 +9,7 @@ import functools
 import hashlib
 import io
 import logging
+import math
 import os
 import time
 import warnings
@@ -111,6 +112,7 @@ class OnnxRuntime(Engine):
         ]
         # The exporter drops inputs that the unit does not read.
         self._used = [int(name.removeprefix("input_")) for name in self._inputs]
+        self._output_bytes = sum(math.prod(shape) * dtype.itemsize for _, shape, dtype in self._outputs)
         self._row_bytes = [inputs[which][:1].numel() * inputs[which].element_size() for which in self._used]
         self._buffers: list[Tensor] = []
         self._plans: dict[int, _Plan] = {}
@@ -137,11 +139,13 @@ class OnnxRuntime(Engine):
                     binding.bind_input(name, "cpu", 0, _NUMPY[t.dtype], (n, *t.shape[1:]), address)
                     bound[i] = address
             self._runtime.run_with_iobinding(binding)
-        return plan.outputs
+        return plan.outputs if self._workspaces or not plan.again else [t.clone() for t in plan.outputs]
 
     def _plan(self, rows: int) -> "_Plan":
-        """Where so many rows go: outputs bound once, kept for the next call if they lie in workspaces."""
-        if not self._workspaces:
+        """Where so many rows go: outputs bound once, kept for the next call if they lie in workspaces. Small outputs
+        always do, and are copied: that is quicker than to bind others."""
+        again = self._workspaces or rows * self._output_bytes <= _SMALL
+        if not again:
             outputs = [torch.empty(rows, *shape, dtype=dtype) for _, shape, dtype in self._outputs]
         else:
             if not self._buffers or self._buffers[0].shape[0] < rows:
@@ -155,17 +159,19 @@ class OnnxRuntime(Engine):
                 address = out.data_ptr() + first * out.stride(0) * out.element_size()
                 binding.bind_output(name, "cpu", 0, _NUMPY[dtype], (n, *shape), address)
             runs.append((first, n, binding, [0] * len(self._inputs)))
-        plan = _Plan(outputs, runs)
-        if self._workspaces:
+        plan = _Plan(outputs, runs, again)
+        if again:
             self._plans[rows] = plan
         return plan
 
 
 class _Plan(NamedTuple):
-    """The outputs of a call, and its runs: (first row, rows, binding, addresses of the bound inputs)."""
+    """The outputs of a call, its runs: (first row, rows, binding, addresses of the bound inputs), and whether it serves
+    the next call too."""
 
     outputs: list[Tensor]
     runs: list[tuple[int, int, Any, list[int]]]
+    again: bool
 
 
 def fastest(
@@ -282,3 +288,7 @@ class _Positional(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.unit(*tensors))
+
+
+# Bytes of outputs that are copied in less time (5 us) than it takes to bind new memory to a graph (25 us).
+_SMALL = 64 * 1024

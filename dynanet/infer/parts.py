@@ -114,12 +114,14 @@ class Unit(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         """As the part it stands for; that itself runs what comes in another size."""
-        inputs = tensors_of(args)
+        # One tensor, as nearly always, needs no pytree: with few rows that counts.
+        inputs = list(args) if len(args) == 1 and isinstance(args[0], Tensor) else tensors_of(args)
         if [(t.shape[1:], t.dtype) for t in inputs] != self._takes:
             return self.module(*args)
         if inputs[0].shape[0] == 0:
             return self.engine.empty(self._structure)
-        return tree_unflatten(self.engine(inputs), self._structure)
+        outputs = self.engine(inputs)
+        return outputs[0] if self._structure.is_leaf() else tree_unflatten(outputs, self._structure)
 
 
 class ByBatch:

@@ -13,11 +13,9 @@ from dynanet.core.gate import Gate
 from dynanet.core.rows import take_rows
 from dynanet.core.trace import Frame
 from dynanet.gates.rules import Rule, TopK
-from dynanet.ops.native.library import fit
-from dynanet.ops.native.products import Packed, product, product_add_
+from dynanet.ops.native.experts import PackedExperts
 
 Mix = Callable[[Tensor, Tensor], Tensor]
-_Stacks = tuple[list[nn.Linear], nn.Module, list[nn.Linear]]
 
 
 class Experts(Dynamic):
@@ -64,8 +62,7 @@ class Experts(Dynamic):
             _check(gate, len(experts), mix)
         self.experts, self.gate, self.mix, self.shared = nn.ModuleList(experts), gate, mix, shared
         self.outputs = None if outputs is None else tuple(outputs)
-        self._up, self._down = Packed(), Packed()
-        self._stacks: tuple[list[list[nn.Module]], _Stacks | None] = ([], None)
+        self._packed = PackedExperts()
 
     def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
         """(rows..., ...) to (rows..., ...).
@@ -99,51 +96,22 @@ class Experts(Dynamic):
 
     def _gathered(self, x: Tensor, keep: Tensor, weight: Tensor, shape: tuple[int, ...]) -> Tensor:
         lead, rows = tuple(keep.shape[:-1]), math.prod(keep.shape[:-1])
-        x = x.reshape(rows, *x.shape[len(lead) :])
-        chosen = (keep > 0).reshape(rows, len(self.experts)).t()
+        x, keep = x.reshape(rows, *x.shape[len(lead) :]), keep.reshape(rows, len(self.experts))
+        weight, answer = (keep * weight.reshape(keep.shape)).to(x.dtype), x.new_zeros(rows, *shape)
+        # One frame for all: a row costs the same in every expert, and in two linear layers nothing is decided.
+        with self.within(Frame(self, range(len(self.experts)), lead, None, None, True)):
+            if self._packed.add_(answer, x, self.experts, keep, weight):
+                return answer
+        chosen = (keep > 0).t()
         counts = chosen.sum(1).tolist()
         order = chosen.nonzero()[:, 1]  # sorted by expert, then by row
-        weights = (keep * weight).reshape(rows, len(self.experts)).t()[chosen].to(x.dtype)
-        answer = x.new_zeros(rows, *shape)
-        if self._native(x, answer, counts, order, weights, lead):
-            return answer
-        for e, (r, w) in enumerate(zip(order.split(counts), weights.split(counts), strict=True)):
+        for e, (r, w) in enumerate(zip(order.split(counts), weight.t()[chosen].split(counts), strict=True)):
             if r.shape[0]:
                 with self.within(Frame(self, range(e, e + 1), lead, r, None, True)):
                     y = self._checked(e, self.experts[e](x if r.shape[0] == rows else take_rows(x, r)), shape)
                 # At once and not after a concatenation of all: what an expert answered is still in the cache.
                 answer.index_add_(0, r, (y * w.reshape(r.shape[0], *[1] * len(shape))).to(answer.dtype))
         return answer
-
-    def _native(
-        self, x: Tensor, answer: Tensor, counts: list[int], order: Tensor, weights: Tensor, lead: tuple[int, ...]
-    ) -> bool:
-        """All experts in two calls, if they are frozen Linear, activation, Linear of one size: rows are read where they
-        lie, and answers are weighted and added up as they are made. False: they are not, and nothing was done."""
-        if x.dim() != 2 or answer.dim() != 2 or not fit(x, weights):
-            return False
-        layers = [list(expert._modules.values()) for expert in self.experts._modules.values()]
-        if layers != self._stacks[0]:  # a session may have put engines there
-            self._stacks = layers, _alike(layers)
-        if self._stacks[1] is None:
-            return False
-        ups, activation, downs = self._stacks[1]
-        if ups[0].in_features != x.shape[1] or downs[0].out_features != answer.shape[1]:
-            return False
-        up = self._up.of([part.weight for part in ups], [part.bias for part in ups])
-        down = self._down.of([part.weight for part in downs], [part.bias for part in downs])
-        if up is None or down is None:
-            return False
-        rectifies = type(activation) is nn.ReLU
-        # One frame for all: a row costs the same in every expert, and nothing is decided in here.
-        index = torch.arange(x.shape[0], device=x.device)
-        with self.within(Frame(self, range(len(self.experts)), lead, index, None, True)):
-            hidden = product(
-                x, *up, ups[0].out_features, counts=counts, around=order[:, None].contiguous(), relu=rectifies
-            )
-            hidden = hidden if rectifies else activation(hidden)
-            product_add_(answer, hidden, *down, counts=counts, to=order.contiguous(), scale=weights)
-        return True
 
     def _checked(self, e: int, y: Tensor, shape: tuple[int, ...]) -> Tensor:
         if tuple(y.shape[1:]) != shape:
@@ -278,24 +246,6 @@ class BatchCoupledTopK(Rule):
         served = queue * (queue.cumsum(0) <= room)
         keep = served.unflatten(0, (self.k, flat.shape[0])).sum(0)
         return keep.to(score.dtype).reshape(score.shape)
-
-
-def _alike(layers: list[list[nn.Module]]) -> "_Stacks | None":
-    """The experts' first layers, their activation and their second layers, if all are Linear, activation, Linear of one
-    size."""
-    for stack in layers:
-        if len(stack) != 3 or type(stack[1]) not in _ELEMENTWISE or {type(stack[0]), type(stack[2])} != {nn.Linear}:
-            return None
-    ups, activations, downs = (list(column) for column in zip(*layers, strict=True))
-    sizes = {(up.in_features, up.out_features, down.in_features, down.out_features) for up, _, down in layers}
-    biases = {(up.bias is None, down.bias is None) for up, _, down in layers}
-    if len(sizes) > 1 or len(biases) > 1 or len({repr(activation) for activation in activations}) > 1:
-        return None
-    return ups, activations[0], downs
-
-
-# Without parameters, and each number by itself.
-_ELEMENTWISE = (nn.ReLU, nn.GELU, nn.SiLU, nn.ReLU6, nn.Hardswish, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.ELU, nn.Mish)
 
 
 def _check(gate: Gate, experts: int, mix: Mix) -> None:

@@ -78,8 +78,7 @@ class NeuronSkip(Dynamic):
             return answer if self.bias is None else answer + self.bias
         rows, others = math.prod(lead), math.prod(x.shape[len(lead) : -1])
         # One frame for all: a (row, block) costs the same wherever it runs, and nothing is decided in here.
-        index = torch.arange(rows, device=x.device)
-        with self.within(Frame(self, range(self.blocks), lead, index, None, True)):
+        with self.within(Frame(self, range(self.blocks), lead, None, None, True)):
             answer = self._gathered(x.reshape(rows, others, x.shape[-1]), keep.reshape(rows, self.blocks))
         return answer.reshape(*x.shape[:-1], self.down.shape[1])
 
@@ -87,9 +86,10 @@ class NeuronSkip(Dynamic):
         rows, others, _ = x_RTD.shape
         if rows == 0 or others == 0:
             return x_RTD.new_zeros(rows, others, self.down.shape[1])
-        kept, native = keep > 0, fit(x_RTD, self.up, self.up_bias, self.down, self.bias)
+        native = fit(x_RTD, self.up, self.up_bias, self.down, self.bias)
         if native and rows * others < _MANY:
             return self._native(x_RTD, keep)
+        kept = keep > 0
         if rows == 1 or bool((kept == kept[:1]).all()):
             return self._slices(x_RTD.flatten(0, 1), kept[0])
         if native and others < _MANY:

@@ -1,0 +1,114 @@
+"""Experts of two linear layers as two products: rows are read where they lie, and answers weighted and added up."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dynanet.ops.native.library import chosen, fit
+from dynanet.ops.native.products import Packed, product, product_add_
+
+
+class PackedExperts:
+    """The packed weights of experts that are all Linear, activation, Linear of one size; see `Packed` for the rest.
+
+    They are packed anew when a weight was changed or a layer exchanged.
+    """
+
+    def __init__(self) -> None:
+        self._up, self._down = Packed(), Packed()
+        self._wide = 0
+        self._held: list[tuple[dict[str, Any], list[object]]] = []
+        self._weights: list[Tensor] = []
+        self._state: list[object] = []
+        self._ready: _Ready | None = None
+
+    def add_(self, answer: Tensor, x: Tensor, experts: nn.ModuleList, keep: Tensor, weight: Tensor) -> bool:
+        """answer += the sum of weight * expert(row) over the experts that a row keeps.
+
+        Args:
+            answer: (R, outputs), contiguous; changed.
+            x: rows, (R, inputs).
+            experts: E of them.
+            keep: (R, E), above 0 where a row goes to an expert.
+            weight: (R, E).
+
+        Returns:
+            False: that cannot be done here, and nothing was done.
+        """
+        if x.dim() != 2 or answer.dim() != 2 or not fit(x, weight):
+            return False
+        ready = self._packed(experts)
+        if ready is None or ready.inputs != x.shape[1] or ready.outputs != answer.shape[1]:
+            return False
+        # NumPy, because one of torch's operators takes as long as all of these where rows are few.
+        kept = (keep > 0).numpy().T
+        expert, row = kept.nonzero()  # sorted by expert, then by row
+        counts = np.bincount(expert, minlength=len(kept)).tolist()
+        order = torch.from_numpy(np.ascontiguousarray(row))
+        scale = torch.from_numpy(weight.to(x.dtype).detach().numpy()[row, expert])
+        rectifies = type(ready.activation) is nn.ReLU
+        hidden = product(x, *ready.up, ready.hidden, counts=counts, around=order[:, None], relu=rectifies)
+        hidden = hidden if rectifies else ready.activation(hidden)
+        product_add_(answer, hidden, *ready.down, counts=counts, to=order, scale=scale)
+        return True
+
+    def _packed(self, experts: nn.ModuleList) -> "_Ready | None":
+        kernels = chosen()
+        assert kernels is not None
+        if self._wide != kernels.wide or not self._as_it_was(experts):
+            self._wide, self._ready = kernels.wide, self._made(list(experts))
+            parts = [part for expert in experts for part in expert.children()]
+            dicts: list[dict[str, Any]] = [experts._modules]
+            dicts += [e._modules for e in experts] + [part._parameters for part in parts]
+            self._held = [(held, list(held.values())) for held in dicts]
+            self._weights = [p for _, values in self._held for p in values if isinstance(p, Tensor)]
+            self._state = self._states()
+        return self._ready
+
+    def _as_it_was(self, experts: nn.ModuleList) -> bool:
+        """The same layers with the same weights. Past the attributes of modules, which take long to look up."""
+        if not self._held or self._held[0][0] is not experts._modules:
+            return False
+        for held, values in self._held:
+            if len(held) != len(values) or not all(map(operator.is_, held.values(), values)):
+                return False
+        return self._state == self._states()
+
+    def _states(self) -> list[object]:
+        return [None if p.is_inference() else (p._version, p.requires_grad) for p in self._weights]
+
+    def _made(self, experts: Sequence[nn.Module]) -> "_Ready | None":
+        stacks = [list(expert.children()) for expert in experts]
+        for stack in stacks:
+            if len(stack) != 3 or type(stack[1]) not in _ELEMENTWISE or {type(stack[0]), type(stack[2])} != {nn.Linear}:
+                return None
+        ups, activations, downs = (list(column) for column in zip(*stacks, strict=True))
+        sizes = {(up.in_features, up.out_features, down.in_features, down.out_features) for up, _, down in stacks}
+        biases = {(up.bias is None, down.bias is None) for up, _, down in stacks}
+        if len(sizes) > 1 or len(biases) > 1 or len({repr(activation) for activation in activations}) > 1:
+            return None
+        up = self._up.of([layer.weight for layer in ups], [layer.bias for layer in ups])
+        down = self._down.of([layer.weight for layer in downs], [layer.bias for layer in downs])
+        if up is None or down is None:
+            return None
+        return _Ready(up, activations[0], down, ups[0].in_features, ups[0].out_features, downs[0].out_features)
+
+    def __reduce__(self) -> tuple[type["PackedExperts"], tuple[()]]:
+        return PackedExperts, ()
+
+
+class _Ready(NamedTuple):
+    up: tuple[Tensor, Tensor | None]
+    activation: nn.Module
+    down: tuple[Tensor, Tensor | None]
+    inputs: int
+    hidden: int
+    outputs: int
+
+
+# Without parameters, and each number by itself.
+_ELEMENTWISE = (nn.ReLU, nn.GELU, nn.SiLU, nn.ReLU6, nn.Hardswish, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.ELU, nn.Mish)

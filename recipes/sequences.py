@@ -1,0 +1,373 @@
+"""Spoken digits, vowels, motions, gestures: recurrent networks that skip, skim or stop, beside static ones (`beside.py`).
+
+    python recipes/sequences.py train digits --data DIR       # names of sets in `SETS`; all if none
+    python recipes/sequences.py measure --data DIR            # all sets whose runs are there, for this --seed
+
+DIR holds `fsdd/recordings/*.wav`, and `timeseries/` with JapaneseVowels, BasicMotions and the gesture tracks. All networks
+of a set are trained by the same recipe. Beside each mechanism `measure` writes
+
+- the full network and the static one of the same MACs: GRUs of several sizes that read every frame (interpolated);
+- the full GRU that reads every second or fourth frame only, at the same MACs (interpolated);
+- the random policy of the same rate: for skips, updates drawn at the network's own rate, in the network as it was trained,
+  and in networks that were trained with random updates (interpolated); for stops, a lot at every decision with the odds
+  at which the network stops there, in expectation; and, as another policy that sees nothing, one frame at which all stop.
+
+Budgets (`BUDGETS`) and EARLIEST's weights (`EARLINESS`) were fixed beforehand; thresholds come from held-out sequences
+alone. Test sequences of one length go through together, so that nothing is padded and prices are those of that length.
+"""
+
+import csv
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from beside import Experiment, Recipe, arguments
+from torch import nn
+
+from dynanet import Budget, CostModel, execute, forced, record
+from dynanet.bench.machine import append_rows
+from dynanet.core.dynamic import layers
+from dynanet.data.ragged import SequenceSet, as_sequences, pad
+from dynanet.data.speech import HOP_S, load_spoken_digits
+from dynanet.data.splits import stratified
+from dynanet.data.timeseries import load_time_series
+from dynanet.infer import Frontier, tabulate
+from dynanet.infer.budgeted import leaving
+from dynanet.infer.calibrate import apply
+from dynanet.mechanisms.early_stop import Earliest, EarlyStop, steps_read
+from dynanet.mechanisms.skim import Skim
+from dynanet.mechanisms.update_skip import UpdateSkip
+from dynanet.train import Batches, CrossEntropy, MultiExit, Within, adamw, anneal_temperature, exponential, linear
+
+BUDGETS = (0.5, 0.25)  # of the frames for skips; of the MACs of reading to the end for stops
+RISK, CONFIDENCE = 0.05, 0.9
+EARLINESS = (0.01, 0.1)
+DRAWS = 5  # of random updates; the mean is written
+SOUND_S = 0.032  # that the first frame takes: its window, filled up for the spectrum
+
+
+def digits(folder):
+    """Free Spoken Digit Dataset: 40 mel bands every 10 ms; the official test part, and the next five recordings held out."""
+    return (load_spoken_digits(folder / "fsdd", part) for part in ("train", "val", "test"))
+
+
+def archive(name, held_out, folder):
+    """A set of the UEA archive in its own split; of the training part some are held out, as many of each class."""
+    known, test = (load_time_series(folder / "timeseries" / f"{name}_{part}.ts") for part in ("TRAIN", "TEST"))
+    kept, aside = stratified(known.labels, [len(known) - held_out, held_out], seed=0)
+    return _taken(known, kept), _taken(known, aside), test
+
+
+def gestures(folder):
+    """Tracks of a fingertip, 16 points (x, y) each. One recording a class, cut into windows that overlap: so the first 60 %
+    of each train, the next 15 % are held out, the last 25 % test, and the 16 windows before a cut are left out."""
+    with (folder / "timeseries" / "gesture_point_history.csv").open(newline="") as file:
+        rows = torch.tensor([[float(value) for value in row] for row in csv.reader(file)])
+    whole = SequenceSet(
+        list(rows[:, 1:].unflatten(1, (-1, 2))), rows[:, 0].long(), "stop clockwise counter move".split()
+    )
+    places = [(whole.labels == kind).nonzero()[:, 0] for kind in range(len(whole.classes))]
+    for first, end in ((0, 0.6), (0.6, 0.75), (0.75, 1)):
+        yield _taken(
+            whole, torch.cat([p[round(first * len(p)) : round(end * len(p)) - 16 * (end < 1)] for p in places])
+        )
+
+
+def _taken(whole, rows):
+    return SequenceSet([whole.sequences[i] for i in rows], whole.labels[rows], whole.classes)
+
+
+@dataclass
+class Task:
+    """A set, and how networks are trained on it.
+
+    Attributes:
+        title: what the data is.
+        parts: from the folder to train, held out and test.
+        sizes: of the static networks' states, ascending; the last one's is that of all others.
+        every: frames between two decisions to stop.
+        batch: sequences.
+        epochs: of every network.
+        seconds: between frames, and what the first takes; None where nobody says.
+    """
+
+    title: str
+    parts: Callable
+    sizes: tuple[int, ...]
+    every: int
+    batch: int
+    epochs: int
+    seconds: tuple[float, float] | None = None
+
+
+SETS = {
+    "digits": Task("spoken digits", digits, (16, 32, 48, 64, 96), 5, 64, 15, (HOP_S, SOUND_S)),
+    "vowels": Task("Japanese vowels", partial(archive, "JapaneseVowels", 54), (12, 24, 32, 48, 64), 2, 32, 60),
+    "motions": Task("basic motions", partial(archive, "BasicMotions", 12), (12, 24, 32, 48, 64), 5, 8, 60),
+    "gestures": Task("gesture tracks", gestures, (12, 24, 32, 48, 64), 2, 64, 10),
+}
+
+
+class Reading(nn.Module):
+    """A GRU that reads every frame, or every n-th, and answers at the end."""
+
+    def __init__(self, features, classes, hidden, nth=1):
+        super().__init__()
+        self.gru, self.head = nn.GRU(features, hidden, batch_first=True), nn.Linear(hidden, classes)
+        self.features, self.nth = features, nth
+
+    def forward(self, x):
+        """Sequences, or (B, T, features), to (B, classes)."""
+        frames, lengths = as_sequences(x, self.features)
+        frames, lengths = frames[:, :: self.nth], -(-lengths // self.nth)
+        packed = nn.utils.rnn.pack_padded_sequence(frames, lengths, batch_first=True, enforce_sorted=False)
+        return self.head(self.gru(packed)[1][0])
+
+
+def skipping(features, classes, hidden):
+    """A GRU whose state is copied where nothing is worth an update."""
+    return nn.Sequential(UpdateSkip(nn.GRUCell(features, hidden), features, hidden), nn.Linear(hidden, classes))
+
+
+def skimming(features, classes, hidden):
+    """A GRU, and one a sixteenth as large."""
+    small = hidden // 16
+    cells = nn.GRUCell(features, hidden), nn.GRUCell(features + hidden - small, small)
+    return nn.Sequential(Skim(*cells, features, hidden, small), nn.Linear(hidden, classes))
+
+
+def stopping(longest, every, learned, features, classes, hidden):
+    """A GRU that may answer every few frames, by confidence or as it has learned."""
+    policy = nn.Linear(hidden, 1) if learned else None
+    if policy is not None:
+        nn.init.constant_(policy.bias, -3.0)  # reads on at first
+    head = nn.Linear(hidden, classes)
+    return EarlyStop(nn.GRUCell(features, hidden), head, features, hidden, longest, every=every, policy=policy)
+
+
+def by_lot(build, rate):
+    """A network whose updates are drawn, in training too."""
+    model = build()
+    for layer in layers(model).values():
+        layer.force = drawn(rate)
+    return model
+
+
+def drawn(rate):
+    """Unit 0 for this share of the frames; a second unit, if there is one, for the others."""
+
+    def keep(decision):
+        runs = (torch.rand_like(decision.keep[..., :1]) < rate).to(decision.keep)
+        return torch.cat([runs, 1 - runs], -1)[..., : decision.keep.shape[-1]]
+
+    return keep
+
+
+def within(share, frames, model, cost):
+    """Cross-entropy, and a budget of this share of a set's mean frames for the (big) cell; the rest, if any, is skimmed."""
+    big, *small = cost.unit["0"].tolist()
+    all_read, asked = (cost.always + frames * (s * big + (1 - s) * sum(small)) for s in (1, share))
+    budget = Within(Budget(macs=asked), cost)
+    falling = linear(all_read, asked, share=0.5)
+    lower = lambda progress: setattr(budget, "macs", falling(progress))  # noqa: E731
+    cools = [anneal_temperature(model, exponential(1.0, 0.5))] if small else []
+    return CrossEntropy() + 4.0 * (cost.full / all_read) ** 2 * budget, [lower, *cools]
+
+
+def experiment(name, folder, args):
+    """The networks of a set, and its test part."""
+    task = SETS[name]
+    train, held_out, test = task.parts(folder)
+    statistics = train.statistics()
+    train, held_out, test = (part.standardized(*statistics) for part in (train, held_out, test))
+    frames = sum(s.shape[0] for s in train.sequences) / len(train)
+    longest = max(part.longest for part in (train, held_out, test))
+    shape = train.features, len(train.classes)
+    hidden = task.sizes[-1]
+
+    def recipe(build, objective=None):
+        build = partial(build, *shape, hidden)
+        return Recipe(build, objective) if objective else Recipe(build)
+
+    def batches(part, **more):
+        return Batches(part, task.batch, collate=SequenceSet.collate, **more)
+
+    static = {f"hidden {n}": Recipe(partial(Reading, *shape, n)) for n in task.sizes}
+    dynamic = {f"every {n} frames": recipe(partial(Reading, nth=n)) for n in (4, 2)}
+    for kind, build in (("update_skip", skipping), ("skim", skimming)):
+        for share in BUDGETS:
+            lots = partial(by_lot, partial(build, *shape, hidden), share)
+            dynamic[f"{kind} {share}"] = recipe(build, partial(within, share, frames))
+            dynamic[f"{kind} {share}, by lot"] = Recipe(lots)
+    stop = partial(stopping, longest, task.every)
+    dynamic["early_stop"] = recipe(partial(stop, False), lambda model, cost: (MultiExit(), ()))
+    for weight in EARLINESS:
+        learned = lambda model, cost, weight=weight: (CrossEntropy() + Earliest(weight), ())  # noqa: E731
+        dynamic[f"earliest {weight}"] = recipe(partial(stop, True), learned)
+    return Experiment(
+        "sequences", task.title, static=static, dynamic=dynamic,
+        train=batches(train, shuffle=True, drop_last=True, seed=args.seed), held_out=batches(held_out),
+        test=batches(test), samples=pad(sorted(train.sequences, key=len)[-1:]).x, optimizer=adamw(3e-3, weight_decay=0.01),
+    ), test  # fmt: skip
+
+
+def evaluate(model, groups, keep=None):
+    """Means over a set: accuracy, MACs, frames that the (big) cell read, frames heard before the answer.
+
+    Args:
+        model: in eval mode.
+        groups: batches (x, y) with prices.
+        keep: instead of the model's decisions, as for `forced`.
+    """
+    execute(model, sparse=True)
+    sums, seen = np.zeros(4), 0
+    for x, y, cost in groups:
+        with torch.no_grad(), record(model) as trace, forced(model, keep) if keep else nullcontext():
+            right = int((model(x).argmax(1) == y).sum())
+        spent = float(cost.spent(trace).sum()) if layers(model) else cost.full * len(y)
+        sums += right, spent, *_frames(model, trace, x)
+        seen += len(y)
+    return dict(zip(("accuracy", "macs", "frames_read", "frames_heard"), (sums / seen).tolist(), strict=True))
+
+
+def by_length(model, data):
+    """Groups for `evaluate`: sequences of one length, nothing padded, with prices for that length."""
+    lengths = torch.tensor([len(s) for s in data.sequences])
+    for length in lengths.unique().tolist():
+        rows = (lengths == length).nonzero()[:, 0]
+        x = torch.stack([data.sequences[i] for i in rows])
+        yield x, data.labels[rows], CostModel(model, x[:1])
+
+
+def _frames(model, trace, x):
+    """(read, heard) of all rows together."""
+    if isinstance(model, EarlyStop):
+        read = float(steps_read(trace).sum())
+        return read, read
+    rows, length, _ = x.shape
+    if isinstance(model, Reading):
+        return rows * -(-length // model.nth), rows * length
+    return float(torch.stack(trace["0"])[..., 0].sum()), rows * length
+
+
+def measure(name, folder, args):
+    """The rows of a set."""
+    task, (trained, test) = SETS[name], experiment(name, folder, args)
+    frames, rows = np.mean([len(s) for s in test.sequences]), []
+    for network in [*trained.static, *trained.dynamic]:
+        if not trained.there(network, args):
+            continue
+        model, cost = trained.trained(network, args)
+        found = stops(model, cost, trained, test) if isinstance(model, EarlyStop) else [reads(network, model, test)]
+        for row in found:
+            row |= {"set": name, "network": network, "epochs": trained.epochs(network, args)}
+            row |= {"hidden": task.sizes[-1], "test_sequences": len(test), "frames": frames}
+            if task.seconds:
+                apart, first = task.seconds
+                row["seconds_heard"], row["seconds"] = (first + apart * (n - 1) for n in (row["frames_heard"], frames))
+            rows.append(row)
+            print(row, flush=True)
+    full = next(row for row in rows if row["network"] == f"hidden {task.sizes[-1]}")
+    for row in rows:
+        if row["network"] in trained.dynamic and not row["network"].endswith("by lot"):
+            row |= {"full_macs": full["macs"], "full_accuracy": full["accuracy"]}
+            row["static_accuracy"] = at_same_macs(row, [r for r in rows if r["network"] in trained.static])
+            row["rarer_accuracy"] = at_same_macs(row, [r for r in rows if r["network"].startswith("every")] + [full])
+            kind = row["network"].split()[0]
+            lots = [r for r in rows if r["network"].startswith(kind) and r["network"].endswith("by lot")]
+            row["trained_random_accuracy"] = at_same_macs(row, [*lots, full]) if lots else None
+    return rows
+
+
+def at_same_macs(row, others):
+    """The accuracy of others, interpolated in the logarithm of the MACs; None outside of them."""
+    macs, accuracies = zip(*sorted((r["macs"], r["accuracy"]) for r in others), strict=True)
+    return (
+        float(np.interp(np.log(row["macs"]), np.log(macs), accuracies)) if macs[0] <= row["macs"] <= macs[-1] else None
+    )
+
+
+def reads(network, model, test):
+    """The row of a network that answers at the end; if it decides, beside its own rate by lot."""
+    groups = list(by_length(model, test))
+    row = evaluate(model, groups)
+    if layers(model) and not network.endswith("by lot"):
+        rate = row["frames_read"] / row["frames_heard"]
+        chance = [evaluate(model, groups, drawn(rate)) for _ in range(DRAWS)]
+        row |= {f"random_{k}": float(np.mean([c[k] for c in chance])) for k in ("accuracy", "macs", "frames_heard")}
+    return row
+
+
+def stops(model, cost, trained, test):
+    """The rows of a network that stops: at budgets and at a risk, or as its policy says and at budgets."""
+    held_out = Frontier(model, tabulate(model, trained.held_out, cost))
+    table = tabulate(model, trained.test, cost)
+    lengths = np.array([len(s) for s in test.sequences])
+    heard = np.minimum((1 + np.arange(table.exits)) * model.every, lengths[:, None])
+    end = held_out.table.mean_macs[-1]
+    asked = {f"{100 * share:.0f} % of its MACs": Budget(macs=share * end) for share in BUDGETS}
+    if model.policy is None:
+        asked[f"risk of {100 * RISK:.0f} %"] = Budget(risk=RISK, confidence=CONFIDENCE)
+    ways = {} if model.policy is None else {"likelier than not": (model, {})}
+    for setting, budget in asked.items():
+        choice = held_out.choose(budget)
+        ways[setting] = apply(model, choice), {"held_out_accuracy": choice.accuracy, "note": choice.note}
+    groups = [(x, y, cost) for x, y in trained.test]  # padded, but frames behind an end are in no price
+    for setting, (stopping_so, more) in ways.items():
+        row = {"setting": setting, **evaluate(stopping_so, groups), **more}
+        yield row | beside(row["macs"], table, stopping_so.thresholds.numpy(), heard, lengths)
+
+
+def beside(macs, table, thresholds, heard, lengths):
+    """What is reached by lot, and where all stop after the same number of frames, at the same MACs.
+
+    Args:
+        macs: spent by thresholds.
+        table: of N test sequences and K decisions.
+        thresholds: (K - 1,).
+        heard: (N, K) frames.
+        lengths: (N,).
+    """
+    odds = by_the_odds(table, thresholds, heard < lengths[:, None])
+    chance = {"accuracy": table.correct, "macs": table.macs, "frames_heard": heard}
+    row = {f"random_{key}": float((odds * value).sum(1).mean()) for key, value in chance.items()}
+    row["fixed_accuracy"] = float(np.interp(macs, table.mean_macs, table.accuracy))
+    row["fixed_frames"] = float(np.interp(macs, table.mean_macs, heard.mean(0)))
+    return row
+
+
+def by_the_odds(table, thresholds, left):
+    """(N, K): how probable every stop is for a row that stops by lot, with the odds at which the thresholds let rows stop.
+
+    Args:
+        table: of N rows and K decisions.
+        thresholds: (K - 1,).
+        left: (N, K), does a row go on after this step? Where it does not, it stops.
+    """
+    exits = leaving(table.scores, thresholds)[:, None]
+    steps = np.arange(table.exits)
+    arrived, leaves = left & (exits >= steps), left & (exits == steps)
+    odds = leaves.sum(0) / np.maximum(arrived.sum(0), 1)
+    stop = np.where(left, odds, 1.0)
+    stop[:, -1] = 1.0
+    return stop * np.concatenate([np.ones((len(stop), 1)), np.cumprod(1 - stop, 1)[:, :-1]], 1)
+
+
+if __name__ == "__main__":
+    given = arguments(__doc__.split("\n")[0], "sequences", epochs=None)
+    for name in given.names or SETS:
+        folder = Path(given.data)
+        mine = {"runs": given.runs / name / str(given.seed), "epochs": given.epochs or SETS[name].epochs, "names": []}
+        args = Namespace(**(vars(given) | mine))
+        if args.what == "train":
+            experiment(name, folder, args)[0].run(args)
+        elif args.runs.exists():
+            torch.set_num_threads(1)
+            torch.manual_seed(args.seed)
+            rows = measure(name, folder, args)
+            append_rows(args.results / "sequences.csv", rows, {"data": SETS[name].title, "seed": args.seed})
