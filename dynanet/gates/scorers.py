@@ -86,13 +86,14 @@ class ContextScorer(nn.Module):
         *before, conv = self.local
         assert isinstance(conv, nn.Conv2d) and conv.bias is not None
         x = before[0](x_BCHW) if before else x_BCHW
-        # A 3x3 convolution to one channel reads x nine times. So: nine products per position, then shifted sums.
-        products = nn.functional.conv2d(x, conv.weight.flatten(2).flip(2).permute(2, 1, 0)[..., None])
-        local = nn.functional.fold(products.flatten(2), x.shape[2:], 3, padding=1) + conv.bias[:, None, None]
+        # A 3x3 convolution to one channel reads x nine times. So: nine products per position, then shifted sums. As a
+        # matrix product, which is several times quicker than a convolution to nine channels, in both memory layouts.
+        products = conv.weight.flatten(2).flip(2)[0].t() @ x.flatten(2)
+        local = nn.functional.fold(products, x.shape[2:], 3, padding=1) + conv.bias[:, None, None]
         return tile_mean(local, self.tile) + self.overall(x_BCHW)
 
 
 def tile_mean(x_B1HW: Tensor, tile: int) -> Tensor:
     """Mean over tiles of any image size: (B, 1, H, W) to (B, tiles down, tiles across, 1)."""
-    pooled = nn.functional.avg_pool2d(x_B1HW, tile, ceil_mode=True, count_include_pad=False)
+    pooled = x_B1HW if tile == 1 else nn.functional.avg_pool2d(x_B1HW, tile, ceil_mode=True, count_include_pad=False)
     return pooled[:, 0, :, :, None]

@@ -35,7 +35,7 @@ class Plan:
     def engine(self, name: str, unit: nn.Module, inputs: Sequence[Tensor], *, workspaces: bool) -> ByBatch:
         """Engines for a unit, from the rows that one sample sends through it."""
         per_sample, few = inputs[0].shape[0], [t[:2] for t in inputs]
-        few = [t.repeat(2, *[1] * (t.dim() - 1)) if t.shape[0] == 1 else t for t in few]
+        few = [_repeated(t, 2) if t.shape[0] == 1 else t for t in few]
         eager, outputs = Eager(unit), [t[:0] for t in unit(*few)]
         if not self.onnx:
             return ByBatch({1: eager}, outputs)
@@ -52,10 +52,17 @@ class Plan:
         for batch in self.batches:
             rows = max(1, min(batch * per_sample, _MOST_ROWS, _MOST_BYTES // row_bytes))
             engines = [*([eager] if self.eager else []), onnx, *(onnx.chunked(n) for n in _CHUNKS if n < rows)]
-            many = [t[:1].repeat(rows, *[1] * (t.dim() - 1)) for t in few]
+            many = [_repeated(t[:1], rows) for t in few]
             best[rows], ms = fastest(engines, many, threads=self.threads)
             self.measured[name][batch] = {engine: time * batch * per_sample / rows for engine, time in ms.items()}
         return ByBatch(best, outputs)
+
+
+def _repeated(t: Tensor, times: int) -> Tensor:
+    """Laid out as it was: an engine that wants images laid out otherwise pays for it."""
+    last = t.dim() == 4 and not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    return t.repeat(times, *[1] * (t.dim() - 1)).contiguous(memory_format=layout)
 
 
 class _Step(nn.Module):

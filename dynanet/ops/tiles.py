@@ -203,7 +203,9 @@ class Compact:
         parts = self.parts
         packed = self._native.ready(self._layers, flat)
         if packed is not None and fused(parts[-1])[-1][0] in packed:
-            answer = flat.clone(memory_format=torch.contiguous_format)
+            # The last convolution may add to the very rows that the first has read, if nobody else has these.
+            ours = flat.data_ptr() != x.data_ptr() and len(packed) > 1
+            answer = flat if ours else flat.clone()
             self._rows(layer, units, keep_B1HW, flat, parts, packed, answer)
             return _image(answer, x)
         rows, index = self._sparse(layer, units, keep_B1HW, flat)
@@ -337,8 +339,8 @@ def _parts(layers: list[nn.Module]) -> list[list[nn.Module]]:
 
 
 def _flat(x_BCHW: Tensor) -> Tensor:
-    """(B * H * W, C): a view where x is laid out channels last."""
-    return x_BCHW.permute(0, 2, 3, 1).flatten(0, 2)
+    """(B * H * W, C), in one piece: a view where x is laid out channels last, else a copy."""
+    return x_BCHW.permute(0, 2, 3, 1).flatten(0, 2).contiguous()
 
 
 def _image(flat: Tensor, like_BCHW: Tensor) -> Tensor:
