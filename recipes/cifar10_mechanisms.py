@@ -324,7 +324,7 @@ def with_parameters(build):
 
 PARAMETERS = {
     "condconv": lambda a, b, size, more: CondConv2d(a, b, size, experts=4, **more),
-    "dynamic_conv": lambda a, b, size, more: DynamicConv2d(a, b, size, kernels=4, temperature=30.0, **more),
+    "dynamic_conv": lambda a, b, size, more: DynamicConv2d(a, b, size, kernels=4, **more),
     "hypernetwork": lambda a, b, size, more: HyperConv2d(KernelWriter(16, a, b, size), SampleCode(a, 16), **more),
 }
 

@@ -66,6 +66,12 @@ class Dynamic(nn.Module):
     force: Callable[[Decision], Tensor] | None = None
 
     @property
+    def decides(self) -> str:
+        """In words, what of its way to decide in eval mode no weight tells; "" if nothing. A checkpoint remembers it,
+        and is refused by a layer that would decide otherwise."""
+        return ""
+
+    @property
     def gathers(self) -> bool:
         """The sparse form is in use."""
         return self.sparse and not self.training

@@ -53,6 +53,17 @@ class MissingExtraError(DynanetError, ImportError):
     """An optional dependency that is not installed, with the command that installs it."""
 
 
+def check_sizes(**sizes: int) -> None:
+    """Whole numbers of 1 or more: channels, classes, strides.
+
+    Raises:
+        ConfigError: naming the first that is not.
+    """
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ConfigError(f"{name} is {size!r}; give a whole number, 1 or more")
+
+
 def require(module: str, extra: str) -> ModuleType:
     """Import an optional dependency, or say how to install it.
 

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dynanet.core.decision import Decision
 from dynanet.core.errors import StructureError
@@ -29,8 +30,19 @@ class Gate(nn.Module):
             check(units)
         self.scorer, self.rule, self.units = scorer, rule, units
 
-    def forward(self, x: Any) -> Decision:
+    @property
+    def decides(self) -> str:
+        """In words, by what rule in eval mode; see `Dynamic.decides`."""
+        said = getattr(self.rule, "decides", None)
+        return said if isinstance(said, str) else type(self.rule).__name__
+
+    def forward(self, x: Any, present: Tensor | None = None) -> Decision:
         """Decide for every row of x.
+
+        Args:
+            x: what the scorer takes.
+            present: (rows...), 1 where there is a row, 0 for padding: of that nothing is kept, and the rule never sees
+                it. For rules that count rows; to others padding is all the same.
 
         Raises:
             StructureError: the scorer's answer is not (rows..., units). What a scorer answers is known when it runs;
@@ -42,4 +54,7 @@ class Gate(nn.Module):
                 f"the scorer {type(self.scorer).__name__} answered scores of shape {tuple(score.shape)}; the last axis "
                 f"must be {self.units}, one score per unit"
             )
-        return Decision(self.rule(score), score)
+        if present is None:
+            return Decision(self.rule(score), score)
+        there = (present > 0).nonzero(as_tuple=True)
+        return Decision(torch.zeros_like(score).index_put(there, self.rule(score[there])), score)

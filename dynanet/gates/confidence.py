@@ -15,7 +15,16 @@ from dynanet.core.errors import StructureError
 
 
 class Confidence(nn.Module, ABC):
-    """Scores answers (rows, classes) with (rows, 1). `memory` travels with a row from exit to exit."""
+    """Scores answers (rows, classes) with (rows, 1). `memory` travels with a row from exit to exit.
+
+    Attributes:
+        decides: its name; see `Dynamic.decides`.
+    """
+
+    @property
+    def decides(self) -> str:
+        """Its name."""
+        return type(self).__name__
 
     def at(self, k: int) -> "Confidence":
         """What scores exit k, counted from 0. Most criteria are the same at every exit."""
@@ -67,6 +76,7 @@ class Margin(Confidence):
 
     def forward(self, logits: Tensor, memory: Any = None) -> Tensor:
         """log p1 - log p2."""
+        _several(logits)
         best = logits.topk(2, dim=-1).values
         return best[..., :1] - best[..., 1:]
 
@@ -201,6 +211,14 @@ def _as_max_probability(features: int) -> nn.Linear:
 
 
 def _log_odds(logits: Tensor) -> Tensor:
+    _several(logits)
     top, where = logits.max(-1, keepdim=True)
     others = logits.scatter(-1, where, -torch.inf)
     return top - others.logsumexp(-1, keepdim=True)
+
+
+def _several(logits: Tensor) -> None:
+    if logits.shape[-1] < 2:
+        raise StructureError(
+            f"how sure {logits.shape[-1]} logit is cannot be told; give a logit per class, two for yes and no"
+        )

@@ -20,9 +20,17 @@ class Rule(nn.Module, ABC):
     Attributes:
         differentiable: in training keep has a gradient to the scores, so that the gate learns from whatever hangs on
             it. `dynanet.testing` holds such gates to it.
+        counts_rows: what is kept of a row depends on the other rows of a batch, so that padding must not be among them.
+        decides: what is kept in eval mode, in words.
     """
 
     differentiable: bool = False
+    counts_rows: bool = False
+
+    @property
+    def decides(self) -> str:
+        """Its name, if nothing better is known."""
+        return type(self).__name__
 
     @abstractmethod
     def forward(self, score: Tensor) -> Tensor:
@@ -43,6 +51,11 @@ class Threshold(Rule):
         super().__init__()
         self.at = at
 
+    @property
+    def decides(self) -> str:
+        """Scores above `at`."""
+        return f"scores above {self.at:g}"
+
     def forward(self, score: Tensor) -> Tensor:
         """1 where score > at."""
         return (score > self.at).to(score.dtype)
@@ -60,9 +73,14 @@ class TopK(Rule):
 
     def __init__(self, k: int):
         super().__init__()
-        if k < 1:
-            raise ConfigError(f"top-k got k = {k}; at least one unit must be kept, so k >= 1")
+        if not isinstance(k, int) or k < 1:
+            raise ConfigError(f"top-k got k = {k}; give how many units a row keeps, 1 or more")
         self.k = k
+
+    @property
+    def decides(self) -> str:
+        """The k best."""
+        return f"the {self.k} best scores"
 
     def check(self, units: int) -> None:
         """k is at most the number of units."""
@@ -91,6 +109,11 @@ class StraightThrough(Rule):
         _positive(temperature)
         self.at, self.temperature = at, temperature
 
+    @property
+    def decides(self) -> str:
+        """Scores above `at`."""
+        return f"scores above {self.at:g}"
+
     def forward(self, score: Tensor) -> Tensor:
         """1 where score > at, with the sigmoid's gradient in training."""
         hard = (score > self.at).to(score.dtype)
@@ -116,6 +139,11 @@ class Gumbel(Rule):
         _positive(temperature)
         self.temperature = temperature
 
+    @property
+    def decides(self) -> str:
+        """Scores above 0."""
+        return "scores above 0"
+
     def forward(self, score: Tensor) -> Tensor:
         """A sample in training (logistic noise is the difference of two Gumbel draws), score > 0 in eval."""
         if not self.training:
@@ -128,6 +156,11 @@ class Gumbel(Rule):
 
 class Bernoulli(Rule):
     """A sample in training, without gradient: for REINFORCE, with `log_prob`. Hard at 0 in eval."""
+
+    @property
+    def decides(self) -> str:
+        """Scores above 0."""
+        return "scores above 0"
 
     def forward(self, score: Tensor) -> Tensor:
         """1 with probability sigmoid(score) in training, where score > 0 in eval."""
@@ -154,6 +187,11 @@ class Soft(Rule):
         super().__init__()
         _positive(temperature)
         self.temperature = temperature
+
+    @property
+    def decides(self) -> str:
+        """Scores above 0."""
+        return "scores above 0"
 
     def forward(self, score: Tensor) -> Tensor:
         """sigmoid(score / temperature) in training, score > 0 in eval."""
@@ -203,12 +241,17 @@ class Pick(Rule):
         costs: Sequence[float] | Tensor | None = None,
     ):
         super().__init__()
-        if k < 1:
-            raise ConfigError(f"picking got k = {k}; every row keeps at least one unit, so k >= 1")
+        if not isinstance(k, int) or k < 1:
+            raise ConfigError(f"picking got k = {k}; give how many units a row keeps, 1 or more")
         _positive(temperature)
         self.k, self.temperature, self.noise, self.hard = k, temperature, noise, hard
         self.register_buffer("costs", None if costs is None else _costs(costs))
         self.register_buffer("price", torch.zeros(()))
+
+    @property
+    def decides(self) -> str:
+        """The k best."""
+        return f"the {self.k} best scores"
 
     def check(self, units: int) -> None:
         """k is at most the number of units, and there is a cost for each."""

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from dynanet.core.errors import check_sizes
+
 
 class PooledScorer(nn.Module):
     """Global average pool, then one hidden layer: the gate of ConvNet-AIG (Veit and Belongie 2018, arXiv:1711.11503).
@@ -15,10 +17,14 @@ class PooledScorer(nn.Module):
         norm: scale scores to a mean of 0 and a standard deviation of 1 over the training data before the bias is
             added. What a pooled map says differs little from input to input, so that a gate trained under a budget
             tends to end always open or always closed; with a norm it tells inputs apart from the first step on.
+
+    Raises:
+        ConfigError: sizes below 1, a hidden layer of less than 0.
     """
 
     def __init__(self, channels: int, units: int = 1, hidden: int = 16, bias: float = 2.0, *, norm: bool = False):
         super().__init__()
+        check_sizes(channels=channels, units=units, hidden=hidden or 1)
         before = [nn.Linear(channels, hidden), nn.ReLU()] if hidden else []
         last = nn.Linear(hidden or channels, units)
         nn.init.constant_(last.bias, bias)

@@ -52,6 +52,11 @@ class Cascade(Halt):
         self.thresholds: Tensor
         self.register_buffer("thresholds", torch.full((self.steps - 1,), torch.inf))
 
+    @property
+    def decides(self) -> str:
+        """By which confidence."""
+        return self.confidence.decides
+
     def start(self, x: Any) -> Any:
         """The input, no answers yet, and no memory."""
         return x, None, None

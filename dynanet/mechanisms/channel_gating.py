@@ -1,13 +1,14 @@
 """Channel gating: a convolution sums over some input channels, then decides whether the others are worth it."""
 
 import copy
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dynanet.core.dynamic import Dynamic, Kept
-from dynanet.core.errors import StructureError
+from dynanet.core.errors import ConfigError, StructureError
 from dynanet.core.gate import Gate
 from dynanet.core.objective import Objective
 from dynanet.core.rows import LEADING, Rows
@@ -66,6 +67,8 @@ class ChannelGating(Dynamic):
                 f"a base path of {base} channels and {conv}: give it at least one input channel and leave at least one "
                 f"of {inputs}, in a convolution without grouping"
             )
+        if not math.isfinite(threshold):
+            raise ConfigError(f"a gated convolution got a threshold of {threshold}; give a finite number")
         if groups < 1 or outputs % groups:
             raise StructureError(f"{outputs} output channels in {groups} groups; give a number that divides them")
         self.rows: Rows = LEADING if tiles is None else tiles

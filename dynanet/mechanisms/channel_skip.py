@@ -39,9 +39,9 @@ class ChannelSkip(Dynamic):
         boost: multiply what is kept with its score.
 
     Raises:
-        StructureError: not one of each per convolution, groups that do not divide, a convolution that cannot be cut
-            into blocks, a norm of other channels, a layer after it that would fill in the channels that were skipped,
-            or a gate with another number of units.
+        StructureError: not one of each per convolution, convolutions that do not fit together, groups that do not
+            divide, a convolution that cannot be cut into blocks, a norm of other channels, a layer after it that would
+            fill in the channels that were skipped, or a gate with another number of units.
     """
 
     def __init__(
@@ -65,6 +65,11 @@ class ChannelSkip(Dynamic):
             )
         for i, (conv, gate, norm, after) in enumerate(zip(convs, gates, normed, following, strict=True)):
             _check(conv, counts[i], counts[i - 1] if i else 1, gate, norm, after)
+            if i and conv.in_channels != convs[i - 1].out_channels:
+                raise StructureError(
+                    f"convolution {i} takes {conv.in_channels} channels and the one before answers "
+                    f"{convs[i - 1].out_channels}; make them equal"
+                )
         self.convs, self.gates, self.afters = nn.ModuleList(convs), nn.ModuleList(gates), nn.ModuleList(following)
         self.norms = nn.ModuleList(nn.Identity() if norm is None else norm for norm in normed)
         self.groups, self.boost = tuple(counts), boost

@@ -79,6 +79,11 @@ class EarlyExit(Halt):
             self.thresholds[off] = torch.inf
         self.leaves = torch.tensor(given[:-1], dtype=torch.int64, device=self.thresholds.device)
 
+    @property
+    def decides(self) -> str:
+        """By which confidence."""
+        return self.confidence.decides
+
     def start(self, x: Any) -> Any:
         """The input, and no memory of earlier exits."""
         return x, None

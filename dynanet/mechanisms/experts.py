@@ -64,6 +64,11 @@ class Experts(Dynamic):
         self.outputs = None if outputs is None else tuple(outputs)
         self._packed = PackedExperts()
 
+    @property
+    def decides(self) -> str:
+        """How answers are weighted."""
+        return getattr(self.mix, "__name__", type(self.mix).__name__)
+
     def forward(self, x: Tensor, present: Tensor | None = None) -> Tensor:
         """(rows..., ...) to (rows..., ...).
 
@@ -74,7 +79,11 @@ class Experts(Dynamic):
         Raises:
             StructureError: an expert that answers another shape than `outputs` says.
         """
-        keep, score = self.tap(self.gate(x), present=None if present is None else present.to(x.dtype)[..., None])
+        if present is not None and isinstance(self.gate, Gate) and getattr(self.gate.rule, "counts_rows", False):
+            decision = self.gate(x, present)
+        else:
+            decision = self.gate(x)
+        keep, score = self.tap(decision, present=None if present is None else present.to(x.dtype)[..., None])
         lead = tuple(keep.shape[:-1])
         shape = tuple(x.shape[len(lead) :]) if self.outputs is None else self.outputs
         weight = self.mix(score, keep)
@@ -150,11 +159,13 @@ class RouterScorer(nn.Module):
         jitter: in training, inputs are multiplied with noise from 1 - jitter to 1 + jitter (Switch: 0.01).
 
     Raises:
-        ConfigError: jitter below 0, or 1 and more.
+        ConfigError: sizes below 1; jitter below 0, or 1 and more.
     """
 
     def __init__(self, inputs: int, experts: int, jitter: float = 0.0):
         super().__init__()
+        if min(inputs, experts) < 1:
+            raise ConfigError(f"a router of {inputs} inputs to {experts} experts; give 1 or more of each")
         if not 0 <= jitter < 1:
             raise ConfigError(f"jitter of {jitter}; expected a number from 0 to below 1")
         self.weight, self.jitter = nn.Parameter(torch.empty(experts, inputs)), jitter
@@ -165,7 +176,8 @@ class RouterScorer(nn.Module):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.training and self.jitter:
             x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
-        return functional.linear(x, self.weight.to(x.dtype))
+        with torch.autocast(x.device.type, enabled=False):
+            return functional.linear(x, self.weight.to(x.dtype))
 
 
 class BiasedTopK(Rule):
@@ -187,12 +199,19 @@ class BiasedTopK(Rule):
         ConfigError: k below 1 or above the number of experts.
     """
 
+    counts_rows = True
+
     def __init__(self, k: int, experts: int, rate: float = 1e-3):
         super().__init__()
         _check_k(k, experts)
         self.k, self.rate = k, rate
         self.bias: Tensor
         self.register_buffer("bias", torch.zeros(experts))
+
+    @property
+    def decides(self) -> str:
+        """The k best, biased."""
+        return f"the {self.k} best of sigmoid(score) + bias"
 
     def check(self, units: int) -> None:
         """There is a bias for each unit."""
@@ -226,11 +245,19 @@ class BatchCoupledTopK(Rule):
         ConfigError: k below 1, or a capacity that is not positive.
     """
 
+    counts_rows = True
+    called_in_parts = True  # an engine would see a batch in pieces, or padding with it
+
     def __init__(self, k: int, capacity: float):
         super().__init__()
         if k < 1 or not capacity > 0:
             raise ConfigError(f"k is {k} and capacity {capacity}; expected k >= 1 and a capacity above 0")
         self.k, self.capacity = k, capacity
+
+    @property
+    def decides(self) -> str:
+        """The k best as far as there is room."""
+        return f"the {self.k} best scores, with a capacity of {self.capacity:g}"
 
     def check(self, units: int) -> None:
         """k is at most the number of units."""

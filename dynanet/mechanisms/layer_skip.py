@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import StructureError
+from dynanet.core.gate import Gate
 from dynanet.gates.recurrent import RecurrentGate
 
 
@@ -21,10 +22,14 @@ class LayerSkip(Dynamic):
         gate: maps x to a Decision with one unit: keep (rows, 1), or (B, T, 1) where tokens decide.
         otherwise: what takes the block's place, always computed; the identity if None. Blocks that change the shape
             put their shortcut here.
+
+    Raises:
+        StructureError: a gate for more than one unit.
     """
 
     def __init__(self, block: nn.Module, gate: nn.Module, otherwise: nn.Module | None = None):
         super().__init__()
+        _one_unit(gate)
         self.block, self.gate = block, gate
         self.otherwise = otherwise if otherwise is not None else nn.Identity()
 
@@ -44,6 +49,9 @@ class BranchSkip(Dynamic):
         gate: maps x to a Decision with one unit, keep (rows, 1).
         shortcut: the identity if None.
         activation: after the sum, not in place (where no row runs the branch, the sum is x itself); none if None.
+
+    Raises:
+        StructureError: a gate for more than one unit.
     """
 
     def __init__(
@@ -54,6 +62,7 @@ class BranchSkip(Dynamic):
         activation: nn.Module | None = None,
     ):
         super().__init__()
+        _one_unit(gate)
         self.branch, self.gate = branch, gate
         self.shortcut = shortcut if shortcut is not None else nn.Identity()
         self.activation = activation if activation is not None else nn.Identity()
@@ -101,3 +110,8 @@ class RecurrentSkip(Dynamic):
             keep = self.tap(decision, first=k).keep
             x = self.run(k, block, keep[..., 0], x, otherwise=otherwise(x))
         return x
+
+
+def _one_unit(gate: nn.Module) -> None:
+    if isinstance(gate, Gate) and gate.units != 1:
+        raise StructureError(f"one layer is run or skipped, and its gate decides on {gate.units} units; give units=1")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dynanet.core.dynamic import Dynamic
-from dynanet.core.errors import ConfigError, StructureError
+from dynanet.core.errors import ConfigError, InputError, StructureError
 from dynanet.core.gate import Gate
 from dynanet.core.trace import Frame
 from dynanet.gates.rules import TopK
@@ -198,11 +198,16 @@ def moefy(
         seed: of clustering and fitting.
 
     Raises:
-        StructureError: a block that does not divide the hidden neurons.
+        StructureError: layers that do not fit together, a block that does not divide the hidden neurons.
+        InputError: inputs that are not (N, D).
         ConfigError: more blocks to keep than there are, or no inputs.
     """
     if block < 1 or up.out_features % block:
         raise StructureError(f"{up.out_features} hidden neurons cannot be cut into blocks of {block}; give a divisor")
+    if down.in_features != up.out_features:
+        raise StructureError(f"the first layer answers {up.out_features} neurons, the second takes {down.in_features}")
+    if inputs_ND.dim() != 2 or inputs_ND.shape[1] != up.in_features:
+        raise InputError(f"moefy got inputs of shape {tuple(inputs_ND.shape)}; expected (rows, {up.in_features})")
     blocks = up.out_features // block
     if not 1 <= keep <= blocks:
         raise ConfigError(f"moefy is to keep {keep} blocks of {blocks}; give a number from 1 to {blocks}")

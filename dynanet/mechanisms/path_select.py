@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic, Kept
-from dynanet.core.errors import BudgetError, StructureError
+from dynanet.core.errors import BudgetError, ConfigError, StructureError
 from dynanet.core.gate import Gate
 from dynanet.core.objective import Objective
 from dynanet.core.rows import over_tensors
@@ -119,6 +119,8 @@ class PathBalance(Objective):
     """
 
     def __init__(self, weight: float = 1.0):
+        if not weight >= 0:
+            raise ConfigError(f"PathBalance got a weight of {weight}, which would draw rows together; give 0 or more")
         self.weight = weight
 
     def __call__(self, answer: Any, y: Any, trace: Trace) -> Tensor:

@@ -27,7 +27,8 @@ class PolicySkip(Dynamic):
         after: from the last block's answer to this layer's (a head); always runs.
 
     Attributes:
-        free: the policy decides on so many of the last blocks; those before them are kept. `curriculum` moves it.
+        free: in training the policy decides on so many of the last blocks, and those before them are kept;
+            `curriculum` moves it. In eval mode it decides on all.
 
     Raises:
         StructureError: no blocks, or a number of units or shortcuts that is not theirs.
@@ -66,7 +67,7 @@ class PolicySkip(Dynamic):
     def _held(self, decision: Decision) -> Decision:
         """The first blocks kept, and no gradient to scores that decided nothing: REINFORCE reads them."""
         held = len(self.blocks) - self.free
-        if held <= 0:
+        if not self.training or held <= 0:
             return decision
         keep, score = decision
         ones = torch.ones_like(keep[:, :held])

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from dynanet.core.errors import ConfigError, StructureError
 from dynanet.core.halt import Halt
@@ -52,7 +53,7 @@ class ACT(Halt):
         x = self.cells[k](x)
         answer = mean + _spread(1 - total, x) * x
         if k + 1 < self.steps:
-            h = self.halting[k](x).sigmoid()
+            h = _scores(self.halting[k](x), x).sigmoid()
             total, mean = total + h, mean + _spread(h, x) * x
         return (x, total, mean), answer
 
@@ -131,7 +132,7 @@ class PonderNet(Halt):
         x, hazard = state
         x = self.cells[k](x)
         if k + 1 < self.steps:
-            more = nn.functional.softplus(self.halting[k](x))
+            more = nn.functional.softplus(_scores(self.halting[k](x), x))
             hazard = more if self.training or hazard is None else hazard + more
         return (x, hazard), self.exits[k](x)
 
@@ -250,3 +251,13 @@ def _check_steps(what: str, cells: Sequence[nn.Module], halting: Sequence[nn.Mod
 def _spread(weight: Tensor, x: Tensor) -> Tensor:
     """(rows, 1) against (rows, ...)."""
     return weight.reshape(weight.shape[0], *[1] * (x.dim() - 1))
+
+
+def _scores(score: Tensor, state: Any) -> Tensor:
+    rows = tree_leaves(state)[0].shape[0]
+    if score.shape != (rows, 1):
+        raise StructureError(
+            f"a halting module answered scores of shape {tuple(score.shape)} for {rows} rows; expected one each, "
+            f"({rows}, 1)"
+        )
+    return score

@@ -47,6 +47,10 @@ class Slimmable(Dynamic):
 
     def __init__(self, net: Slim, gate: nn.Module):
         super().__init__()
+        if not isinstance(net, Slim):
+            raise StructureError(
+                f"a slimmable layer was expected, and this is {type(net).__name__}; see dynanet.nets.slim"
+            )
         if isinstance(gate, Gate) and gate.units != net.widths:
             raise StructureError(f"the gate scores {gate.units} widths and the net has {net.widths}; make them equal")
         self.net: nn.Module = net

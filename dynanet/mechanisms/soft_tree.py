@@ -14,9 +14,10 @@ from dynanet.core.gate import Gate
 from dynanet.core.objective import Objective
 from dynanet.core.rows import over_tensors
 from dynanet.core.trace import Call, Trace
-from dynanet.gates.rules import Soft, TopK
+from dynanet.gates.rules import Soft
 
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
+_LEAST = 1e-20  # of a probability
 
 
 def expected(keep: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -31,7 +32,9 @@ def mixture(keep: Tensor, left: Tensor, right: Tensor) -> Tensor:
     A tree of these answers the log-probabilities of the mixture of its leaves, so that `train.CrossEntropy` is the
     negative log-likelihood that neural decision forests and adaptive neural trees train with.
     """
-    share = keep.to(left.dtype).clamp(min=torch.finfo(left.dtype).tiny).log()
+    share = keep.to(left.dtype)
+    # The logarithm of 0 is cut off, but not the gradient: a hard rule learns from the side that it did not take.
+    share = (share + (share.clamp(min=_LEAST) - share).detach()).log()
     return torch.logaddexp(share[:, :1] + left, share[:, 1:] + right)
 
 
@@ -57,8 +60,8 @@ class SoftTree(Dynamic):
         mix: in training, from keep (rows, 2) and both answers to the answer: `mixture` or `expected`.
 
     Raises:
-        StructureError: a gate for more than one unit, or one whose rule is top-k (the one score of a node is always
-            among the best, so every row would go right).
+        StructureError: a gate for more than one unit, or one whose rule keeps the best of several (the one score of a
+            node is always among the best, so every row would go right).
     """
 
     def __init__(
@@ -75,8 +78,10 @@ class SoftTree(Dynamic):
             raise StructureError(
                 f"a node of a tree got a gate for {gate.units} units; give one score, which says right"
             )
-        if isinstance(gate, Gate) and isinstance(gate.rule, TopK):
-            raise StructureError("a node of a tree got a top-k rule, by which all rows go right; give Soft or Gumbel")
+        if isinstance(gate, Gate) and _keeps_anything(gate.rule):
+            raise StructureError(
+                f"a node of a tree got the rule {type(gate.rule).__name__}, by which all rows go right; give Soft or Gumbel"
+            )
         self.before = before if before is not None else nn.Identity()
         self.gate, self.left, self.right, self.mix = gate, left, right, mix
 
@@ -289,3 +294,12 @@ class RouteBalance(Objective):
 
 def _zeros(keep: Tensor, y: Any) -> Any:
     return over_tensors(lambda t: t.new_zeros(*keep.shape[:-1], *t.shape[1:]), y)
+
+
+@torch.no_grad()
+def _keeps_anything(rule: nn.Module) -> bool:
+    """The only score is kept, however low it is."""
+    training = rule.training
+    kept = bool(rule.eval()(torch.full((1, 1), -1e4)).all())
+    rule.train(training)
+    return kept

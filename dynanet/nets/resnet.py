@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from dynanet.core.errors import ConfigError
+from dynanet.core.errors import ConfigError, check_sizes
 
 BOTTLENECKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
@@ -130,6 +130,7 @@ def imagenet_blocks(depth: int) -> list[Residual]:
 
 def cifar_stem(in_channels: int, width: int) -> nn.Sequential:
     """A 3x3 convolution."""
+    check_sizes(in_channels=in_channels)
     return nn.Sequential(*_conv_bn(in_channels, width, 3), nn.ReLU(inplace=True))
 
 

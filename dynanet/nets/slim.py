@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dynanet.core.errors import ConfigError, StructureError
+from dynanet.core.errors import ConfigError, StructureError, check_sizes
 
 
 class Slim(nn.Module, ABC):
@@ -128,6 +128,7 @@ class SlimLinear(Slim):
 
     def __init__(self, inputs: Sequence[int], outputs: int):
         super().__init__()
+        check_sizes(outputs=outputs)
         self.inputs, self.widths = _channels("inputs", inputs), len(inputs)
         linear = nn.Linear(inputs[-1], outputs)
         self.weight, self.bias = linear.weight, linear.bias
@@ -148,7 +149,7 @@ class SlimSequential(Slim):
     """Layers one after another, slimmable ones and such as take any number of channels (ReLU, pooling).
 
     Raises:
-        StructureError: no slimmable layer, or layers with different numbers of widths.
+        StructureError: no slimmable layer, layers with different numbers of widths, or convolutions that do not fit.
     """
 
     def __init__(self, *parts: nn.Module):
@@ -156,6 +157,13 @@ class SlimSequential(Slim):
         found = {part.widths for part in parts if isinstance(part, Slim)}
         if len(found) != 1:
             raise StructureError(f"slimmable layers of one number of widths were expected; got {sorted(found)}")
+        known = [part for part in parts if isinstance(part, Slim) and not isinstance(part, SlimBatchNorm2d)]
+        for before, after in pairwise(known):
+            both = isinstance(before, SlimConv2d) and isinstance(after, SlimConv2d)
+            if both and before.outputs != after.inputs:
+                raise StructureError(
+                    f"a slimmable convolution answers {before.outputs} channels, and the next one takes {after.inputs}"
+                )
         self.parts, self.widths = nn.ModuleList(parts), found.pop()
 
     def forward(self, x: Tensor, u: int) -> Tensor:

@@ -56,8 +56,8 @@ class Batches:
                 f"batches of {batch_size} from {self.samples} samples (drop_last={drop_last}) come to none; expected a "
                 f"batch size between 1 and the number of samples"
             )
-        self._next = (0, 0)     # the epoch and batch that come next
-        self._skip = 0          # batches of the next pass that a resumed run has had already
+        self._next = (0, 0)  # the epoch and batch that come next
+        self._skip = 0  # batches of the next pass that a resumed run has had already
 
     @classmethod
     def of(cls, loader: "Batches | DataLoader", seed: int = 0) -> "Batches":

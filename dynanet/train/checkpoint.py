@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import CheckpointError
 from dynanet.core.files import write_atomically
+from dynanet.core.gate import Gate
 
 _MARK = b"sha256:"
 _COMMENT = len(_MARK) + 64
@@ -125,9 +127,10 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     Raises:
         CheckpointError: the checkpoint is damaged, or of another model.
     """
-    weights = load_checkpoint(path).get("state_dict", {})
-    weights = {name.removeprefix("model."): value for name, value in weights.items()}
+    loaded = load_checkpoint(path)
+    weights = {name.removeprefix("model."): value for name, value in loaded.get("state_dict", {}).items()}
     check_same_model(model.state_dict(), weights, path)
+    check_same_decisions(model, loaded.get("dynanet", {}).get("decides", {}), path)
     model.load_state_dict(weights)
     return model
 
@@ -149,6 +152,27 @@ def check_same_model(mine: Mapping[str, Any], theirs: Mapping[str, Any], path: o
         raise CheckpointError(
             f"{path} is of another model: {'; '.join(differences[:3])}{more}; build the model that was trained"
         )
+
+
+def decisions(model: nn.Module) -> dict[str, str]:
+    """What of a model's decisions no weight tells, by layer: rules with their k, confidences, and the like."""
+    deciding = ((name, m.decides) for name, m in model.named_modules() if isinstance(m, Gate | Dynamic))
+    return {name: how for name, how in deciding if how}
+
+
+def check_same_decisions(model: nn.Module, theirs: Mapping[str, str], path: object) -> None:
+    """The layers decide as those did that were trained. Older checkpoints did not say how.
+
+    Raises:
+        CheckpointError: naming the first that does not.
+    """
+    for name, now in decisions(model).items():
+        was = theirs.get(name, now)
+        if was != now:
+            raise CheckpointError(
+                f"{path} is of another gate: {name or 'the model'} decided by {was} and now does by {now}; build the "
+                f"model that was trained, and change it after its weights are loaded"
+            )
 
 
 def _content(path: Path) -> bytes | None:

@@ -112,7 +112,7 @@ class CollapseAlarm:
 
 
 def _load(call: Call, layer: Module) -> Load:
-    keep = call.decision.keep.detach().flatten(0, -2)  # (rows, columns)
+    keep = call.decision.keep.detach().flatten(0, -2).float()  # (rows, columns); half precision cannot count to 32,769
     columns, per_row = keep.shape[-1], keep.sum(1)
     compete = torch.tensor(columns > 1, device=keep.device)
     each = getattr(getattr(getattr(layer, "gate", None), "rule", None), "k", None)

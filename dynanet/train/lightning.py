@@ -14,7 +14,7 @@ from dynanet.core.errors import CheckpointError, DataError, TrainingError
 from dynanet.core.objective import Objective
 from dynanet.core.trace import Trace
 from dynanet.train.batches import Batches
-from dynanet.train.checkpoint import check_same_model
+from dynanet.train.checkpoint import check_same_decisions, check_same_model, decisions
 from dynanet.train.collapse import CollapseAlarm
 from dynanet.train.equilibrium import exits_reached, rescale_gradients
 from dynanet.train.objectives import Within
@@ -165,13 +165,15 @@ class Training(LightningModule):
         """What Lightning does not know: which batch comes next, and which run this is."""
         loader = self.trainer.train_dataloader
         position = loader.state_dict() if isinstance(loader, Batches) else {}
-        checkpoint["dynanet"] = {"run": self._run, "batches": position}
+        checkpoint["dynanet"] = {"run": self._run, "batches": position, "decides": decisions(self.model)}
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another model's."""
-        check_same_model(self.state_dict(), checkpoint["state_dict"], self.trainer.ckpt_path or "the checkpoint")
+        path = self.trainer.ckpt_path or "the checkpoint"
+        check_same_model(self.state_dict(), checkpoint["state_dict"], path)
         self._restored = checkpoint.get("dynanet")
+        check_same_decisions(self.model, (self._restored or {}).get("decides", {}), path)
 
     def _go_on(self) -> None:
         """From a restored checkpoint: only in the run that made it, and with the batch that comes next."""

@@ -1,6 +1,6 @@
 """Objectives for any mechanism: cross-entropies, a budget, rates.
 
-    objective = MultiExit(distill=0.5) + 2.0 * Within(Budget(macs=0.5 * cost.full), cost)
+objective = MultiExit(distill=0.5) + 2.0 * Within(Budget(macs=0.5 * cost.full), cost)
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,6 +25,7 @@ class CrossEntropy(Objective):
     """
 
     def __init__(self, label_smoothing: float = 0.0):
+        _check_smoothing(label_smoothing)
         self.label_smoothing = label_smoothing
 
     def __call__(self, answer: Tensor, y: Tensor, trace: Trace) -> Tensor:
@@ -59,6 +60,11 @@ class MultiExit(Objective):
         label_smoothing: float = 0.0,
         halt: str | None = None,
     ):
+        _check_smoothing(label_smoothing)
+        if not distill >= 0 or not temperature > 0:
+            raise ConfigError(
+                f"MultiExit got distill = {distill} and a temperature of {temperature}; give 0 or more, and a number above 0"
+            )
         self.weights = None if weights is None else tuple(weights)
         self.distill, self.temperature = distill, temperature
         self.label_smoothing, self.halt = label_smoothing, halt
@@ -190,3 +196,8 @@ def exit_answers(trace: Trace, halt: str | None = None) -> list[Any]:
             f"answered; name one of these, or use train.CrossEntropy for a model without exits"
         )
     return trace.answers[halt]
+
+
+def _check_smoothing(share: float) -> None:
+    if not 0 <= share < 1:
+        raise ConfigError(f"label_smoothing is {share}; give a share from 0 to below 1")

@@ -67,7 +67,7 @@ class DropReward(Reward):
     """
 
     def __init__(self, penalty: float):
-        if penalty < 0:
+        if not penalty >= 0:
             raise ConfigError(
                 f"DropReward takes the penalty of a wrong answer as a number of at least 0; got {penalty}"
             )

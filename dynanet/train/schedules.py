@@ -1,8 +1,8 @@
 """Schedules: what changes while training goes on, as a pure function of how far it is, so there is nothing to save.
 
-    anneal = anneal_temperature(model, exponential(5.0, 0.5))
-    tighten = tighten_budget(within, share=0.5)
-    fit(model, batches, ..., schedules=[anneal, tighten])      # or call them in your own loop: anneal(step / steps)
+anneal = anneal_temperature(model, exponential(5.0, 0.5))
+tighten = tighten_budget(within, share=0.5)
+fit(model, batches, ..., schedules=[anneal, tighten])      # or call them in your own loop: anneal(step / steps)
 """
 
 from collections.abc import Callable
@@ -12,8 +12,8 @@ from torch import nn
 from dynanet.core.errors import ConfigError
 from dynanet.train.objectives import Within
 
-Schedule = Callable[[float], float]     # from progress in [0, 1] to a value
-Setting = Callable[[float], None]       # sets something to its value at a progress in [0, 1]
+Schedule = Callable[[float], float]  # from progress in [0, 1] to a value
+Setting = Callable[[float], None]  # sets something to its value at a progress in [0, 1]
 
 
 def linear(start: float, end: float, *, share: float = 1.0) -> Schedule:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from dynanet.core.architecture import architecture
-from dynanet.core.errors import ConfigError
+from dynanet.core.errors import ConfigError, check_sizes
 from dynanet.mechanisms.channel_gating import ChannelGating
 from dynanet.ops.tiles import Tiles
 
@@ -44,6 +44,7 @@ def cgnet(
     Raises:
         ConfigError: a share outside (0, 1), not one depth per width, or groups that do not divide a width.
     """
+    check_sizes(num_classes=num_classes, in_channels=in_channels)
     if not 0 < share < 1:
         raise ConfigError(f"cgnet: share is {share}; expected a share of the input channels between 0 and 1")
     if not widths or len(widths) != len(depths) or min((*widths, *depths)) < 1:

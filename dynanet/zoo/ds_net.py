@@ -10,7 +10,7 @@ from itertools import pairwise
 from torch import nn
 
 from dynanet.core.architecture import architecture
-from dynanet.core.errors import ConfigError
+from dynanet.core.errors import ConfigError, check_sizes
 from dynanet.core.gate import Gate
 from dynanet.gates.rules import Pick
 from dynanet.mechanisms.slimmable import DoubleHead, Slimmable
@@ -107,6 +107,7 @@ def _mobilenet(
     channels: Sequence[Sequence[int]], in_channels: int, depths: Sequence[int], strides: Sequence[int]
 ) -> list[nn.Module]:
     """The stem, and a stage for every depth."""
+    check_sizes(in_channels=in_channels, stride=min(strides, default=1), depth=min(depths, default=1))
     image = (in_channels,) * len(channels[0])
     found: list[nn.Module] = [*_normed(SlimConv2d(image, channels[0], 3, strides[0]))]
     for inputs, outputs, depth, stride in zip(channels, channels[1:], depths, strides[1:], strict=False):

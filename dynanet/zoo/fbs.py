@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from dynanet.core.architecture import architecture
-from dynanet.core.errors import ConfigError
+from dynanet.core.errors import ConfigError, check_sizes
 from dynanet.mechanisms.channel_skip import ChannelSkip, fbs_gate
 from dynanet.nets.resnet import cifar_blocks, cifar_stem, head
 
@@ -51,7 +51,7 @@ def fbs(
         >>> tuple(model(torch.zeros(2, 3, 32, 32)).shape)
         (2, 10)
     """
-    _check(widths, strides, groups)
+    _check(num_classes, in_channels, widths, strides, groups)
     counts = [groups if groups is not None else width for width in widths]
     convs, norms, gates = [], [], []
     inputs = in_channels
@@ -95,7 +95,7 @@ def fbs_resnet(
     Raises:
         ConfigError: a depth that is not 6n + 2, groups that do not divide a width, or a density outside (0, 1].
     """
-    _check(widths, widths, groups)
+    _check(num_classes, in_channels, widths, widths, groups)
     blocks = cifar_blocks(depth, widths)
     for block in blocks:
         found = [m for m in block.branch.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
@@ -134,7 +134,7 @@ def static_vgg(
     if not width_multiplier > 0:
         raise ConfigError(f"static_vgg: width_multiplier is {width_multiplier}; expected a number above 0")
     widths = [max(1, round(width * width_multiplier)) for width in widths]
-    _check(widths, strides, None)
+    _check(num_classes, in_channels, widths, strides, None)
     layers: list[nn.Module] = []
     inputs = in_channels
     for i, (width, stride) in enumerate(zip(widths, strides, strict=True)):
@@ -145,7 +145,10 @@ def static_vgg(
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes))
 
 
-def _check(widths: Sequence[int], strides: Sequence[int], groups: int | None) -> None:
+def _check(
+    num_classes: int, in_channels: int, widths: Sequence[int], strides: Sequence[int], groups: int | None
+) -> None:
+    check_sizes(num_classes=num_classes, in_channels=in_channels, stride=min(strides, default=1))
     if not widths or len(widths) != len(strides):
         raise ConfigError(f"fbs: {len(widths)} widths and {len(strides)} strides; expected one stride per width")
     if groups is not None and (groups < 1 or any(width % groups for width in widths)):

@@ -100,4 +100,3 @@ class OfPixels(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Logits (pixels, classes)."""
         return self.exit.of_pixels(features)
-

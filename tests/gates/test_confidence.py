@@ -208,3 +208,9 @@ def test_another_confidence_at_every_exit():
             both.at(k)
     with pytest.raises(StructureError, match=r"confidence\.at\(k\)"):
         both(logits)
+
+
+@pytest.mark.parametrize("confidence", [MaxProbability(), Margin(), Entropy()], ids=lambda c: type(c).__name__)
+def test_one_logit_cannot_be_sure(confidence):
+    with pytest.raises(StructureError, match="a logit per class, two for yes and no"):
+        confidence(torch.randn(3, 1))

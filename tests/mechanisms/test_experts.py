@@ -210,3 +210,54 @@ def test_a_gate_of_ones_own():
         Experts([nn.Identity(), nn.Identity()], Alternate(), mix=lambda score, keep: 1 + score).eval(), sparse=True
     )
     torch.testing.assert_close(model(torch.ones(4, D)), torch.full((4, D), 2.0))
+
+
+def test_autocast_routes_in_float32_too():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert RouterScorer(D, E)(torch.randn(3, D)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("rule", [lambda: BiasedTopK(1, E, rate=0.02), lambda: BatchCoupledTopK(1, capacity=0.5)])
+def test_padding_is_not_counted(rule):
+    torch.manual_seed(0)
+    with_padding, without = moe(rule()).train(), moe(rule()).train()
+    without.load_state_dict(with_padding.state_dict())
+    x = torch.randn(2, 6, D)
+    present = torch.ones(2, 6)
+    present[1, 2:] = 0
+    with record(with_padding) as padded:
+        answer = with_padding(x, present=present)
+    with record(without) as alone:
+        expected = without(x[present > 0])
+    name = next(iter(padded.keys()))
+    assert torch.equal(padded[name][0][present > 0], alone[name][0])
+    torch.testing.assert_close(answer[present > 0], expected)
+    for mine, theirs in zip(with_padding.buffers(), without.buffers(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@torch.no_grad()
+def test_packed_weights_follow_the_weights():
+    torch.manual_seed(0)
+    model, x = execute(frozen(), sparse=True), torch.randn(5, D)
+    model(x)
+    inside = model.experts[0][0]
+
+    def agrees():
+        torch.testing.assert_close(execute(model, sparse=True)(x), execute(model, sparse=False)(x))
+
+    inside.weight.mul_(3)
+    agrees()
+    inside.weight.data = torch.randn_like(inside.weight)
+    agrees()
+    model.experts[1][2] = nn.Linear(2 * D, D).requires_grad_(False)
+    agrees()
+    heard = []
+    inside.register_forward_hook(lambda *call: heard.append(call))
+    execute(model, sparse=True)(x)
+    assert heard
+
+
+def frozen():
+    experts = [nn.Sequential(nn.Linear(D, 2 * D), nn.ReLU(), nn.Linear(2 * D, D)) for _ in range(E)]
+    return Experts(experts, Gate(RouterScorer(D, E), TopK(2), units=E)).eval().requires_grad_(False)

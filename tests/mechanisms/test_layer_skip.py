@@ -7,7 +7,7 @@ from dynanet.core.dynamic import execute, forced, record
 from dynanet.core.errors import StructureError
 from dynanet.core.gate import Gate
 from dynanet.gates.recurrent import RecurrentGate
-from dynanet.gates.rules import Given, Gumbel, Soft, StraightThrough
+from dynanet.gates.rules import Given, Gumbel, Soft, StraightThrough, Threshold
 from dynanet.infer import Session
 from dynanet.mechanisms.layer_skip import BranchSkip, LayerSkip, RecurrentSkip
 from dynanet.train import CrossEntropy, TargetRate
@@ -127,3 +127,9 @@ def test_a_trained_gate_beats_a_random_one_of_its_rate(rule):
     learnt, by_chance = ((a.argmax(1) == y).double().mean().item() for a in (answer, random))
     assert keep[hard].mean() > keep[~hard].mean() + 0.3
     assert learnt > by_chance + 0.05
+
+
+@pytest.mark.parametrize("make", [LayerSkip, BranchSkip])
+def test_one_layer_is_one_unit(make):
+    with pytest.raises(StructureError, match="decides on 4 units"):
+        make(nn.Linear(6, 6), Gate(nn.Linear(6, 4), Threshold(), units=4))

@@ -218,6 +218,9 @@ def test_what_means_nothing_is_refused():
     for eps in (0, 1):
         with pytest.raises(ConfigError, match="eps"):
             ACT([cell], [], eps)
+    for model in (ACT([cell, cell], [cell]), PonderNet([cell, cell], [cell, cell], [cell])):
+        with pytest.raises(StructureError, match=r"scores of shape \(2, 6\) for 2 rows"):
+            model(torch.randn(2, 6))
     with pytest.raises(ConfigError, match="probability of 1"):
         PonderNet([cell], [cell], [], at=1)
     for arguments in ((0, 0.1), (1, 0.1), (0.5, -1)):

@@ -9,7 +9,7 @@ from dynanet.core.dynamic import execute, forced, layers, record
 from dynanet.core.errors import ConfigError, StructureError
 from dynanet.core.gate import Gate
 from dynanet.core.macs import CountMacs
-from dynanet.gates.rules import Gumbel, Soft, TopK
+from dynanet.gates.rules import Gumbel, Pick, Soft, StraightThrough, TopK
 from dynanet.infer.session import Session
 from dynanet.mechanisms.soft_tree import (
     Forest,
@@ -239,7 +239,8 @@ WRONG = {
         "gate for 2 units",
         lambda: SoftTree(Gate(nn.Linear(D, 2), Soft(), 2), leaf(), leaf()),
     ),
-    "top-k": (StructureError, "top-k", lambda: SoftTree(Gate(nn.Linear(D, 1), TopK(1)), leaf(), leaf())),
+    "top-k": (StructureError, "TopK", lambda: SoftTree(Gate(nn.Linear(D, 1), TopK(1)), leaf(), leaf())),
+    "the best of one": (StructureError, "Pick", lambda: SoftTree(Gate(nn.Linear(D, 1), Pick()), leaf(), leaf())),
     "no trees": (StructureError, "no trees", lambda: Forest([])),
     "a bad weight": (ConfigError, "weight=-1", lambda: RouteBalance(-1)),
     "a bad decay": (ConfigError, "decay=0", lambda: RouteBalance(decay=0)),
@@ -251,3 +252,27 @@ def test_bad_input(case):
     error, message, build = WRONG[case]
     with pytest.raises(error, match=message):
         build()
+
+
+@pytest.mark.parametrize("rule", [StraightThrough(), Gumbel(), Soft()], ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize("good", [0, 1])
+def test_a_gate_learns_towards_the_better_leaf_whichever_it_took(rule, good):
+    answers = [torch.tensor([0.9, 0.1]).log(), torch.tensor([0.1, 0.9]).log()]
+    leaves = [Constant(answers[side == good]) for side in (0, 1)]
+    tree = SoftTree(Gate(nn.Linear(D, 1), rule), *leaves).train()
+    for bias in (-2.0, 2.0):  # mostly left, mostly right
+        nn.init.zeros_(tree.gate.scorer.weight)
+        nn.init.constant_(tree.gate.scorer.bias, bias)
+        tree.zero_grad()
+        nn.functional.nll_loss(tree(torch.randn(64, D)), torch.ones(64, dtype=torch.long)).backward()
+        slope = float(tree.gate.scorer.bias.grad)
+        assert (slope < 0) == (good == 1), slope  # the score of going right rises if right is good
+
+
+class Constant(nn.Module):
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x):
+        return self.answer.expand(len(x), -1)

@@ -13,7 +13,11 @@ from train_toys import toy
 
 from dynanet import train
 from dynanet.core.errors import CheckpointError
-from dynanet.train.checkpoint import is_whole, step_file, step_files, sweep
+from dynanet.core.gate import Gate
+from dynanet.gates.confidence import Patience
+from dynanet.gates.rules import Gumbel, StraightThrough, TopK
+from dynanet.mechanisms.layer_skip import LayerSkip
+from dynanet.train.checkpoint import decisions, is_whole, step_file, step_files, sweep
 
 STATE = {"state_dict": {"a": torch.arange(300.0), "b": torch.ones(2, dtype=torch.int64)}, "names": ["x", None]}
 
@@ -134,3 +138,26 @@ def test_weights_go_back_into_the_model_that_made_them_only(tmp_path):
         train.load_weights(toy(width=4), path)
     with pytest.raises(CheckpointError, match="weight is not in the checkpoint; bias is not in .*and 15 more"):
         train.load_weights(torch.nn.Linear(8, 16), path)
+
+
+def test_another_gate_is_refused(tmp_path):
+    path = tmp_path / "one.ckpt"
+
+    def saved(model):
+        state = {f"model.{k}": v for k, v in model.state_dict().items()}
+        train.save_checkpoint({"state_dict": state, "dynanet": {"decides": decisions(model)}}, path)
+
+    def gated(rule):
+        return LayerSkip(torch.nn.Linear(4, 4), Gate(torch.nn.Linear(4, 1), rule))
+
+    saved(gated(Gumbel()))
+    train.load_weights(gated(StraightThrough()), path)  # in eval mode the same
+    with pytest.raises(CheckpointError, match="gate decided by scores above 0 and now does by scores above 3"):
+        train.load_weights(gated(StraightThrough(3.0)), path)
+    with pytest.raises(CheckpointError, match="and now does by the 1 best scores"):
+        train.load_weights(gated(TopK(1)), path)
+    saved(toy())
+    other = toy()
+    other.confidence = Patience()
+    with pytest.raises(CheckpointError, match="the model decided by MaxProbability and now does by Patience"):
+        train.load_weights(other, path)

@@ -111,3 +111,12 @@ def test_few_units_padding_and_limits_hide_no_collapse(units, settings):
     one, even = Experts([99.0] * k + [0.0] * (units - k), **settings), Experts([0.0] * units, **settings)
     wrong = collapsed(loads(traced(nn.Sequential(one, even))))
     assert list(wrong) == ["0"] and "the units of '0' have collapsed" in wrong["0"]
+
+
+def test_rates_in_half_precision_are_counted_to_the_end():
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [loads(traced(nn.Sequential(skip(0.0)), rows=4096)) for _ in range(12)]
+    total = found[0]["0"]
+    for load in found[1:]:
+        total = total + load["0"]
+    assert float(total.rows.sum()) == 12 * 4096

@@ -23,6 +23,7 @@ class PackedExperts:
         self._wide = 0
         self._held: list[tuple[dict[str, Any], list[object]]] = []
         self._weights: list[Tensor] = []
+        self._hooks: list[dict[int, Any]] = []
         self._state: list[object] = []
         self._ready: _Ready | None = None
 
@@ -65,6 +66,10 @@ class PackedExperts:
             dicts: list[dict[str, Any]] = [experts._modules]
             dicts += [e._modules for e in experts] + [part._parameters for part in parts]
             self._held = [(held, list(held.values())) for held in dicts]
+            modules = [module for expert in experts for module in (expert, *expert.children())]
+            self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+            if any(self._hooks):
+                self._ready = None
             self._weights = [p for _, values in self._held for p in values if isinstance(p, Tensor)]
             self._state = self._states()
         return self._ready
@@ -76,10 +81,10 @@ class PackedExperts:
         for held, values in self._held:
             if len(held) != len(values) or not all(map(operator.is_, held.values(), values)):
                 return False
-        return self._state == self._states()
+        return not any(self._hooks) and self._state == self._states()
 
     def _states(self) -> list[object]:
-        return [None if p.is_inference() else (p._version, p.requires_grad) for p in self._weights]
+        return [None if p.is_inference() else (p._version, p.data_ptr(), p.requires_grad) for p in self._weights]
 
     def _made(self, experts: Sequence[nn.Module]) -> "_Ready | None":
         stacks = [list(expert.children()) for expert in experts]

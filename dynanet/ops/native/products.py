@@ -40,11 +40,11 @@ class Packed:
 
     Only for weights that are frozen (no gradient is wanted of them): training changes weights at every step. A session
     freezes its model. What is packed is a copy and takes the weights' memory a second time. A copy of the owner packs
-    anew.
+    anew. What is written past torch's counting of changes, through `weight.data` in place, is not noticed.
     """
 
     def __init__(self) -> None:
-        self._wide, self._of, self._state = 0, list[Tensor | None](), list[tuple[int, bool] | None]()
+        self._wide, self._of, self._state = 0, list[Tensor | None](), list[tuple[int, int, bool] | None]()
         self._packed: Tensor | None = None
         self._bias: Tensor | None = None
 
@@ -61,7 +61,7 @@ class Packed:
         if any(t is not None and t.is_inference() for t in weights):
             return None  # nothing tells when these change
         # A few microseconds: with one row, that counts.
-        state = [None if t is None else (t._version, t.requires_grad) for t in tensors]
+        state = [None if t is None else (t._version, t.data_ptr(), t.requires_grad) for t in tensors]
         if (
             self._packed is not None
             and self._wide == kernels.wide
