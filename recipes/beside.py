@@ -79,6 +79,7 @@ class Experiment:
         samples: test inputs of one shape, for prices and timing; 256 or more.
         optimizer: as for `train.fit`.
         precision: as for Lightning's Trainer.
+        sample: one input as long as a batch's, without padding, of which a batch is priced.
     """
 
     name: str
@@ -91,6 +92,7 @@ class Experiment:
     samples: torch.Tensor
     optimizer: Callable
     precision: str = "32-true"
+    sample: Callable[[torch.Tensor], torch.Tensor] = lambda x: x[:1]
 
     def run(self, args):
         """Train the networks that were named, measure all that were trained, or time those that were named."""
@@ -125,9 +127,8 @@ class Experiment:
         return self.static | self.dynamic
 
     def trained(self, name, args):
-        """In eval mode, with the statistics that its batch norms had in training; and its cost model."""
-        model = self.finished(name, args).eval()
-        return model, CostModel(model, self.samples[:1])
+        """In eval mode, with the statistics that its batch norms had in training."""
+        return self.finished(name, args).eval()
 
     def there(self, name, args):
         """Was it trained, with all that it begins with?"""
@@ -162,8 +163,8 @@ class Experiment:
         for name in [*self.static, *self.dynamic]:
             if name in self.dynamic and not self.there(name, args):
                 continue
-            model, cost = self.trained(name, args)
-            accuracy, spent = evaluate(model, cost, self.test)
+            model = self.trained(name, args)
+            accuracy, spent = evaluate(model, self.test, self.sample)
             row = {
                 "network": name, "macs": spent, "accuracy": accuracy, "epochs": self.epochs(name, args),
                 "parameters": sum(p.numel() for p in model.parameters()),
@@ -176,7 +177,7 @@ class Experiment:
                 if macs[0] <= spent <= macs[-1]:
                     row["static_accuracy"] = float(np.interp(np.log(spent), np.log(macs), accuracies))
             if layers(model):
-                row["random_accuracy"], row["random_macs"] = evaluate(model, cost, self.test, exchanged=True)
+                row["random_accuracy"], row["random_macs"] = evaluate(model, self.test, self.sample, exchanged=True)
             rows.append(row)
             print(row, flush=True)
         append_rows(args.results / f"{self.name}.csv", rows, {"data": self.title, "seed": args.seed})
@@ -184,7 +185,7 @@ class Experiment:
     def _speed(self, args):
         for name in args.names or self.dynamic:
             if self.there(name, args):
-                model, _ = self.trained(name, args)
+                model = self.trained(name, args)
                 rows = compare(
                     model, self.samples, threads=[1], rounds=args.rounds, full=self.finished([*self.static][-1], args),
                     tell=print,
@@ -192,15 +193,22 @@ class Experiment:
                 append_rows(args.results / f"{self.name}_speed.csv", [asdict(row) for row in rows], {"network": name})
 
 
-def evaluate(model, cost, batches, *, exchanged=False):
+def evaluate(model, batches, sample, *, exchanged=False):
     """(accuracy, MACs per sample) in the sparse form; if `exchanged`, every sample with the decisions of another.
+
+    MACs are those that run in these batches: a batch of longer sentences has dearer ones, padding included that is
+    computed.
 
     Decisions are exchanged in the dense form: there every sample is asked at every exit and node, so that one exchange
     for a whole pass leaves the rates of all exits and leaves as they were.
     """
     execute(model, sparse=not exchanged)
     right = spent = seen = 0
+    costs = {}
     for x, y in batches:
+        if x.shape[1:] not in costs:
+            costs[x.shape[1:]] = CostModel(model, sample(x))
+        cost = costs[x.shape[1:]]
         decide = forced(model, of_another(len(y))) if exchanged else nullcontext()
         with torch.no_grad(), record(model) as trace, decide:
             right += int((model(x).argmax(1) == y).sum())

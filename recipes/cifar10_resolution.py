@@ -79,17 +79,6 @@ def with_exits(held_out, share, model):
     return calibrate(model, held_out, CostModel(model, example)).at(budget)
 
 
-class Glimpses(Experiment):
-    """Leaves the norms of glimpses alone: in training every row took all of them."""
-
-    def trained(self, name, args):
-        """As `Experiment.trained`, but thresholds stay right for the statistics they were fitted with."""
-        if not name.startswith("glance"):
-            return super().trained(name, args)
-        model = self.finished(name, args).eval()
-        return execute(model, sparse=True), CostModel(model, self.samples[:1])
-
-
 def dynamic(held_out):
     """By name; the stages of the glimpses' training begin with each other."""
     found = {
@@ -117,7 +106,7 @@ if __name__ == "__main__":
     args = arguments(__doc__.split("\n")[0], "cifar10_mechanisms", epochs=6)
     problem = open_problem(Data("parquet", place=args.data, held_out=5000), batch=128, seed=args.seed)
     samples = torch.cat([x for (x, _), _ in zip(problem.test, range(2), strict=False)])
-    Glimpses(
+    Experiment(
         "cifar10_resolution", problem.title, STATIC, dynamic(problem.held_out), problem.train, problem.held_out,
         problem.test, samples, sgd(0.2, weight_decay=5e-4), "bf16-mixed",
     ).run(args)  # fmt: skip

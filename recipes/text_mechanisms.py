@@ -108,4 +108,5 @@ if __name__ == "__main__":
         train=part(kept, shuffle=True, drop_last=True, seed=args.seed), held_out=part(aside),
         test=Batches(test, 32, collate=Sentences.collate),
         samples=torch.stack([ids[:6] for ids in test.ids if len(ids) >= 6]), optimizer=adamw(1e-3, weight_decay=0.1),
+        sample=lambda ids: ids[(ids != 0).sum(1).argmax()][None],
     ).run(args)  # fmt: skip

@@ -29,12 +29,13 @@ def facts() -> dict[str, str]:
 
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> None:
-    """Append rows to a CSV file, each with what it is about and what it was measured on."""
+    """Append rows to a CSV file, each with what it is about and what it was measured on. Folders are made."""
     more = {**about, **facts(), "measured": time.strftime("%Y-%m-%d %H:%M")}
     known: list[Mapping[str, Any]] = []
     if path.exists():
         with path.open(newline="") as file:
             known = list(csv.DictReader(file))
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_csv(path, [*known, *({**row, **more} for row in rows)])
 
 

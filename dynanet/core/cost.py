@@ -1,5 +1,6 @@
 """A CostModel prices every unit of a model, from what really ran."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,13 +16,16 @@ from dynanet.core.errors import InputError, StructureError
 from dynanet.core.macs import CountMacs
 from dynanet.core.trace import Call, Trace
 
+log = logging.getLogger(__name__)
+
 
 class CostModel:
     """What every unit of a model costs, and what a forward pass spent.
 
     Prices are measured, not derived: one sparse pass with everything kept, its MACs counted at dispatch and given to
     the innermost unit that ran; divided by the rows that ran it. `macs` are multiply-accumulates of convolutions,
-    linears, matmuls and attention. Prices hold for inputs of the example's size.
+    linears, matmuls and attention. Prices hold for inputs of the example's size: make a cost model for every size that
+    there is (it warns of a trace with another number of rows per sample).
 
     Layers go by their names, so a cost model also prices traces of a copy of the model: of a session, say.
 
@@ -64,6 +68,8 @@ class CostModel:
         self.worst = _dearest(trace, macs, most) / samples
         self.unit = {name: _prices(name, layer, passes) for name, layer in found.items() if name in trace.keys()}
         self._price = {name: layer.price for name, layer in found.items()}
+        self._rows = {(call.name, call.keep.shape[1:-1]) for call in trace.calls}
+        self._told = False
 
     def spent(self, trace: Trace) -> Tensor:
         """MACs per sample of a recorded pass, (B,) float64: equal to what runs when the sample runs sparsely alone.
@@ -121,6 +127,13 @@ class CostModel:
     def _call(self, call: Call) -> Tensor:
         if call.name not in self.unit:
             raise StructureError(f"the trace has a layer {call.name!r} that this cost model never saw; make one for it")
+        if (call.name, call.keep.shape[1:-1]) not in self._rows and not self._told:
+            self._told = True
+            log.warning(
+                "%r decided on %s rows per sample, another number than in the example that this cost model was made with: "
+                "its prices hold for inputs of the example's size; make one for every size",
+                call.name, tuple(call.keep.shape[1:-1]),
+            )  # fmt: skip
         prices = self.unit[call.name].to(call.keep.device)[call.first : call.first + call.keep.shape[-1]]
         if prices.shape[0] != call.keep.shape[-1]:
             raise StructureError(
