@@ -3,7 +3,7 @@
 Shared by `cifar10_mechanisms.py` and `text_mechanisms.py`. For every mechanism `measure` writes test accuracy and the
 MACs really spent, and beside them
 
-- the full network (nothing skipped, trained without gates): the dearest static one,
+- the full network (trained without gates): the dearest static one,
 - the static network of the same MACs: accuracies of the two nearest sizes, interpolated in the logarithm of the MACs,
 - random gates of the same rates: the trained network, every sample with the decisions of another one of its batch.
 
@@ -164,9 +164,9 @@ class Experiment:
             if name in self.dynamic and not self.there(name, args):
                 continue
             model = self.trained(name, args)
-            accuracy, spent = evaluate(model, self.test, self.sample)
+            accuracy, spent, full = evaluate(model, self.test, self.sample)
             row = {
-                "network": name, "macs": spent, "accuracy": accuracy, "epochs": self.epochs(name, args),
+                "network": name, "macs": spent, "own_macs": full, "accuracy": accuracy, "epochs": self.epochs(name, args),
                 "parameters": sum(p.numel() for p in model.parameters()),
             }  # fmt: skip
             if name in self.static:
@@ -177,7 +177,7 @@ class Experiment:
                 if macs[0] <= spent <= macs[-1]:
                     row["static_accuracy"] = float(np.interp(np.log(spent), np.log(macs), accuracies))
             if layers(model):
-                row["random_accuracy"], row["random_macs"] = evaluate(model, self.test, self.sample, exchanged=True)
+                row["random_accuracy"], row["random_macs"], _ = evaluate(model, self.test, self.sample, exchanged=True)
             rows.append(row)
             print(row, flush=True)
         append_rows(args.results / f"{self.name}.csv", rows, {"data": self.title, "seed": args.seed})
@@ -194,7 +194,8 @@ class Experiment:
 
 
 def evaluate(model, batches, sample, *, exchanged=False):
-    """(accuracy, MACs per sample) in the sparse form; if `exchanged`, every sample with the decisions of another.
+    """(accuracy, MACs per sample, MACs of nothing skipped) in the sparse form; if `exchanged`, every sample with the
+    decisions of another.
 
     MACs are those that run in these batches: a batch of longer sentences has dearer ones, padding included that is
     computed.
@@ -203,7 +204,7 @@ def evaluate(model, batches, sample, *, exchanged=False):
     for a whole pass leaves the rates of all exits and leaves as they were.
     """
     execute(model, sparse=not exchanged)
-    right = spent = seen = 0
+    right = spent = full = seen = 0
     costs = {}
     for x, y in batches:
         if x.shape[1:] not in costs:
@@ -213,8 +214,9 @@ def evaluate(model, batches, sample, *, exchanged=False):
         with torch.no_grad(), record(model) as trace, decide:
             right += int((model(x).argmax(1) == y).sum())
         spent += float(cost.spent(trace).sum()) if layers(model) else cost.full * len(y)
+        full += cost.full * len(y)
         seen += len(y)
-    return right / seen, spent / seen
+    return right / seen, spent / seen, full / seen
 
 
 def of_another(samples):

@@ -16,7 +16,7 @@ from beside import Experiment, Recipe, arguments
 from cifar10_mechanisms import STATIC, WIDTHS, static, within
 from torch import nn
 
-from dynanet import Budget, CostModel, Gate, execute
+from dynanet import Budget, CostModel, Gate
 from dynanet.experiment import Data, open_problem
 from dynanet.gates.rules import Pick
 from dynanet.gates.scorers import PooledScorer

@@ -21,6 +21,8 @@ from dynanet.bench.compare import compare
 from dynanet.bench.machine import append_rows
 from dynanet.gates.rules import Threshold, TopK
 from dynanet.gates.scorers import PooledScorer
+from dynanet.mechanisms.cascade import Cascade
+from dynanet.mechanisms.channel_gating import ChannelGating
 from dynanet.mechanisms.channel_skip import ChannelSkip
 from dynanet.mechanisms.layer_skip import LayerSkip
 from dynanet.mechanisms.path_select import PathSelect
@@ -85,18 +87,50 @@ def channel_skip(keep, channels=256):
     return nn.Sequential(basic_block(channels, channels), *(pair() for _ in range(2)), head(channels, 10))
 
 
+def channel_gating(keep, channels=256):
+    """Four convolutions of which a quarter of the inputs is always read, and the rest by half of the outputs' groups."""
+    convs = [nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(4)]
+    gated = [ChannelGating(conv, channels // 4, groups=4) for conv in convs]
+    chain = [layer for gate in gated for layer in (gate, nn.ReLU())]
+    return nn.Sequential(basic_block(channels, channels), *chain, head(channels, 10))
+
+
+def cascade(keep, channels=64):
+    """A network of half the channels and fewer blocks, and behind it the one of five blocks."""
+    half = channels // 2
+    begin = [nn.Conv2d(channels, half, 3, padding=1, bias=False), nn.BatchNorm2d(half), nn.ReLU()]
+    small = nn.Sequential(*begin, basic_block(half, half), basic_block(half, half), head(half, 10))
+    return Cascade([small, nn.Sequential(*(basic_block(channels, channels) for _ in range(5)), head(channels, 10))])
+
+
 NETWORKS = {  # what is built, the input's channels and side, and the shares that gates keep; None: an equal share each
     "layer_skip": (layer_skip, 64, 28, (0.25, 0.5, 0.75)),
     "policy_skip": (policy_skip, 64, 28, (0.5,)),
     "path_select": (path_select, 64, 28, (None,)),
     "widths": (widths, 256, 14, (None,)),
     "channel_skip": (channel_skip, 256, 14, (0.25, 0.5, 0.75)),
+    "channel_gating": (channel_gating, 256, 14, (0.25, 0.5)),
+    "cascade": (cascade, 64, 28, (0.25, 0.5)),
 }
 
 
 def keeping(model, x, share):
     """Gates' last biases so that each keeps the share of these inputs, or each of its units an equal one."""
     model = execute(model.eval(), sparse=False)
+    if isinstance(model, Cascade):
+        with torch.no_grad():
+            sure = model.confidence(model.networks[0](x))
+        model.thresholds.fill_(float(sure.quantile(share)))
+        return model
+    for layer in model:
+        if isinstance(layer, ChannelGating):
+            heard = []
+            hook = layer.gate.scorer.register_forward_hook(lambda m, inputs, score, heard=heard: heard.append(score))
+            with torch.no_grad():
+                model(x)
+            hook.remove()
+            with torch.no_grad():
+                layer.gate.scorer.thresholds += heard[0].flatten(0, -2).quantile(1 - share, dim=0)
     gates = [m for m in model.modules() if isinstance(m, Gate) and isinstance(m.scorer, PooledScorer)]
     for gate in gates:  # in order: what one decides, the next one sees
         if isinstance(gate.rule, Threshold) and gate.rule.at < 0:
@@ -118,7 +152,7 @@ def keeping(model, x, share):
 
 def full(name, channels):
     """What has no gate: the network to beat, where the model's own dense form computes several alternatives."""
-    if name == "path_select":
+    if name in ("path_select", "cascade"):
         return nn.Sequential(*(basic_block(channels, channels) for _ in range(5)), head(channels, 10))
     if name == "widths":
         convs = (nn.Conv2d(channels, channels, 3, padding=1, bias=False) for _ in range(4))

@@ -60,6 +60,7 @@ class Skim(Dynamic):
                 f"least 1 feature but not all of them"
             )
         self.big, self.small = big, small
+        self._pair = isinstance(big, nn.LSTMCell)  # asked now: a session puts engines in place of cells
         self.inputs, self.hidden, self.skimmed, self.every_step = inputs, hidden, skimmed, every_step
         self.gate = Gate(nn.Linear(inputs + hidden, 1), rule if rule is not None else Gumbel())
 
@@ -77,7 +78,7 @@ class Skim(Dynamic):
         """
         x_BTD, lengths = as_sequences(x, self.inputs)
         zero = x_BTD.new_zeros(x_BTD.shape[0], self.hidden)
-        state: Any = (zero, zero) if isinstance(self.big, nn.LSTMCell) else zero
+        state: Any = (zero, zero) if self._pair else zero
         nothing, states = over_tensors(torch.zeros_like, state), []
         for t in range(x_BTD.shape[1]):
             step = (x_BTD[:, t], state)
