@@ -5,13 +5,15 @@ MACs really spent, and beside them
 
 - the full network (trained without gates): the dearest static one,
 - the static network of the same MACs: accuracies of the two nearest sizes, interpolated in the logarithm of the MACs,
-- random gates of the same rates: the trained network, every sample with the decisions of another one of its batch.
+- random gates of the same rates: the trained network, every sample with the decisions of another one of its batch,
+- units that are kept for less than 2 % or more than 98 % of the rows: gates that say the same of every input.
 
 `speed` times the session against the same weights without skipping, as `dynanet bench` does: on a quiet machine. What
 falls short is written too.
 """
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -164,7 +166,7 @@ class Experiment:
             if name in self.dynamic and not self.there(name, args):
                 continue
             model = self.trained(name, args)
-            accuracy, spent, full = evaluate(model, self.test, self.sample)
+            accuracy, spent, full, rates = evaluate(model, self.test, self.sample)
             row = {
                 "network": name, "macs": spent, "own_macs": full, "accuracy": accuracy, "epochs": self.epochs(name, args),
                 "parameters": sum(p.numel() for p in model.parameters()),
@@ -177,7 +179,8 @@ class Experiment:
                 if macs[0] <= spent <= macs[-1]:
                     row["static_accuracy"] = float(np.interp(np.log(spent), np.log(macs), accuracies))
             if layers(model):
-                row["random_accuracy"], row["random_macs"], _ = evaluate(model, self.test, self.sample, exchanged=True)
+                row["units"], row["constant_units"] = len(rates), int(((rates < 0.02) | (rates > 0.98)).sum())
+                row["random_accuracy"], row["random_macs"], *_ = evaluate(model, self.test, self.sample, exchanged=True)
             rows.append(row)
             print(row, flush=True)
         append_rows(args.results / f"{self.name}.csv", rows, {"data": self.title, "seed": args.seed})
@@ -194,8 +197,8 @@ class Experiment:
 
 
 def evaluate(model, batches, sample, *, exchanged=False):
-    """(accuracy, MACs per sample, MACs of nothing skipped) in the sparse form; if `exchanged`, every sample with the
-    decisions of another.
+    """(accuracy, MACs per sample, MACs of nothing skipped, every unit's share of rows) in the sparse form; if
+    `exchanged`, every sample with the decisions of another.
 
     MACs are those that run in these batches: a batch of longer sentences has dearer ones, padding included that is
     computed.
@@ -205,7 +208,7 @@ def evaluate(model, batches, sample, *, exchanged=False):
     """
     execute(model, sparse=not exchanged)
     right = spent = full = seen = 0
-    costs = {}
+    costs, kept, rows = {}, Counter(), Counter()
     for x, y in batches:
         if x.shape[1:] not in costs:
             costs[x.shape[1:]] = CostModel(model, sample(x))
@@ -216,7 +219,11 @@ def evaluate(model, batches, sample, *, exchanged=False):
         spent += float(cost.spent(trace).sum()) if layers(model) else cost.full * len(y)
         full += cost.full * len(y)
         seen += len(y)
-    return right / seen, spent / seen, full / seen
+        for call in trace.calls:
+            kept[call.name, call.first] += call.keep.flatten(0, -2).sum(0)
+            rows[call.name, call.first] += call.keep[..., 0].numel()
+    rates = torch.cat([kept[unit] / rows[unit] for unit in kept]) if kept else torch.zeros(0)
+    return right / seen, spent / seen, full / seen, rates
 
 
 def of_another(samples):
