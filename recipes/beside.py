@@ -108,8 +108,10 @@ class Experiment:
             self._speed(args)
 
     def _train(self, name, args):
-        torch.manual_seed(args.seed)
         recipe = self.recipes[name]
+        if recipe.start is not None and not self.there(recipe.start, args):
+            self._train(recipe.start, args)
+        torch.manual_seed(args.seed)
         model = self._begun(name, args)
         if recipe.objective is None:
             return
