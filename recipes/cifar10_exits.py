@@ -151,7 +151,8 @@ def measure(experiment, family, args):
     """The rows of a family."""
     rows, curve = [], []
     for name in family.static:
-        accuracy, macs = evaluate(*finished(name, experiment, args), experiment.test)
+        model, _ = finished(name, experiment, args)
+        accuracy, macs, *_ = evaluate(model, experiment.test, experiment.sample)
         curve.append((macs, accuracy))
         rows.append({"network": name, "macs": macs, "accuracy": accuracy, "epochs": experiment.epochs(name, args)})
     macs, accuracies = zip(*sorted(curve), strict=True)

@@ -25,7 +25,7 @@ class CostModel:
     Prices are measured, not derived: one sparse pass with everything kept, its MACs counted at dispatch and given to
     the innermost unit that ran; divided by the rows that ran it. `macs` are multiply-accumulates of convolutions,
     linears, matmuls and attention. Prices hold for inputs of the example's size: make a cost model for every size that
-    there is (it warns of a trace with another number of rows per sample).
+    there is. It warns of a trace with another number of rows per sample, where much runs that is in no unit.
 
     Layers go by their names, so a cost model also prices traces of a copy of the model: of a session, say.
 
@@ -127,12 +127,12 @@ class CostModel:
     def _call(self, call: Call) -> Tensor:
         if call.name not in self.unit:
             raise StructureError(f"the trace has a layer {call.name!r} that this cost model never saw; make one for it")
-        if (call.name, call.keep.shape[1:-1]) not in self._rows and not self._told:
+        if (call.name, call.keep.shape[1:-1]) not in self._rows and not self._told and self.always > 0.05 * self.full:
             self._told = True
             log.warning(
-                "%r decided on %s rows per sample, another number than in the example that this cost model was made with: "
-                "its prices hold for inputs of the example's size; make one for every size",
-                call.name, tuple(call.keep.shape[1:-1]),
+                "%r decided on %s rows per sample, another number than in the example of this cost model. What runs "
+                "whatever is decided, %.0f%% of all, is priced for the example's size; make a cost model for every size",
+                call.name, tuple(call.keep.shape[1:-1]), 100 * self.always / self.full,
             )  # fmt: skip
         prices = self.unit[call.name].to(call.keep.device)[call.first : call.first + call.keep.shape[-1]]
         if prices.shape[0] != call.keep.shape[-1]:
