@@ -127,7 +127,8 @@ class CostModel:
     def _call(self, call: Call) -> Tensor:
         if call.name not in self.unit:
             raise StructureError(f"the trace has a layer {call.name!r} that this cost model never saw; make one for it")
-        if (call.name, call.keep.shape[1:-1]) not in self._rows and not self._told and self.always > 0.05 * self.full:
+        another = (call.name, call.keep.shape[1:-1]) not in self._rows
+        if another and not self._told and self.always > 0.05 * self.full:
             self._told = True
             log.warning(
                 "%r decided on %s rows per sample, another number than in the example of this cost model. What runs "

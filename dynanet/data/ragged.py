@@ -14,7 +14,8 @@ class Sequences(NamedTuple):
     """A padded batch that knows how long each row is. What lies behind a row's end is never computed with.
 
     Attributes:
-        x: (B, T, features); 0 behind the end of a row. NaN there would spread in dense form.
+        x: (B, T, features), or (B, T, C, H, W) of videos; 0 behind the end of a row. NaN there would spread in dense
+            form.
         lengths: (B,) int64, from 1 to T.
     """
 
@@ -119,8 +120,18 @@ def as_sequences(x: Tensor | Sequences, features: int) -> Sequences:
         raise InputError(
             f"sequences of shape {tuple(given.shape)}; expected (batch, steps, {features}) with at least one step"
         )
+    return with_lengths(x)
+
+
+def with_lengths(x: Tensor | Sequences) -> Sequences:
+    """Sequences of anything, (B, T, ...): a tensor is as long as it looks in every row.
+
+    Raises:
+        InputError: lengths that are not one per row and from 1 to T.
+    """
     if not isinstance(x, Sequences):
         return Sequences(x, torch.full((x.shape[0],), x.shape[1], device=x.device))
+    given = x.x
     if x.lengths.shape != given.shape[:1] or x.lengths.is_floating_point():
         raise InputError(
             f"lengths of shape {tuple(x.lengths.shape)} and {x.lengths.dtype} for {given.shape[0]} sequences; expected "

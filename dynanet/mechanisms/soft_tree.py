@@ -80,7 +80,8 @@ class SoftTree(Dynamic):
             )
         if isinstance(gate, Gate) and _keeps_anything(gate.rule):
             raise StructureError(
-                f"a node of a tree got the rule {type(gate.rule).__name__}, by which all rows go right; give Soft or Gumbel"
+                f"a node of a tree got the rule {type(gate.rule).__name__}, by which all rows go right; give Soft or "
+                f"Gumbel"
             )
         self.before = before if before is not None else nn.Identity()
         self.gate, self.left, self.right, self.mix = gate, left, right, mix

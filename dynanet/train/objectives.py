@@ -63,7 +63,8 @@ class MultiExit(Objective):
         _check_smoothing(label_smoothing)
         if not distill >= 0 or not temperature > 0:
             raise ConfigError(
-                f"MultiExit got distill = {distill} and a temperature of {temperature}; give 0 or more, and a number above 0"
+                f"MultiExit got distill = {distill} and a temperature of {temperature}; give 0 or more, and a number "
+                f"above 0"
             )
         self.weights = None if weights is None else tuple(weights)
         self.distill, self.temperature = distill, temperature

@@ -15,10 +15,14 @@ from dynanet.gates.scorers import ContextScorer, PooledScorer, TileScorer
 from dynanet.mechanisms.cascade import Cascade
 from dynanet.mechanisms.channel_gating import ChannelGating
 from dynanet.mechanisms.channel_skip import ChannelSkip, fbs_gate
+from dynanet.mechanisms.clip_sampling import ClipSampling
 from dynanet.mechanisms.early_exit import EarlyExit
 from dynanet.mechanisms.early_stop import EarlyStop
 from dynanet.mechanisms.experts import BiasedTopK, Experts, RouterScorer, sigmoid_over_kept, softmax_over_kept
+from dynanet.mechanisms.frame_exit import ExitGate, FrameExit
+from dynanet.mechanisms.frame_select import FrameSelect
 from dynanet.mechanisms.glance_focus import GlanceFocus, JoinedHead, PlacePolicy, RecurrentHead
+from dynanet.mechanisms.jump import Jump
 from dynanet.mechanisms.layer_skip import BranchSkip, LayerSkip, RecurrentSkip
 from dynanet.mechanisms.mixture_of_depths import MixtureOfDepths, causal_predictor
 from dynanet.mechanisms.neuron_skip import LowRankScorer, NeuronSkip
@@ -436,6 +440,42 @@ class OfLengths(nn.Module):
         return self.layer(Sequences(x, 1 + (x[:, :, 0] > 0)[:, 1:].sum(1)))
 
 
+def jump_scorer(wrap):
+    """Of a state of 6 features, with room for another layer inside."""
+    return nn.Sequential(nn.Linear(6, D), wrap(mlp()), nn.Linear(D, 4))
+
+
+class OfVideos(OfLengths):
+    """The same for videos (B, T, channels, height, width)."""
+
+    def forward(self, x):
+        return self.layer(Sequences(x, 1 + (x[:, 1:, 0, 0, 0] > 0).sum(1)))
+
+
+def frame_net(wrap, outputs, width=4):
+    """From frames of two channels and any size."""
+    return nn.Sequential(
+        conv(3, 2, width), nn.BatchNorm2d(width), nn.ReLU(), wrap(conv(3, width, width)), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(width, outputs),
+    )  # fmt: skip
+
+
+def frame_select(wrap, skips, light=None):
+    """Three sizes, one of them larger than the frames; scores that differ enough for all of it to happen."""
+    look = nn.Sequential(nn.Flatten(), nn.Linear(8, 5), nn.Tanh())
+    nets = [frame_net(wrap, 3, width) for width in (3, 4, 6)][light is not None :]
+    model = FrameSelect(look, nets, (2, 3, (5, 6)), features=5, hidden=6, num_classes=3, skips=skips, light=light)
+    nn.init.normal_(model.policy.gate.scorer.weight, std=5.0)
+    return warm(model)
+
+
+def frame_exit(wrap, steps=3, **options):
+    gates = [ExitGate(5, widths=(6, 4), first=k == 0) for k in range(steps - 1)]
+    for gate in gates:
+        nn.init.normal_(gate.leave.weight, std=5.0)
+    return warm(FrameExit(frame_net(wrap, 5), [nn.Linear(5, 3) for _ in range(steps)], gates, **options))
+
+
 def differentiable_gates(model):
     """What law 5 asks for gradients, where it is no Gate; None for the Gates."""
     ponder = [head for m in model.modules() if isinstance(m, PonderNet) for head in m.halting]
@@ -576,7 +616,26 @@ LAYERS = {
         lambda wrap: early_stop(wrap, threshold=0.1, policy=nn.Linear(6, 1)),
         torch.randn(5, 6, D),
     ),
+    "frame select": (lambda wrap: frame_select(wrap, (1, 2, 4)), torch.randn(4, 5, 2, 4, 3)),
+    "frame select, light head, lengths": (
+        lambda wrap: OfVideos(frame_select(wrap, (1,), nn.Linear(6, 3))),
+        torch.randn(4, 5, 2, 4, 3),
+    ),
+    "frame exit": (frame_exit, torch.randn(4, 3, 2, 4, 3)),
+    "frame exit, lengths, more frames than steps": (
+        lambda wrap: OfVideos(frame_exit(wrap, longest=6)),
+        torch.randn(4, 5, 2, 4, 3),
+    ),
+    "clip sampling": (
+        lambda wrap: OfVideos(ClipSampling(frame_net(nn.Sequential, 1), frame_net(wrap, 3), 2, 3)),
+        torch.randn(4, 4, 2, 4, 3),
+    ),
     "update skip": (lambda wrap: UpdateSkip(nn.GRUCell(D, 6), D, 6), torch.randn(5, 6, D)),
+    "jump": (lambda wrap: Jump(nn.GRUCell(D, 6), D, 6, read=1, reach=4, jumps=5), torch.randn(5, 7, D)),
+    "jump, LSTM, lengths, two at a time": (
+        lambda wrap: OfLengths(Jump(nn.LSTMCell(D, 6), D, 6, read=2, reach=3, jumps=2, scorer=jump_scorer(wrap))),
+        torch.randn(5, 9, D),
+    ),
     "skim": (lambda wrap: Skim(nn.GRUCell(D, 6), nn.GRUCell(D + 4, 2), D, 6, 2), torch.randn(5, 6, D)),
     "skim, LSTM, lengths": (
         lambda wrap: OfLengths(Skim(nn.LSTMCell(D, 6), nn.LSTMCell(D + 4, 2), D, 6, 2, StraightThrough())),
