@@ -1,7 +1,10 @@
 """Tables about mechanisms: what each is worth on real data, and in milliseconds."""
 
+from functools import partial
+
 import numpy as np
 from rows import percent, quiet, rows, source, times
+from sequence_tables import worth
 
 NOTHING = ["Not measured yet: no row in `results/`."]
 
@@ -34,9 +37,15 @@ SPEEDS = {  # card: the networks of `recipes/skipping_speed.py` that show it
     "path_select": ("path_select",),
     "slimmable": ("widths",),
     "channel_skip": ("channel_skip",),
+    "channel_gating": ("channel_gating",),
+    "cascade": ("cascade",),
 }
 
-KERNELS = {"neuron_skip": "neurons", "experts": "experts", "spatial_skip": "pixels"}  # card: networks of `kernel_speed.py`
+KERNELS = {
+    "neuron_skip": "neurons",
+    "experts": "experts",
+    "spatial_skip": "pixels",
+}  # card: networks of `kernel_speed.py`
 
 FOUR = ("over_same_engine", "over_best_dense", "over_flop_ratio", "over_latency_theory")
 
@@ -64,18 +73,20 @@ def mechanism(card):
 def _accuracies(experiment, title, mine):
     lines = [
         f"{title}, by the same recipe and at the same MACs (interpolated). Random: the same decisions, but another "
-        f"{'image' if 'cifar' in experiment else 'row'}'s. Test accuracy, one training each: differences below a point say little.",
+        f"{'image' if 'cifar' in experiment else 'row'}'s. Constant: kept for less than 2 % or more than 98 % of the rows. Test accuracy, one training each: differences below a point say little.",
         source(mine, f"{experiment}.csv"),
         "",
-        "| | epochs | accuracy | MACs | static, same MACs | full network | its MACs | random gates |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | epochs | accuracy | MACs | nothing skipped | static, same MACs | widest static | its MACs | random gates | units "
+        "that are constant |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in mine:
         keys = ("static_accuracy", "full_accuracy", "random_accuracy")
         accuracy, (static, full, chance) = _share(row["accuracy"]), (_share(row[key]) for key in keys)
-        spent, dense = (_macs(row[key]) for key in ("macs", "full_macs"))
+        spent, own, widest = (_macs(row[key]) for key in ("macs", "own_macs", "full_macs"))
         lines.append(
-            f"| {row['network']} | {row['epochs']} | {accuracy} | {spent} | {static} | {full} | {dense} | {chance} |"
+            f"| {row['network']} | {row['epochs']} | {accuracy} | {spent} | {own} | {static} | {full} | {widest} | {chance} | "
+            + (f"{row['constant_units']} of {row['units']} |" if row["units"] else "|")
         )
     return lines
 
@@ -88,7 +99,8 @@ def _speeds(card):
         if mine:
             lines += [
                 "",
-                f"Sessions of the trained networks against the same weights with nothing skipped, one thread. {source(mine, name)}",
+                "Sessions of the trained networks, which are small; same engine: the same weights with nothing skipped; best "
+                f"dense engine: the widest static network's. One thread. {source(mine, name)}",
             ]
             lines += ["", *_four(mine, lambda row: row["network"])]
     mine = [row for row in quiet(rows("skipping_speed.csv")) if row["network"] in SPEEDS.get(card, ())]
@@ -141,12 +153,19 @@ def choice(card):
     if not mine:
         return None
     static, chance = zip(*mine, strict=True)
-    speeds = _speed_rows(card)
-    ratios = [
-        times(np.median(cell)) if (cell := [float(r["over_flop_ratio"]) for r in speeds if r["batch"] == batch]) else "-"
-        for batch in ("1", "8", "64", "256")
+    trained = [
+        row
+        for experiment in EXPERIMENTS
+        for row in quiet(rows(f"{experiment}_speed.csv"))
+        if row["network"] in NETWORKS.get(card, ())
     ]
-    return points(static), points(chance), " / ".join(ratios) if speeds else "not measured"
+    return points(static), points(chance), _ratios(_speed_rows(card)), _ratios(trained)
+
+
+def _ratios(speeds):
+    """Over the FLOP ratio at four batch sizes, medians."""
+    cells = ([float(r["over_flop_ratio"]) for r in speeds if r["batch"] == batch] for batch in ("1", "8", "64", "256"))
+    return " / ".join(times(np.median(cell)) if cell else "-" for cell in cells) if speeds else "not measured"
 
 
 def _speed_rows(card):
@@ -161,7 +180,9 @@ def _speed_rows(card):
 def frontier(*networks):
     """Points over static and over random of `cifar10_frontier.csv`: budgets within the static networks' MACs."""
     every = rows("cifar10_frontier.csv")
-    static = sorted((float(row["macs"]), float(row["accuracy"])) for row in every if row["network"].startswith("static"))
+    static = sorted(
+        (float(row["macs"]), float(row["accuracy"])) for row in every if row["network"].startswith("static")
+    )
     macs, accuracies = zip(*static, strict=True)
     mine = {
         float(row["macs"]): row
@@ -194,6 +215,7 @@ OTHERWISE = {  # cards whose rows are of another kind
     "early_exit": lambda: frontier("staged, early exit", "msdnet, early exit"),
     "cascade": lambda: frontier("cascade, early exit"),
     "scene_exit": scenes,
+    **{card: partial(worth, card) for card in ("update_skip", "skim", "early_stop")},
 }
 
 
@@ -252,7 +274,13 @@ def sentences():
             "| batch | best static | times faster | refilled | of the latency theory | refilled | MACs, times fewer |",
             "|---|---|---|---|---|---|---|",
         ]
-    columns = ("over_best_static", "stream_over_best_static", "over_latency_theory", "stream_over_latency_theory", "macs_ratio")
+    columns = (
+        "over_best_static",
+        "stream_over_best_static",
+        "over_latency_theory",
+        "stream_over_latency_theory",
+        "macs_ratio",
+    )
     for batch in dict.fromkeys(row["batch"] for row in speeds):
         mine = [row for row in speeds if row["batch"] == batch]
         cells = " | ".join(times(np.median([float(row[column]) for row in mine])) for column in columns)
@@ -307,13 +335,17 @@ def speed_targets():
     text = quiet(rows("sst2_exits_speed.csv"))
     for batch in ("1", "32"):
         mine = [row for row in text if row["batch"] == batch]
-        yield f"SST-2, sentences per second over the best static, batch {batch}", 1.8, [
-            float(r["over_best_static"]) for r in mine
-        ]
+        yield (
+            f"SST-2, sentences per second over the best static, batch {batch}",
+            1.8,
+            [float(r["over_best_static"]) for r in mine],
+        )
         yield f"SST-2 over the latency theory, batch {batch}", 0.9, [float(r["over_latency_theory"]) for r in mine]
-        yield f"SST-2, refilled, over the latency theory, batch {batch}", 0.95, [
-            float(r["stream_over_latency_theory"]) for r in mine
-        ]
+        yield (
+            f"SST-2, refilled, over the latency theory, batch {batch}",
+            0.95,
+            [float(r["stream_over_latency_theory"]) for r in mine],
+        )
     for batch, asked in ((1, 0.9), (8, 0.8)):
         yield f"pixel convolution over the FLOP ratio, batch {batch}", asked, of("pixels, three", batch)
         yield f"whole bottleneck by pixels over the FLOP ratio, batch {batch}", 0.8, of("pixels, bottleneck", batch)

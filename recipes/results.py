@@ -11,6 +11,7 @@ import sys
 import numpy as np
 from mechanism_tables import choice, detection, exits, kernels, mechanism, sentences, several, speed_targets
 from rows import ROOT, percent, quiet, rows, source, spread, times
+from sequence_tables import sequences
 
 CARDS = ROOT / "dynanet" / "mechanisms" / "cards"
 END = "<!-- end of results -->"
@@ -176,13 +177,13 @@ def to_choose():
     text = (ROOT / "README.md").read_text().split("<!-- results:choice -->")[1].split(END)[0]
     lines = [
         "| your inputs | what to try | what is decided | points over a static network of the same MACs | over random "
-        "gates | session, of the FLOP ratio at batch 1 / 8 / 64 / 256 |",
-        "|---|---|---|---|---|---|",
+        "gates | session, of the FLOP ratio at batch 1 / 8 / 64 / 256: larger networks, random weights | the trained ones |",
+        "|---|---|---|---|---|---|---|",
     ]
     for line in text.strip().split("\n")[2:]:
         cells = [cell.strip() for cell in line.split("|")[1:4]]
         card = cells[1].split("cards/")[1].split(".md")[0]
-        worth = choice(card) or ("not measured yet", "", "")
+        worth = choice(card) or ("not measured yet", "", "", "")
         lines.append(f"| {' | '.join([*cells, *worth])} |".replace("|  |", "| |"))
     return lines
 
@@ -202,6 +203,7 @@ def blocks():
         "scene_exit": scene(),
         "layer_skip": several(mechanism("layer_skip"), detection("skip-0.65")),
         "position_halting": detection("halting-0.05", "halting-0.02"),
+        **{card: sequences(card) for card in ("update_skip", "skim", "early_stop")},
     }
     for card in sorted(CARDS.glob("*.md")):
         yield card, card.stem, mine[card.stem] if card.stem in mine else mechanism(card.stem)

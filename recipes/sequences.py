@@ -1,6 +1,6 @@
 """Spoken digits, vowels, motions, gestures: recurrent networks that skip, skim or stop, beside static ones (`beside.py`).
 
-    python recipes/sequences.py train digits --data DIR       # names of sets in `SETS`; all if none
+    python recipes/sequences.py train digits --data DIR       # names of sets in `sequence_sets.py`, and of networks; all if none
     python recipes/sequences.py measure --data DIR            # all sets whose runs are there, for this --seed
 
 DIR holds `fsdd/recordings/*.wav`, and `timeseries/` with JapaneseVowels, BasicMotions and the gesture tracks. All networks
@@ -13,29 +13,25 @@ of a set are trained by the same recipe. Beside each mechanism `measure` writes
   at which the network stops there, in expectation; and, as another policy that sees nothing, one frame at which all stop.
 
 Budgets (`BUDGETS`) and EARLIEST's weights (`EARLINESS`) were fixed beforehand; thresholds come from held-out sequences
-alone. Test sequences of one length go through together, so that nothing is padded and prices are those of that length.
+alone. MACs are those of each sequence without padding.
 """
 
-import csv
 from argparse import Namespace
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from beside import Experiment, Recipe, arguments
+from sequence_sets import SETS, Alike
 from torch import nn
 
-from dynanet import Budget, CostModel, execute, forced, record
+from dynanet import Budget, CostModel, Gate, execute, forced, record
 from dynanet.bench.machine import append_rows
 from dynanet.core.dynamic import layers
 from dynanet.data.ragged import SequenceSet, as_sequences, pad
-from dynanet.data.speech import HOP_S, load_spoken_digits
-from dynanet.data.splits import stratified
-from dynanet.data.timeseries import load_time_series
+from dynanet.gates.rules import StraightThrough
 from dynanet.infer import Frontier, tabulate
 from dynanet.infer.budgeted import leaving
 from dynanet.infer.calibrate import apply
@@ -46,71 +42,8 @@ from dynanet.train import Batches, CrossEntropy, MultiExit, Within, adamw, annea
 
 BUDGETS = (0.5, 0.25)  # of the frames for skips; of the MACs of reading to the end for stops
 RISK, CONFIDENCE = 0.05, 0.9
-EARLINESS = (0.01, 0.1)
+EARLINESS = (0.003, 0.01, 0.03)
 DRAWS = 5  # of random updates; the mean is written
-SOUND_S = 0.032  # that the first frame takes: its window, filled up for the spectrum
-
-
-def digits(folder):
-    """Free Spoken Digit Dataset: 40 mel bands every 10 ms; the official test part, and the next five recordings held out."""
-    return (load_spoken_digits(folder / "fsdd", part) for part in ("train", "val", "test"))
-
-
-def archive(name, held_out, folder):
-    """A set of the UEA archive in its own split; of the training part some are held out, as many of each class."""
-    known, test = (load_time_series(folder / "timeseries" / f"{name}_{part}.ts") for part in ("TRAIN", "TEST"))
-    kept, aside = stratified(known.labels, [len(known) - held_out, held_out], seed=0)
-    return _taken(known, kept), _taken(known, aside), test
-
-
-def gestures(folder):
-    """Tracks of a fingertip, 16 points (x, y) each. One recording a class, cut into windows that overlap: so the first 60 %
-    of each train, the next 15 % are held out, the last 25 % test, and the 16 windows before a cut are left out."""
-    with (folder / "timeseries" / "gesture_point_history.csv").open(newline="") as file:
-        rows = torch.tensor([[float(value) for value in row] for row in csv.reader(file)])
-    whole = SequenceSet(
-        list(rows[:, 1:].unflatten(1, (-1, 2))), rows[:, 0].long(), "stop clockwise counter move".split()
-    )
-    places = [(whole.labels == kind).nonzero()[:, 0] for kind in range(len(whole.classes))]
-    for first, end in ((0, 0.6), (0.6, 0.75), (0.75, 1)):
-        yield _taken(
-            whole, torch.cat([p[round(first * len(p)) : round(end * len(p)) - 16 * (end < 1)] for p in places])
-        )
-
-
-def _taken(whole, rows):
-    return SequenceSet([whole.sequences[i] for i in rows], whole.labels[rows], whole.classes)
-
-
-@dataclass
-class Task:
-    """A set, and how networks are trained on it.
-
-    Attributes:
-        title: what the data is.
-        parts: from the folder to train, held out and test.
-        sizes: of the static networks' states, ascending; the last one's is that of all others.
-        every: frames between two decisions to stop.
-        batch: sequences.
-        epochs: of every network.
-        seconds: between frames, and what the first takes; None where nobody says.
-    """
-
-    title: str
-    parts: Callable
-    sizes: tuple[int, ...]
-    every: int
-    batch: int
-    epochs: int
-    seconds: tuple[float, float] | None = None
-
-
-SETS = {
-    "digits": Task("spoken digits", digits, (16, 32, 48, 64, 96), 5, 64, 15, (HOP_S, SOUND_S)),
-    "vowels": Task("Japanese vowels", partial(archive, "JapaneseVowels", 54), (12, 24, 32, 48, 64), 2, 32, 60),
-    "motions": Task("basic motions", partial(archive, "BasicMotions", 12), (12, 24, 32, 48, 64), 5, 8, 60),
-    "gestures": Task("gesture tracks", gestures, (12, 24, 32, 48, 64), 2, 64, 10),
-}
 
 
 class Reading(nn.Module):
@@ -135,10 +68,30 @@ def skipping(features, classes, hidden):
 
 
 def skimming(features, classes, hidden):
-    """A GRU, and one a sixteenth as large."""
+    """A GRU, and one a sixteenth as large; which of them runs is drawn in training (Gumbel), as `Skim` does by itself."""
     small = hidden // 16
     cells = nn.GRUCell(features, hidden), nn.GRUCell(features + hidden - small, small)
     return nn.Sequential(Skim(*cells, features, hidden, small), nn.Linear(hidden, classes))
+
+
+def skimming_hard(features, classes, hidden):
+    """The same without draws: in training it decides as it does afterwards. It reads at first."""
+    model, score = skimming(features, classes, hidden), nn.Linear(features + hidden, 1)
+    nn.init.constant_(score.bias, 2.0)
+    model[0].gate = Gate(Aside(score), StraightThrough())
+    return model
+
+
+class Aside(nn.Module):
+    """A scorer that hands no gradient on to the state: through the choices of all frames before it would explode."""
+
+    def __init__(self, scorer):
+        super().__init__()
+        self.scorer = scorer
+
+    def forward(self, x):
+        """As the scorer."""
+        return self.scorer(x.detach())
 
 
 def stopping(longest, every, learned, features, classes, hidden):
@@ -194,54 +147,51 @@ def experiment(name, folder, args):
         build = partial(build, *shape, hidden)
         return Recipe(build, objective) if objective else Recipe(build)
 
-    def batches(part, **more):
-        return Batches(part, task.batch, collate=SequenceSet.collate, **more)
+    def batches(part):
+        return Batches(part, task.batch, collate=SequenceSet.collate)
 
     static = {f"hidden {n}": Recipe(partial(Reading, *shape, n)) for n in task.sizes}
     dynamic = {f"every {n} frames": recipe(partial(Reading, nth=n)) for n in (4, 2)}
-    for kind, build in (("update_skip", skipping), ("skim", skimming)):
-        for share in BUDGETS:
-            lots = partial(by_lot, partial(build, *shape, hidden), share)
-            dynamic[f"{kind} {share}"] = recipe(build, partial(within, share, frames))
-            dynamic[f"{kind} {share}, by lot"] = Recipe(lots)
     stop = partial(stopping, longest, task.every)
     dynamic["early_stop"] = recipe(partial(stop, False), lambda model, cost: (MultiExit(), ()))
     for weight in EARLINESS:
         learned = lambda model, cost, weight=weight: (CrossEntropy() + Earliest(weight), ())  # noqa: E731
         dynamic[f"earliest {weight}"] = recipe(partial(stop, True), learned)
+    for kind, build in (("update_skip", skipping), ("skim", skimming), ("skim_hard", skimming_hard)):
+        for share in BUDGETS:
+            dynamic[f"{kind} {share}"] = recipe(build, partial(within, share, frames))
+            if build is not skimming_hard:  # by lot it is as the other
+                dynamic[f"{kind} {share}, by lot"] = Recipe(partial(by_lot, partial(build, *shape, hidden), share))
     return Experiment(
         "sequences", task.title, static=static, dynamic=dynamic,
-        train=batches(train, shuffle=True, drop_last=True, seed=args.seed), held_out=batches(held_out),
+        train=Batches(Alike(train, task.batch, args.seed), 1, shuffle=True, seed=args.seed, collate=Alike.collate),
+        held_out=batches(held_out),
         test=batches(test), samples=pad(sorted(train.sequences, key=len)[-1:]).x, optimizer=adamw(3e-3, weight_decay=0.01),
     ), test  # fmt: skip
 
 
-def evaluate(model, groups, keep=None):
-    """Means over a set: accuracy, MACs, frames that the (big) cell read, frames heard before the answer.
+def evaluate(model, cost, trained, keep=None):
+    """Means over test sequences: accuracy, MACs, frames that the (big) cell read, frames heard before the answer.
 
     Args:
         model: in eval mode.
-        groups: batches (x, y) with prices.
+        cost: for sequences as long as `trained.samples`.
+        trained: the Experiment.
         keep: instead of the model's decisions, as for `forced`.
     """
     execute(model, sparse=True)
+    nth = model.nth if isinstance(model, Reading) else 1
+    longest = -(-trained.samples.shape[1] // nth)
+    each = (cost.always - CostModel(model, trained.samples[:, :1]).always) / (longest - 1)  # of a frame, in no unit
     sums, seen = np.zeros(4), 0
-    for x, y, cost in groups:
+    for x, y in trained.test:
         with torch.no_grad(), record(model) as trace, forced(model, keep) if keep else nullcontext():
             right = int((model(x).argmax(1) == y).sum())
-        spent = float(cost.spent(trace).sum()) if layers(model) else cost.full * len(y)
-        sums += right, spent, *_frames(model, trace, x)
+        padded = longest + x.lengths.neg() // nth  # frames that this sequence does not have
+        spent = (cost.spent(trace) if layers(model) else cost.always) - each * padded
+        sums += right, float(spent.sum()), *_frames(model, trace, x)
         seen += len(y)
     return dict(zip(("accuracy", "macs", "frames_read", "frames_heard"), (sums / seen).tolist(), strict=True))
-
-
-def by_length(model, data):
-    """Groups for `evaluate`: sequences of one length, nothing padded, with prices for that length."""
-    lengths = torch.tensor([len(s) for s in data.sequences])
-    for length in lengths.unique().tolist():
-        rows = (lengths == length).nonzero()[:, 0]
-        x = torch.stack([data.sequences[i] for i in rows])
-        yield x, data.labels[rows], CostModel(model, x[:1])
 
 
 def _frames(model, trace, x):
@@ -249,10 +199,10 @@ def _frames(model, trace, x):
     if isinstance(model, EarlyStop):
         read = float(steps_read(trace).sum())
         return read, read
-    rows, length, _ = x.shape
+    heard = float(x.lengths.sum())
     if isinstance(model, Reading):
-        return rows * -(-length // model.nth), rows * length
-    return float(torch.stack(trace["0"])[..., 0].sum()), rows * length
+        return float(-(x.lengths.neg() // model.nth).sum()), heard
+    return float(torch.stack(trace["0"])[..., 0].sum()), heard
 
 
 def measure(name, folder, args):
@@ -263,10 +213,14 @@ def measure(name, folder, args):
         if not trained.there(network, args):
             continue
         model, cost = trained.trained(network, args)
-        found = stops(model, cost, trained, test) if isinstance(model, EarlyStop) else [reads(network, model, test)]
+        found = (
+            stops(model, cost, trained, test)
+            if isinstance(model, EarlyStop)
+            else [reads(network, model, cost, trained)]
+        )
         for row in found:
             row |= {"set": name, "network": network, "epochs": trained.epochs(network, args)}
-            row |= {"hidden": task.sizes[-1], "test_sequences": len(test), "frames": frames}
+            row |= {"test_sequences": len(test), "frames": frames}
             if task.seconds:
                 apart, first = task.seconds
                 row["seconds_heard"], row["seconds"] = (first + apart * (n - 1) for n in (row["frames_heard"], frames))
@@ -278,7 +232,7 @@ def measure(name, folder, args):
             row |= {"full_macs": full["macs"], "full_accuracy": full["accuracy"]}
             row["static_accuracy"] = at_same_macs(row, [r for r in rows if r["network"] in trained.static])
             row["rarer_accuracy"] = at_same_macs(row, [r for r in rows if r["network"].startswith("every")] + [full])
-            kind = row["network"].split()[0]
+            kind = row["network"].split()[0].removesuffix("_hard")
             lots = [r for r in rows if r["network"].startswith(kind) and r["network"].endswith("by lot")]
             row["trained_random_accuracy"] = at_same_macs(row, [*lots, full]) if lots else None
     return rows
@@ -292,13 +246,12 @@ def at_same_macs(row, others):
     )
 
 
-def reads(network, model, test):
+def reads(network, model, cost, trained):
     """The row of a network that answers at the end; if it decides, beside its own rate by lot."""
-    groups = list(by_length(model, test))
-    row = evaluate(model, groups)
+    row = evaluate(model, cost, trained)
     if layers(model) and not network.endswith("by lot"):
         rate = row["frames_read"] / row["frames_heard"]
-        chance = [evaluate(model, groups, drawn(rate)) for _ in range(DRAWS)]
+        chance = [evaluate(model, cost, trained, drawn(rate)) for _ in range(DRAWS)]
         row |= {f"random_{k}": float(np.mean([c[k] for c in chance])) for k in ("accuracy", "macs", "frames_heard")}
     return row
 
@@ -317,14 +270,13 @@ def stops(model, cost, trained, test):
     for setting, budget in asked.items():
         choice = held_out.choose(budget)
         ways[setting] = apply(model, choice), {"held_out_accuracy": choice.accuracy, "note": choice.note}
-    groups = [(x, y, cost) for x, y in trained.test]  # padded, but frames behind an end are in no price
     for setting, (stopping_so, more) in ways.items():
-        row = {"setting": setting, **evaluate(stopping_so, groups), **more}
+        row = {"setting": setting, **evaluate(stopping_so, cost, trained), **more}
         yield row | beside(row["macs"], table, stopping_so.thresholds.numpy(), heard, lengths)
 
 
 def beside(macs, table, thresholds, heard, lengths):
-    """What is reached by lot, and where all stop after the same number of frames, at the same MACs.
+    """What is reached by lot, where all stop after the same number of frames at the same MACs, and at the end.
 
     Args:
         macs: spent by thresholds.
@@ -336,6 +288,7 @@ def beside(macs, table, thresholds, heard, lengths):
     odds = by_the_odds(table, thresholds, heard < lengths[:, None])
     chance = {"accuracy": table.correct, "macs": table.macs, "frames_heard": heard}
     row = {f"random_{key}": float((odds * value).sum(1).mean()) for key, value in chance.items()}
+    row["end_accuracy"] = float(table.accuracy[-1])
     row["fixed_accuracy"] = float(np.interp(macs, table.mean_macs, table.accuracy))
     row["fixed_frames"] = float(np.interp(macs, table.mean_macs, heard.mean(0)))
     return row
@@ -360,10 +313,11 @@ def by_the_odds(table, thresholds, left):
 
 if __name__ == "__main__":
     given = arguments(__doc__.split("\n")[0], "sequences", epochs=None)
-    for name in given.names or SETS:
-        folder = Path(given.data)
-        mine = {"runs": given.runs / name / str(given.seed), "epochs": given.epochs or SETS[name].epochs, "names": []}
-        args = Namespace(**(vars(given) | mine))
+    folder = Path(given.data)
+    for name in [name for name in given.names if name in SETS] or SETS:
+        networks = [network for network in given.names if network not in SETS]
+        mine = {"runs": given.runs / name / str(given.seed), "epochs": given.epochs or SETS[name].epochs}
+        args = Namespace(**(vars(given) | mine | {"names": networks}))
         if args.what == "train":
             experiment(name, folder, args)[0].run(args)
         elif args.runs.exists():
