@@ -136,33 +136,40 @@ class SaliencyScorer(nn.Module):
     Args:
         channels: of the convolution's input (B, C, H, W).
         groups: of its output.
+        relative: magnitudes are divided by their mean over the channels. In a residual network inputs are sums that
+            grow from block to block; saliencies that grow with them would multiply, and training from random weights
+            would not survive its first steps. Not in the paper, which starts from trained weights.
     """
 
-    def __init__(self, channels: int, groups: int):
+    def __init__(self, channels: int, groups: int, *, relative: bool = False):
         super().__init__()
-        self.map = nn.Linear(channels, groups)
+        self.map, self.relative = nn.Linear(channels, groups), relative
         nn.init.kaiming_normal_(self.map.weight)
         nn.init.ones_(self.map.bias)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Saliencies (B, groups), 0 or above."""
-        return self.map(x_BCHW.abs().mean((2, 3))).relu()
+        size = x_BCHW.abs().mean((2, 3))
+        if self.relative:
+            size = size / size.mean(1, keepdim=True).clamp(min=1e-6)
+        return self.map(size).relu()
 
 
-def fbs_gate(channels: int, groups: int, density: float) -> Gate:
+def fbs_gate(channels: int, groups: int, density: float, *, relative: bool = False) -> Gate:
     """Saliencies, of which the highest win: every row keeps ceil(density * groups) groups.
 
     Args:
         channels: of the convolution's input.
         groups: of its output.
         density: the share of groups that is kept, d in the paper.
+        relative: as in `SaliencyScorer`; for residual networks.
 
     Raises:
         ConfigError: a density outside (0, 1].
     """
     if not 0 < density <= 1:
         raise ConfigError(f"a density of {density} is no share of channels to keep; give a number above 0, at most 1")
-    return Gate(SaliencyScorer(channels, groups), TopK(ceil(density * groups - 1e-9)), units=groups)
+    return Gate(SaliencyScorer(channels, groups, relative=relative), TopK(ceil(density * groups - 1e-9)), units=groups)
 
 
 class SaliencyL1(Objective):

@@ -78,7 +78,8 @@ def fbs_resnet(
 ) -> nn.Sequential:
     """A CIFAR ResNet whose blocks boost and suppress channels: (B, C, H, W) to logits (B, num_classes).
 
-    Every block's two convolutions are one chain. Groups that the second one leaves add nothing to the shortcut. Stem,
+    Every block's two convolutions are one chain. Saliencies see magnitudes relative to the image's own, see
+    `SaliencyScorer`: those of a residual network would grow from block to block. Groups that the second one leaves add nothing to the shortcut. Stem,
     shortcuts and classifier always run.
 
     Args:
@@ -101,7 +102,9 @@ def fbs_resnet(
         found = [m for m in block.branch.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d)]
         convs = [m for m in found if isinstance(m, nn.Conv2d)]
         counts = [groups if groups is not None else conv.out_channels for conv in convs]
-        gates = [fbs_gate(conv.in_channels, count, density) for conv, count in zip(convs, counts, strict=True)]
+        gates = [
+            fbs_gate(conv.in_channels, count, density, relative=True) for conv, count in zip(convs, counts, strict=True)
+        ]
         norms = [m for m in found if isinstance(m, nn.BatchNorm2d)]
         block.branch = ChannelSkip(convs, gates, counts, norms=norms, afters=[nn.ReLU(), nn.Identity()], boost=True)
     return nn.Sequential(cifar_stem(in_channels, widths[0]), *blocks, head(widths[-1], num_classes))

@@ -9,7 +9,7 @@ from dynanet.core.gate import Gate
 from dynanet.core.macs import CountMacs
 from dynanet.gates.rules import StraightThrough, Threshold
 from dynanet.gates.scorers import PooledScorer
-from dynanet.mechanisms.channel_skip import ChannelSkip, SaliencyL1, fbs_gate
+from dynanet.mechanisms.channel_skip import ChannelSkip, SaliencyL1, SaliencyScorer, fbs_gate
 from dynanet.testing import check_equal, random_decisions
 
 
@@ -148,3 +148,9 @@ def test_what_cannot_be_cut_into_blocks_is_refused(change, says):
     ChannelSkip(**good)
     with pytest.raises(StructureError, match=says):
         ChannelSkip(**{**good, **change})
+
+
+def test_relative_saliencies_do_not_hang_on_the_scale():
+    scorer, x = SaliencyScorer(6, 4, relative=True), torch.randn(3, 6, 5, 5)
+    torch.testing.assert_close(scorer(100 * x), scorer(x))
+    assert torch.isfinite(scorer(0 * x)).all()

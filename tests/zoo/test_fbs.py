@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dynanet.core.cost import CostModel
-from dynanet.core.dynamic import execute
+from dynanet.core.dynamic import execute, record
 from dynanet.core.errors import ConfigError
 from dynanet.core.macs import CountMacs
 from dynanet.nets.resnet import cifar_resnet
@@ -89,3 +89,12 @@ def test_groups_are_as_asked_or_single_channels(groups, units):
 def test_what_means_no_network_is_refused(arguments, says):
     with pytest.raises(ConfigError, match=says):
         fbs(num_classes=4, **arguments)
+
+
+def test_saliencies_do_not_grow_from_block_to_block():
+    torch.manual_seed(0)
+    model = fbs_resnet(num_classes=10, depth=14).train()
+    images = torch.randn(32, 3, 1, 1) + 0.2 * torch.randn(32, 3, 32, 32)  # like photographs: what is light, is all light
+    with record(model) as trace:
+        model(images)
+    assert max(float(call.decision.score.detach().max()) for call in trace.calls) < 30
