@@ -132,7 +132,7 @@ class CostModel:
             self._told = True
             log.warning(
                 "%r decided on %s rows per sample, another number than in the example of this cost model. What runs "
-                "whatever is decided (%.0f%% of all) is priced for the example's size; make a cost model for every size",
+                "whatever is decided (%.0f%% of all) is priced for the example's size: make a cost model per size",
                 call.name, tuple(call.keep.shape[1:-1]), 100 * self.always / self.full,
             )  # fmt: skip
         prices = self.unit[call.name].to(call.keep.device)[call.first : call.first + call.keep.shape[-1]]

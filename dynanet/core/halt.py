@@ -1,8 +1,9 @@
 """Halt: steps of which later ones run only for the rows that go on. Early exit, cascades, pondering, temporal stops."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -85,3 +86,56 @@ class Halt(Dynamic):
             state, answer = self.step(k, state)
             answers.append(answer)
         return answers
+
+
+class FrameByFrame(ABC):
+    """What a Halt over sequences adds so that frames can be served as they arrive: `Session.stream`.
+
+    Sequences that are not equally far are read together. Step k reads the `every` frames behind frame k * every, so a
+    sequence decides after every so many frames, and answers at the latest after `longest`.
+
+    Attributes:
+        every: frames read between two decisions.
+        longest: frames of the longest sequence that is read.
+    """
+
+    every: int
+    longest: int
+
+    @abstractmethod
+    def frame(self, x: Any) -> Any:
+        """The first frame of every sequence of an input (rows first), as `read` takes it."""
+
+    @abstractmethod
+    def begin(self, rows: int) -> Any:
+        """The state of so many sequences before their first frame: a pytree of tensors, rows first."""
+
+    @abstractmethod
+    def read(self, frame: Any, state: Any) -> Any:
+        """The state after one more frame of every row."""
+
+    @abstractmethod
+    def conclude(self, steps: Sequence[int], state: Any, memories: Sequence[Any]) -> "Conclusion":
+        """The answers after the frames of a step, and who goes on.
+
+        Args:
+            steps: of every row, the step that it has read.
+            state: as `read` answered it.
+            memories: of every row, what its last conclusion remembered; None at its first.
+        """
+
+
+class Conclusion(NamedTuple):
+    """What rows answer after a step of frames.
+
+    Attributes:
+        answer: a pytree, rows first.
+        score: how sure the rows are, (rows, 1), whether or not somebody asks at this step.
+        goes_on: (rows,) bool; False at the last step.
+        memories: of every row, for its next conclusion.
+    """
+
+    answer: Any
+    score: Tensor
+    goes_on: Tensor
+    memories: Sequence[Any]

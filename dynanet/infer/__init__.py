@@ -18,5 +18,8 @@ from dynanet.infer.scheduler import learned as learned
 from dynanet.infer.scheduler import rescored as rescored
 from dynanet.infer.scheduler import schedule as schedule
 from dynanet.infer.session import Session as Session
+from dynanet.infer.stream import Answered as Answered
+from dynanet.infer.stream import EndOf as EndOf
+from dynanet.infer.stream import FrameOf as FrameOf
 from dynanet.infer.table import Table as Table
 from dynanet.infer.table import tabulate as tabulate

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,13 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from dynanet.core.dynamic import execute
 from dynanet.core.errors import InputError
-from dynanet.core.halt import Halt
+from dynanet.core.halt import FrameByFrame, Halt
 from dynanet.core.rows import over_tensors
 from dynanet.infer.deploy import Plan, deploy
 from dynanet.infer.engines import OnnxRuntime, folded
 from dynanet.infer.inputs import check_input
 from dynanet.infer.parts import ByBatch, StagedHalt, Unit
-from dynanet.infer.stream import Line
+from dynanet.infer.stream import Answered, EndOf, FrameOf, Line, OpenSequences
 
 log = logging.getLogger(__name__)
 
@@ -122,29 +123,70 @@ class Session(nn.Module):
             return self.model(x)
 
     def stream(self, samples: Iterable[Any], batch: int = 64) -> Iterator[Any]:
-        """Answers of single samples, in order, with batches kept full: survivors of several arrivals merge.
+        """Answers to what arrives bit by bit, with batches kept full: single samples, or frames of sequences.
 
-        Early exits make batches shrink, and small batches are slow per sample. So the rows that go on past a step wait
-        for each other, up to `batch`; an answer can be late by as many arrivals as that takes.
+        Samples are answered in their order. Early exits make batches shrink, and small batches are slow per sample; so
+        the rows that go on past a step wait for each other, up to `batch`. An answer can be late by as many arrivals as
+        that takes.
+
+        Frames (`FrameOf`) of any number of sequences, in any order, are answered as soon as the model's rule allows
+        (`Answered`), at the latest at the sequence's end (`EndOf`, or the end of the stream); see `OpenSequences`,
+        which serves them where they come by calls, and goes on after a frame that is refused.
 
         Args:
-            samples: inputs without the batch axis.
+            samples: inputs without the batch axis; or `FrameOf` and `EndOf`, for a model that reads frame by frame.
             batch: rows per step.
 
         Yields:
-            The answer of each sample, without the batch axis.
+            The answer of each sample, without the batch axis; or an `Answered` per sequence.
 
         Raises:
-            InputError: a sample that the model cannot take, or a model that is no Halt (nothing to merge).
+            InputError: a sample or frame that the model cannot take, or a model that is no Halt (nothing to merge).
         """
         if not isinstance(self.model, Halt):
             raise InputError(
                 f"stream merges what goes on past a step; {type(self.model).__name__} has no steps: call it"
             )
-        if not isinstance(batch, int) or batch < 1:
-            raise InputError(f"batch is {batch}; expected how many rows run together, 1 or more")
-        ready: dict[int, Any] = {}
-        return self._flow(samples, batch, Line(self.model, batch, ready), ready)
+        _check_batch(batch)
+        return self._stream(self.model, iter(samples), batch)
+
+    def sequences(self, batch: int = 64) -> OpenSequences:
+        """Serves sequences whose frames arrive one by one, by calls: what `stream` does with `FrameOf` and `EndOf`.
+
+        Args:
+            batch: frames that run together at most.
+
+        Raises:
+            InputError: a model that does not read frame by frame.
+        """
+        if not isinstance(self.model, FrameByFrame):
+            raise InputError(
+                f"frames are for models that read frame by frame, as EarlyStop does; {type(self.model).__name__} does "
+                f"not: give it whole samples"
+            )
+        _check_batch(batch)
+        return OpenSequences(self.model, self.example, batch, self.device, self._torch_threads)
+
+    def _stream(self, halt: Halt, samples: Iterator[Any], batch: int) -> Iterator[Any]:
+        for first in samples:
+            samples = chain([first], samples)
+            if isinstance(first, FrameOf | EndOf):
+                yield from self._frames(samples, self.sequences(batch))
+            else:
+                ready: dict[int, Any] = {}
+                yield from self._flow(samples, batch, Line(halt, batch, ready), ready)
+
+    def _frames(self, arrivals: Iterable[Any], sequences: OpenSequences) -> Iterator[Answered]:
+        for number, arrived in enumerate(arrivals):
+            if isinstance(arrived, FrameOf):
+                yield from sequences.read(*arrived)
+            elif isinstance(arrived, EndOf):
+                yield from sequences.end(arrived.sequence)
+            else:
+                raise InputError(
+                    f"item {number} of the stream is {type(arrived).__name__}; expected FrameOf or EndOf, as before"
+                )
+        yield from sequences.end_all()
 
     @torch.no_grad()
     def _flow(self, samples: Iterable[Any], batch: int, line: "Line", ready: dict[int, Any]) -> Iterator[Any]:
@@ -192,3 +234,8 @@ class Session(nn.Module):
                     raise InputError(f"sample {number} of the stream: {error}") from error
             raise
         return tree_map(lambda t: t.to(self.device), x)
+
+
+def _check_batch(batch: int) -> None:
+    if not isinstance(batch, int) or batch < 1:
+        raise InputError(f"batch is {batch}; expected how many rows run together, 1 or more")

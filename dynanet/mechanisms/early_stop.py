@@ -1,23 +1,26 @@
 """Early stop: a recurrent network answers as soon as it has seen enough of a sequence; what comes later is not read."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._pytree import tree_map
 
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import ConfigError, InputError, StructureError
-from dynanet.core.halt import Halt
+from dynanet.core.halt import Conclusion, FrameByFrame, Halt
 from dynanet.core.objective import Objective
+from dynanet.core.rows import over_tensors
 from dynanet.core.trace import Trace
 from dynanet.data.ragged import Sequences, as_sequences
 from dynanet.gates.confidence import Confidence, MaxProbability
 
 
-class EarlyStop(Halt):
+class EarlyStop(Halt, FrameByFrame):
     """Temporal early exit: step k reads the next frames, answers, and lets go whoever is sure enough.
 
     Every step has the same weights. Two ways to stop:
@@ -30,7 +33,8 @@ class EarlyStop(Halt):
       drawn; in eval mode thresholds of 0 stop where stopping is likelier than not. They too can be calibrated.
 
     A row always stops at the end of its sequence. Frames behind a row's stop or end cost nothing, also where thresholds
-    are being found. `steps_read` says how early rows stopped.
+    are being found. `steps_read` says how early rows stopped. A session serves frames as they arrive
+    (`Session.stream` of `FrameOf`).
 
     Args:
         cell: maps (x_t, state) to the next state: nn.GRUCell, nn.RNNCell or alike; an nn.LSTMCell has the state (h, c).
@@ -70,6 +74,7 @@ class EarlyStop(Halt):
             )
         self.frames, self.inputs, self.hidden = Frames(cell, head), inputs, hidden
         self.longest, self.every, self.steps = longest, every, math.ceil(longest / every)
+        self._pair = isinstance(cell, nn.LSTMCell)  # asked now: a session puts an engine in the cell's place
         self.policy, self.confidence = policy, confidence if confidence is not None else MaxProbability()
         if self.steps > 1:
             self.confidence.at(self.steps - 2)  # now is the time to say that it has no such step
@@ -88,8 +93,7 @@ class EarlyStop(Halt):
                 f"sequences of {x_BTD.shape[1]} frames for a layer made for {self.longest} at most; cut them, or make "
                 f"it with a larger `longest`"
             )
-        zero = x_BTD.new_zeros(x_BTD.shape[0], self.hidden)
-        return x_BTD, lengths, (zero, zero) if isinstance(self.frames.cell, nn.LSTMCell) else zero, None, None
+        return x_BTD, lengths, self._nothing_read(x_BTD, x_BTD.shape[0]), None, None
 
     def step(self, k: int, state: Any) -> tuple[Any, Tensor]:
         """The frames of step k, and the answer after them. Rows that have ended keep their answer."""
@@ -115,9 +119,48 @@ class EarlyStop(Halt):
             return torch.ones_like(score)
         if self.training:
             return torch.bernoulli((-score.detach()).sigmoid())
-        # Compared in float32: a half-precision score would round the threshold and let out who is tied with it.
-        waits = (score.float() < self.thresholds[k].float()) & (score < _ended(score.dtype))
-        return waits.to(score.dtype)
+        return _waits(score, self.thresholds[k]).to(score.dtype)
+
+    def frame(self, x: Tensor | Sequences) -> Tensor:
+        """The first frames, (B, inputs)."""
+        return as_sequences(x, self.inputs).x[:, 0]
+
+    def begin(self, rows: int) -> Any:
+        """The state of sequences of which nothing was read."""
+        return self._nothing_read(self.thresholds, rows)
+
+    def read(self, frame: Tensor, state: Any) -> Any:
+        """The state after a frame (rows, inputs)."""
+        return self.frames.cell(frame, state)
+
+    def conclude(self, steps: Sequence[int], state: Any, memories: Sequence[Any]) -> Conclusion:
+        """Answers, confidences (of the last step: as of the one before) or log-odds of stopping, and who goes on."""
+        logits = self.frames.head(_hidden(state))
+        last = (self.steps if self.limit is None else min(self.limit, self.steps)) - 1
+        if self.policy is not None:
+            score = self.policy(_hidden(state))
+        else:
+            score, memories = self._scored([min(k, max(self.steps - 2, 0)) for k in steps], logits, memories)
+        thresholds = torch.cat([self.thresholds[:last], self.thresholds.new_full((1,), -torch.inf)])
+        return Conclusion(logits, score, _waits(score[:, 0], thresholds[[min(k, last) for k in steps]]), memories)
+
+    def _scored(self, steps: Sequence[int], logits: Tensor, memories: Sequence[Any]) -> tuple[Tensor, list[Any]]:
+        """Confidences (rows, 1) and memories of rows at different steps; those that are scored alike, together."""
+        alike: dict[tuple[Confidence, bool], list[int]] = {}
+        for row, (k, memory) in enumerate(zip(steps, memories, strict=True)):
+            alike.setdefault((self.confidence.at(k), memory is None), []).append(row)
+        score, after = logits.new_empty(logits.shape[0], 1), list(memories)
+        for (confidence, forgot), rows in alike.items():
+            joined = None if forgot else tree_map(lambda *t: torch.cat(t), *(memories[row] for row in rows))
+            memory = confidence.remember(logits[rows], joined)
+            score[rows] = confidence(logits[rows], memory)
+            for i, row in enumerate(rows):
+                after[row] = over_tensors(lambda t, i=i: t[i : i + 1], memory)
+        return score, after
+
+    def _nothing_read(self, like: Tensor, rows: int) -> Any:
+        zero = like.new_zeros(rows, self.hidden)
+        return (zero, zero) if self._pair else zero
 
 
 class Frames(Dynamic):
@@ -223,6 +266,11 @@ def _layer(trace: Trace, halt: str | None) -> tuple[EarlyStop, str]:
             f"{sorted(found)}"
         )
     return found[name], name
+
+
+def _waits(score: Tensor, threshold: Tensor) -> Tensor:
+    # Compared in float32: a half-precision score would round the threshold and let out who is tied with it.
+    return (score.float() < threshold.float()) & (score < _ended(score.dtype))
 
 
 def _ended(dtype: torch.dtype) -> float:

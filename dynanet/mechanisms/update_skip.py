@@ -9,7 +9,7 @@ from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import ConfigError, StructureError
 from dynanet.core.objective import Objective
-from dynanet.core.trace import Trace
+from dynanet.core.trace import Frame, Trace
 from dynanet.data.ragged import Sequences, as_sequences
 
 
@@ -22,6 +22,10 @@ class UpdateSkip(Dynamic):
 
     The layer decides once per time step, so `torch.stack(trace[name], 1)` is (B, T, 1). Rows whose sequence has ended
     decide 0, whatever is forced: padding costs nothing.
+
+    In the sparse form rows do not wait for each other: as an update tells when the next one is due, the first updates
+    of all rows run together, then the second ones, each row's at its own time. Batches stay full, and steps that are
+    skipped are not even looked at.
 
     `UpdateCost` is the term of the loss that makes updates rare.
 
@@ -40,9 +44,22 @@ class UpdateSkip(Dynamic):
         super().__init__()
         if min(inputs, hidden) < 1:
             raise ConfigError(f"update skip from {inputs} inputs to {hidden} hidden features; both must be at least 1")
-        self.cell, self.delta, self.inputs, self.hidden = cell, nn.Linear(hidden, 1), inputs, hidden
-        self.every_step = every_step
+        self.update = Update(cell, nn.Linear(hidden, 1))  # a part of its own, so that a session makes one engine of it
+        self.inputs, self.hidden, self.every_step = inputs, hidden, every_step
+        self._pair = isinstance(cell, nn.LSTMCell)  # asked now: a session puts an engine in the cell's place
+        self.register_state_dict_post_hook(_without_update)
+        self.register_load_state_dict_pre_hook(_with_update)
         nn.init.constant_(self.delta.bias, 1.0)  # the paper's start: updates are rarely skipped at first
+
+    @property
+    def cell(self) -> nn.Module:
+        """What reads."""
+        return self.update.cell
+
+    @property
+    def delta(self) -> nn.Linear:
+        """From the state to the log-odds of delta."""
+        return self.update.delta
 
     def forward(self, x: Tensor | Sequences) -> Tensor:
         """To the state (h of an LSTM) at each row's last step, (B, hidden); with `every_step`, to those of all steps.
@@ -58,11 +75,14 @@ class UpdateSkip(Dynamic):
         """
         x_BTD, lengths = as_sequences(x, self.inputs)
         zero = x_BTD.new_zeros(x_BTD.shape[0], self.hidden)
-        state: Any = (zero, zero) if isinstance(self.cell, nn.LSTMCell) else zero
+        state = (zero, zero) if self._pair else (zero,)
+        # What decides inside the cell is to be heard step by step, and so is what is forced.
+        if self.gathers and self.force is None and not any(isinstance(m, Dynamic) for m in self.update.modules()):
+            return self._jumping(x_BTD, lengths, state)
         states = self._learning(x_BTD, lengths, state) if self.training else self._deciding(x_BTD, lengths, state)
         return torch.stack(states, 1) if self.every_step else states[-1]
 
-    def _learning(self, x_BTD: Tensor, lengths: Tensor, state: Any) -> list[Tensor]:
+    def _learning(self, x_BTD: Tensor, lengths: Tensor, state: tuple[Tensor, ...]) -> list[Tensor]:
         """h after every step, with the gradients of u."""
         states, batch = [], x_BTD.shape[0]
         u, du = x_BTD.new_ones(batch, 1), x_BTD.new_zeros(batch, 1)
@@ -70,44 +90,85 @@ class UpdateSkip(Dynamic):
             hard = (u > 0.5).to(u.dtype)
             present = (t < lengths).to(u.dtype)[:, None]
             keep = self.tap(Decision(hard + (u - u.detach()), u), present=present).keep
-            state, du = self.run(0, self._update, keep[:, 0], (x_BTD[:, t], state), otherwise=(state, du))
+            given, otherwise = (x_BTD[:, t], *state), (*state, du)
+            *new, du = self.run(0, lambda given: self.update.learning(*given), keep[:, 0], given, otherwise)
+            state = tuple(new)
             u = keep * du + (1 - keep) * (u + torch.minimum(du, 1 - u))
-            states.append(_hidden(state))
+            states.append(state[0])
         return states
 
-    def _deciding(self, x_BTD: Tensor, lengths: Tensor, state: Any) -> list[Tensor]:
-        """The same in eval mode: after an update it is known when the next one is due, so steps can be jumped over.
-
-        The score is minus the number of steps until then.
-        """
+    def _deciding(self, x_BTD: Tensor, lengths: Tensor, state: tuple[Tensor, ...]) -> list[Tensor]:
+        """The same in eval mode, by when the next update is due. The score is minus the number of steps until then."""
         states: list[Tensor] = []
-        steps, t = x_BTD.shape[1], 0
-        due = torch.zeros_like(lengths)
-        jumps = self.gathers and self.force is None and due.shape[0] > 0
-
-        def update(given: tuple[Tensor, Any]) -> tuple[Any, Tensor]:
-            new, du = self._update(given)
-            # u is n * delta n steps after an update; the next one happens once that is above 1/2.
-            return new, t + 1 + (0.5 / du[:, 0].float()).clamp(max=1e9).long()
-
-        while t < steps:
+        steps, due = x_BTD.shape[1], torch.zeros_like(lengths)
+        for t in range(steps):
             score = (t - due).to(x_BTD.dtype)[:, None]
             present = None if self.force is None else (t < lengths).to(score.dtype)[:, None]
             keep = self.tap(Decision((score >= 0).to(score.dtype), score), present=present).keep
-            state, due = self.run(0, update, keep[:, 0], (x_BTD[:, t], state), otherwise=(state, due))
-            due = due.where(due < lengths, steps)
-            following = min(max(t + 1, int(due.min())), steps) if jumps else t + 1
-            if self.trace is not None:  # it is to hear of every step
-                for jumped in range(t + 1, following):
-                    score = (jumped - due).to(score.dtype)[:, None]
-                    self.tell(Decision(torch.zeros_like(score), score))
-            states += [_hidden(state)] * (following - t)
-            t = following
+            given, otherwise = (x_BTD[:, t], *state), (*state, due - t)
+            *new, wait = self.run(0, lambda given: self.update(*given), keep[:, 0], given, otherwise)
+            state, due = tuple(new), (t + wait).where(t + wait < lengths, steps)
+            states.append(state[0])
         return states
 
-    def _update(self, given: tuple[Tensor, Any]) -> tuple[Any, Tensor]:
-        state = self.cell(*given)
-        return state, self.delta(_hidden(state)).sigmoid()
+    def _jumping(self, x_BTD: Tensor, lengths: Tensor, state: tuple[Tensor, ...]) -> Tensor:
+        """The same answer, update by update instead of step by step."""
+        (batch, steps), frames = x_BTD.shape[:2], x_BTD.flatten(0, 1)
+        first = torch.arange(batch, device=x_BTD.device) * steps
+        going = torch.stack([first, first + lengths, first // steps])  # as one tensor: every operator takes its time
+        updated, states, ended = [going[0, :0]], [state[0][:0]], [(going[2, :0], state[0][:0])]
+        while going.shape[1]:
+            at, end, rows = going.unbind()  # where in `frames` a row is, where it is over, and which row
+            with self.within(Frame(self, range(1), (batch,), rows, None, flat=True)):
+                *new, wait = self.update(frames.index_select(0, at), *state)
+            state = tuple(new)
+            if self.every_step or self.trace is not None:
+                updated.append(at.clone())
+            if self.every_step:
+                states.append(state[0])
+            goes_on = at.add_(wait) < end
+            if goes_on.all():
+                continue
+            over, on = (~goes_on).nonzero().squeeze(1), goes_on.nonzero().squeeze(1)
+            ended.append((rows.index_select(0, over), state[0].index_select(0, over)))
+            going, state = going.index_select(1, on), tuple(t.index_select(0, on) for t in state)
+        if self.trace is not None:
+            self._tell_all(torch.cat(updated), batch, steps, x_BTD.dtype)
+        if not self.every_step:
+            places, last = (torch.cat(parts) for parts in zip(*ended, strict=True))
+            return last.new_empty(batch, self.hidden).index_copy_(0, places, last)
+        places = torch.cat(updated)
+        newest = torch.zeros_like(frames[:, 0], dtype=torch.long)
+        newest[places] = torch.arange(places.shape[0], device=places.device)
+        return torch.cat(states)[newest.view(batch, steps).cummax(1).values]
+
+    def _tell_all(self, updated: Tensor, batch: int, steps: int, dtype: torch.dtype) -> None:
+        """The trace hears of every step what `_deciding` would have told it."""
+        due = torch.full((batch * steps,), steps, device=updated.device)
+        due[updated] = updated % steps
+        due = due.view(batch, steps).flip(1).cummin(1).values.flip(1)
+        for t in range(steps):
+            self.tell(Decision((due[:, t : t + 1] == t).to(dtype), (t - due[:, t : t + 1]).to(dtype)))
+
+
+class Update(nn.Module):
+    """An update of the state (h or h, c), and how many steps later the next one is due: one part of a session."""
+
+    def __init__(self, cell: nn.Module, delta: nn.Linear):
+        super().__init__()
+        self.cell, self.delta = cell, delta
+
+    def forward(self, x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        """(*state, steps (rows,))."""
+        *state_, delta = self.learning(x, *state)
+        # u is n * delta n steps after an update; the next one happens once that is above 1/2. A NaN updates always.
+        return *state_, 1 + (0.5 / delta[:, 0].float()).clamp(max=1e9).long().clamp(min=0)
+
+    def learning(self, x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        """(*state, delta (rows, 1)), with gradients."""
+        new = self.cell(x, state if len(state) > 1 else state[0])
+        state = new if isinstance(new, tuple) else (new,)
+        return *state, self.delta(state[0]).sigmoid()
 
 
 class UpdateCost(Objective):
@@ -135,6 +196,12 @@ class UpdateCost(Objective):
         return "UpdateCost()"
 
 
-def _hidden(state: Any) -> Tensor:
-    """h of a state: the state itself, or the first of (h, c)."""
-    return state[0] if isinstance(state, tuple) else state
+def _without_update(layer: nn.Module, weights: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Saved weights have the names `cell` and `delta`, whatever a session needs for a part."""
+    for name in [name for name in weights if name.startswith(f"{prefix}update.")]:
+        weights[prefix + name.removeprefix(f"{prefix}update.")] = weights.pop(name)
+
+
+def _with_update(layer: nn.Module, weights: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name in [name for name in weights if name.startswith((f"{prefix}cell.", f"{prefix}delta."))]:
+        weights[f"{prefix}update.{name.removeprefix(prefix)}"] = weights.pop(name)

@@ -78,9 +78,9 @@ def fbs_resnet(
 ) -> nn.Sequential:
     """A CIFAR ResNet whose blocks boost and suppress channels: (B, C, H, W) to logits (B, num_classes).
 
-    Every block's two convolutions are one chain. Saliencies see magnitudes relative to the image's own, see
-    `SaliencyScorer`: those of a residual network would grow from block to block. Groups that the second one leaves add nothing to the shortcut. Stem,
-    shortcuts and classifier always run.
+    Every block's two convolutions are one chain. Groups that the second one leaves add nothing to the shortcut. Stem,
+    shortcuts and classifier always run. Saliencies see magnitudes relative to the image's own (`SaliencyScorer`): those
+    of a residual network would grow from block to block.
 
     Args:
         num_classes: width of the logits.

@@ -196,8 +196,9 @@ def test_nan_stays_in_its_row_and_a_session_refuses_it():
         session(x)
 
 
-def test_a_session_streams_sequences():
-    model, xs = stopper(threshold=-0.4).float().eval(), torch.randn(12, 8, 3)
+@pytest.mark.parametrize("kind", [nn.GRUCell, nn.LSTMCell])
+def test_a_session_streams_sequences(kind):
+    model, xs = stopper(kind, threshold=-0.4).float().eval(), torch.randn(12, 8, 3)
     session = infer.Session(model, xs, engines="eager")
     answers = list(session.stream(iter(xs)))
     torch.testing.assert_close(torch.stack(answers), model(xs))

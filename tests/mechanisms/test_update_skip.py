@@ -1,5 +1,7 @@
 """Skip RNN: the recurrence is the paper's, what is skipped is not computed, and padding costs nothing."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -8,8 +10,11 @@ from dynanet import infer
 from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import everything, execute, forced, record
 from dynanet.core.errors import ConfigError, InputError, StructureError
+from dynanet.core.gate import Gate
 from dynanet.core.macs import CountMacs
 from dynanet.data.ragged import Sequences, pad
+from dynanet.gates.rules import Threshold
+from dynanet.mechanisms.layer_skip import LayerSkip
 from dynanet.mechanisms.update_skip import UpdateCost, UpdateSkip
 
 
@@ -81,6 +86,70 @@ def test_steps_that_all_rows_skip_are_jumped_over():
     updates = torch.stack(trace[""], 1)[0, :, 0].nonzero()[:, 0]
     assert len(trace[""]) == 40 and 2 <= len(updates) < 20
     assert torch.equal(torch.cat(asked), x[0, updates])
+
+
+@pytest.mark.parametrize("every_step", [False, True])
+@pytest.mark.parametrize("cell", [nn.GRUCell(3, 5), nn.LSTMCell(3, 5)])
+def test_rows_do_not_wait_for_each_other(cell, every_step):
+    """The sparse form asks the cell as often as the busiest row updates; answers and traces are those of the dense."""
+    layer, xs = skipping(cell, every_step=every_step).eval(), [torch.randn(n, 3).double() for n in (30, 4, 17, 30, 1)]
+    calls, traces, answers = [], [], []
+    layer.cell.register_forward_pre_hook(lambda cell, given: calls.append(given[0].shape[0]))
+    for sparse in (False, True):
+        calls.clear()
+        with torch.no_grad(), record(execute(layer, sparse=sparse)) as trace:
+            answers.append(layer(pad(xs)))
+        traces.append(trace)
+    torch.testing.assert_close(answers[1], answers[0], rtol=1e-12, atol=1e-12)
+    keep = torch.stack(traces[1][""])
+    assert torch.equal(keep, torch.stack(traces[0][""])) and len(calls) == keep.sum(0).max() < 30
+    assert sum(calls) == keep.sum() and calls == sorted(calls, reverse=True) and calls[0] == 5
+    for dense, sparse_ in zip(traces[0].calls, traces[1].calls, strict=True):
+        assert torch.equal(dense.decision.score, sparse_.decision.score)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_cell_that_decides_is_heard_step_by_step(sparse):
+    class Skipping(nn.Module):
+        """A cell with a layer inside that some rows skip."""
+
+        def __init__(self):
+            super().__init__()
+            self.read = nn.GRUCell(3, 5)
+            self.more = LayerSkip(nn.Linear(5, 5), Gate(nn.Linear(5, 1), Threshold(0.0)))
+
+        def forward(self, x, h):
+            return self.more(self.read(x, h))
+
+    layer, xs = skipping(Skipping()).eval(), [torch.randn(n, 3).double() for n in (9, 1, 14)]
+    with torch.no_grad(), record(execute(layer, sparse=sparse)) as trace:
+        answers = layer(pad(xs))
+    for x, answer in zip(xs, answers, strict=True):
+        torch.testing.assert_close(answer, by_hand(layer, x)[0], rtol=1e-12, atol=1e-12)
+    inner = [call for call in trace.calls if call.name == "update.cell.more"]
+    updates = [keep for keep in trace[""] if sparse is False or keep.any()]
+    assert len(inner) == len(updates) and all((c.keep <= k).all() for c, k in zip(inner, updates, strict=True))
+
+
+@pytest.mark.parametrize("cell", [nn.GRUCell(3, 5), nn.LSTMCell(3, 5), nn.RNNCell(3, 5)])
+def test_a_session_runs_it(cell):
+    layer, xs = skipping(cell).float().eval(), [torch.randn(n, 3) for n in (9, 3, 14, 2)]
+    x = pad(xs)
+    session = infer.Session(layer, x, engines="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(session(x), layer(x))
+    assert session.engines(), "the update is a part"
+
+
+def test_saved_weights_are_named_after_the_cell_and_delta():
+    model, other = (nn.Sequential(UpdateSkip(nn.GRUCell(3, 5), 3, 5)) for _ in range(2))
+    saved = model.state_dict()
+    assert sorted({name.rsplit(".", 1)[0] for name in saved}) == ["0.cell", "0.delta"]
+    copy.deepcopy(other).load_state_dict(saved)
+    other.load_state_dict(saved)
+    assert torch.equal(other[0].cell.weight_hh, model[0].cell.weight_hh)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        other.load_state_dict(saved | {"0.cell.more": torch.zeros(1)})
 
 
 def test_the_rounding_passes_gradients():

@@ -94,7 +94,7 @@ def test_what_means_no_network_is_refused(arguments, says):
 def test_saliencies_do_not_grow_from_block_to_block():
     torch.manual_seed(0)
     model = fbs_resnet(num_classes=10, depth=14).train()
-    images = torch.randn(32, 3, 1, 1) + 0.2 * torch.randn(32, 3, 32, 32)  # like photographs: what is light, is all light
+    images = torch.randn(32, 3, 1, 1) + 0.2 * torch.randn(32, 3, 32, 32)  # like photographs, light or dark all over
     with record(model) as trace:
         model(images)
     assert max(float(call.decision.score.detach().max()) for call in trace.calls) < 30

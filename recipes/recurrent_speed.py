@@ -1,0 +1,195 @@
+"""What skipping updates of a recurrent network is worth in milliseconds. Weights and inputs are random.
+
+    python recipes/recurrent_speed.py --repeats 3 --results results        # lstm, gru; both if none is named
+
+Update skip (Skip RNN) against the same network that reads every step, in its best engine: torch's fused nn.LSTM or
+nn.GRU, a loop over torch's cell, ONNX Runtime's LSTM or GRU. Speed does not ask what the answers mean, so nothing is
+trained: the gate is the real one, with random weights, and the bias of delta is set so that a share of all steps is
+read; sequences differ in when and how often they read. Answers are compared with the dense form's before anything is
+timed. One thread; contestants are interleaved, figures are medians over rounds; every repeat of a network is a process
+of its own, and every row of it is kept.
+
+Columns as in `dynanet/bench/compare.py`: `session_ms` and `best_dense_ms` per sequence, `over_best_dense` their ratio,
+`over_reference` against the loop over torch's cell; `macs_ratio`: MACs of reading every step over those spent, gates
+included; `over_flop_ratio`: over_same_engine / macs_ratio, where the same engine reads every step
+(its delta says so); `best_over_flop_ratio`: over_best_dense / macs_ratio; `over_latency_theory`: the engines' own time
+for the same calls / session_ms.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from dynanet import CostModel, execute, record
+from dynanet.bench.machine import append_rows
+from dynanet.bench.paired import paired, ratio
+from dynanet.core.macs import CountMacs
+from dynanet.infer import Session
+from dynanet.infer.engines import OnnxRuntime
+from dynanet.mechanisms.update_skip import UpdateSkip
+
+INPUTS, STEPS = 64, 100
+KEEPS, BATCHES, HIDDEN = (0.25, 0.5, 0.75), (1, 8, 64, 256), (128, 256, 512)
+CELLS = {"lstm": (nn.LSTMCell, nn.LSTM), "gru": (nn.GRUCell, nn.GRU)}
+
+
+class Last(nn.Module):
+    """The fused network, and of it the last state."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        """(B, hidden)."""
+        return (self.net(x)[0][:, -1],)
+
+
+@torch.no_grad()
+def skipping(kind, hidden, keep, x):
+    """A layer that reads this share of the steps of x, and its fused network. A keep of 1 reads all."""
+    torch.manual_seed(0)
+    make_cell, make_net = CELLS[kind]
+    layer, net = (
+        UpdateSkip(make_cell(INPUTS, hidden), INPUTS, hidden).eval(),
+        make_net(INPUTS, hidden, batch_first=True),
+    )
+    for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+        getattr(net, f"{name}_l0").copy_(getattr(layer.cell, name))
+    execute(layer, sparse=True)
+    layer.delta.weight /= (layer(x) @ layer.delta.weight.T).std()  # sequences differ in what they skip
+    low, high = -20.0, 20.0
+    while keep < 1 and high - low > 1e-3:
+        layer.delta.bias.fill_((low + high) / 2)
+        if share(layer, x) < keep:
+            low = (low + high) / 2
+        else:
+            high = (low + high) / 2
+    layer.delta.bias.fill_(high)
+    return layer, net.eval()
+
+
+def share(layer, x):
+    """Of steps that are read."""
+    with record(layer) as trace:
+        layer(x)
+    return float(torch.stack(trace[""]).mean())
+
+
+@torch.no_grad()
+def loop(cell, x):
+    """Every step, by torch's cell."""
+    zero = x.new_zeros(x.shape[0], cell.hidden_size)
+    state = (zero, zero) if isinstance(cell, nn.LSTMCell) else zero
+    for t in range(x.shape[1]):
+        state = cell(x[:, t], state)
+    return state[0] if isinstance(state, tuple) else state
+
+
+@torch.no_grad()
+def measured(kind, hidden, keep, batches, rounds, cache):
+    """A row per batch."""
+    x_all = torch.randn(max(batches), STEPS, INPUTS, generator=torch.Generator().manual_seed(1))
+    layer, net = skipping(kind, hidden, keep, x_all[:64])
+    every, _ = skipping(kind, hidden, 1, x_all[:64])
+    settings = {"threads": 1, "batches": sorted({1, 4, 16, *batches}), "cache": cache}
+    session, same = Session(layer, x_all[:1], **settings), Session(every, x_all[:1], **settings)
+    runtime = OnnxRuntime(Last(net), [x_all[:2]], threads=1, workspaces=True, cache=cache)
+    dense = {
+        f"torch nn.{kind.upper()}": lambda x: Last(net)(x)[0],
+        "torch cell": lambda x: loop(layer.cell, x),
+        "onnxruntime": lambda x: runtime([x])[0],
+    }
+    cost = CostModel(layer, x_all[:1])
+    for batch in batches:
+        x = x_all[:batch]
+        for run in dense.values():
+            torch.testing.assert_close(run(x), same(x), rtol=1e-3, atol=1e-3)
+        kept, spent = same_decisions(layer, session, x, cost)
+        with CountMacs() as count:
+            loop(layer.cell, x)
+        calls = []
+        (engine,) = session.engines()
+        engine.listener = lambda inputs, calls=calls: calls.append([t.clone() for t in inputs])
+        session(x)
+        engine.listener = None
+        times = max(1, 8 // batch)
+        contestants = {
+            "session": lambda x=x: session(x),
+            "same": lambda x=x: same(x),
+            "theory": lambda calls=calls, engine=engine: [engine(inputs) for inputs in calls],
+            **{name: lambda run=run, x=x: run(x) for name, run in dense.items()},
+        }
+        contestants = {name: lambda f=f, times=times: [f() for _ in range(times)] for name, f in contestants.items()}
+        seconds = paired(contestants, rounds=rounds)
+        ms = {name: 1e3 * float(np.median(s)) / times / batch for name, s in seconds.items()}
+        best = min(dense, key=ms.__getitem__)
+        over_reference, low, high = ratio(seconds["torch cell"], seconds["session"])
+        over_same, over_best = (ratio(seconds[name], seconds["session"])[0] for name in ("same", best))
+        macs_ratio = count.total / spent
+        yield {
+            "network": f"update skip, {kind}", "inputs": INPUTS, "hidden": hidden, "steps": STEPS, "keep": keep,
+            "kept": kept, "batch": batch, "threads": 1, "rounds": rounds, "session_ms": ms["session"],
+            "best_dense_ms": ms[best], "best_dense": best, "over_reference": over_reference,
+            "spread": f"{low:.2f}-{high:.2f}", "over_same_engine": over_same, "over_best_dense": over_best,
+            "macs_ratio": macs_ratio, "over_flop_ratio": over_same / macs_ratio,
+            "best_over_flop_ratio": over_best / macs_ratio,
+            "over_latency_theory": ratio(seconds["theory"], seconds["session"])[0],
+            **{f"{name.split('.')[0].replace(' ', '_')}_ms": ms[name] for name in dense},
+        }  # fmt: skip
+
+
+def same_decisions(layer, session, x, cost):
+    """The share of steps read and the MACs spent, once answers are equal where decisions are, and nearly all are."""
+    with record(execute(layer, sparse=False)) as dense:
+        expected = layer(x)
+    with record(session) as trace:
+        answer = session(x)
+    ours, theirs = torch.stack(trace[""]), torch.stack(dense[""])
+    alike = (ours == theirs).flatten(2).all(2).all(0)  # scores next to a threshold round apart
+    assert alike.sum() >= 0.9 * len(x) - 1, f"only {int(alike.sum())} of {len(x)} sequences were decided alike"
+    torch.testing.assert_close(answer[alike], expected[alike], rtol=1e-3, atol=1e-3)
+    return float(ours.mean()), float(cost.spent(trace).sum())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("networks", nargs="*", help=", ".join(CELLS))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--hidden", type=int, nargs="+", default=HIDDEN)
+    parser.add_argument("--keeps", type=float, nargs="+", default=KEEPS)
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    args = parser.parse_args()
+    networks = args.networks or list(CELLS)
+    if unknown := set(networks) - CELLS.keys():
+        parser.error(f"there is no {sorted(unknown)}; name some of {list(CELLS)}")
+    if args.repeats > 1 or len(networks) > 1:
+        same = ["--repeats", "1", "--rounds", str(args.rounds), "--results", str(args.results)]
+        for option in ("hidden", "keeps", "batches"):
+            same += [f"--{option}", *map(str, getattr(args, option))]
+        for _ in range(args.repeats):
+            for network in networks:
+                subprocess.run([sys.executable, __file__, network, *same], check=True)
+        return
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as cache:
+        for hidden in args.hidden:
+            for keep in args.keeps:
+                rows = []
+                for row in measured(networks[0], hidden, keep, args.batches, args.rounds, Path(cache)):
+                    rows.append(row)
+                    print(*(f"{k}={f'{v:.3g}' if isinstance(v, float) else v}" for k, v in row.items()), flush=True)
+                args.results.mkdir(exist_ok=True)
+                append_rows(args.results / "recurrent_speed.csv", rows, {})
+
+
+if __name__ == "__main__":
+    main()
