@@ -253,9 +253,13 @@ def test_packed_weights_follow_the_weights():
     model.experts[1][2] = nn.Linear(2 * D, D).requires_grad_(False)
     agrees()
     heard = []
-    inside.register_forward_hook(lambda *call: heard.append(call))
+    hook = inside.register_forward_hook(lambda *call: heard.append(call))
     execute(model, sparse=True)(x)
     assert heard
+    hook.remove()
+    del heard[:]
+    agrees()
+    assert not heard
 
 
 def frozen():

@@ -15,7 +15,8 @@ from dynanet.ops.native.products import Packed, product, product_add_
 class PackedExperts:
     """The packed weights of experts that are all Linear, activation, Linear of one size; see `Packed` for the rest.
 
-    They are packed anew when a weight was changed or a layer exchanged.
+    They are packed anew when a weight was changed or a layer exchanged. Where a layer has hooks, nothing is done natively;
+    hooks on an expert as a whole are not heard.
     """
 
     def __init__(self) -> None:
@@ -66,13 +67,10 @@ class PackedExperts:
             dicts: list[dict[str, Any]] = [experts._modules]
             dicts += [e._modules for e in experts] + [part._parameters for part in parts]
             self._held = [(held, list(held.values())) for held in dicts]
-            modules = [module for expert in experts for module in (expert, *expert.children())]
-            self._hooks = [h for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
-            if any(self._hooks):
-                self._ready = None
+            self._hooks = [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
             self._weights = [p for _, values in self._held for p in values if isinstance(p, Tensor)]
             self._state = self._states()
-        return self._ready
+        return None if any(self._hooks) else self._ready  # hooks want to hear of calls
 
     def _as_it_was(self, experts: nn.ModuleList) -> bool:
         """The same layers with the same weights. Past the attributes of modules, which take long to look up."""
@@ -81,7 +79,7 @@ class PackedExperts:
         for held, values in self._held:
             if len(held) != len(values) or not all(map(operator.is_, held.values(), values)):
                 return False
-        return not any(self._hooks) and self._state == self._states()
+        return self._state == self._states()
 
     def _states(self) -> list[object]:
         return [None if p.is_inference() else (p._version, p.data_ptr(), p.requires_grad) for p in self._weights]
