@@ -15,8 +15,8 @@ from dynanet.ops.native.products import Packed, product, product_add_
 class PackedExperts:
     """The packed weights of experts that are all Linear, activation, Linear of one size; see `Packed` for the rest.
 
-    They are packed anew when a weight was changed or a layer exchanged. Where a layer has hooks, nothing is done natively;
-    hooks on an expert as a whole are not heard.
+    They are packed anew when a weight was changed or a layer exchanged. Where a layer has hooks, nothing is done
+    natively; hooks on an expert as a whole are not heard.
     """
 
     def __init__(self) -> None:
