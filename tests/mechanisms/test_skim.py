@@ -9,6 +9,7 @@ from dynanet.core.dynamic import execute, record
 from dynanet.core.errors import ConfigError, InputError, StructureError
 from dynanet.data.ragged import Sequences, pad
 from dynanet.gates.rules import Soft
+from dynanet.infer import Session
 from dynanet.mechanisms.skim import Skim, SkimCost
 
 
@@ -94,6 +95,13 @@ def test_every_step_one_step_and_no_row():
     states = layer(x)
     torch.testing.assert_close(states[0, 2], by_hand(layer, x[0, :3])[0])
     assert layer(x[:, :1]).shape == (2, 1, 6) and layer(x[:0]).shape == (0, 5, 6)
+
+
+@pytest.mark.parametrize("kind", [nn.GRUCell, nn.LSTMCell])
+def test_a_session_puts_engines_in_place_of_the_cells(kind):
+    layer, x = skim(kind).eval(), torch.randn(4, 7, 3, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(Session(layer, x, engines="eager", batches=(1,))(x), layer(x))
 
 
 def test_what_it_refuses():
