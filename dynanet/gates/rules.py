@@ -20,11 +20,13 @@ class Rule(nn.Module, ABC):
     Attributes:
         differentiable: in training keep has a gradient to the scores, so that the gate learns from whatever hangs on
             it. `dynanet.testing` holds such gates to it.
+        competes: units compete for places, so that an only one is kept however low its score is.
         counts_rows: what is kept of a row depends on the other rows of a batch, so that padding must not be among them.
         decides: what is kept in eval mode, in words.
     """
 
     differentiable: bool = False
+    competes: bool = False
     counts_rows: bool = False
 
     @property
@@ -70,6 +72,8 @@ class TopK(Rule):
     Raises:
         ConfigError: k below 1.
     """
+
+    competes = True
 
     def __init__(self, k: int):
         super().__init__()
@@ -228,6 +232,7 @@ class Pick(Rule):
     """
 
     differentiable = True
+    competes = True
     costs: Tensor | None
     price: Tensor
 

@@ -199,6 +199,7 @@ class BiasedTopK(Rule):
         ConfigError: k below 1 or above the number of experts.
     """
 
+    competes = True
     counts_rows = True
 
     def __init__(self, k: int, experts: int, rate: float = 1e-3):
@@ -245,6 +246,7 @@ class BatchCoupledTopK(Rule):
         ConfigError: k below 1, or a capacity that is not positive.
     """
 
+    competes = True
     counts_rows = True
     called_in_parts = True  # an engine would see a batch in pieces, or padding with it
 

@@ -78,7 +78,7 @@ class SoftTree(Dynamic):
             raise StructureError(
                 f"a node of a tree got a gate for {gate.units} units; give one score, which says right"
             )
-        if isinstance(gate, Gate) and _keeps_anything(gate.rule):
+        if isinstance(gate, Gate) and getattr(gate.rule, "competes", False):
             raise StructureError(
                 f"a node of a tree got the rule {type(gate.rule).__name__}, by which all rows go right; give Soft or "
                 f"Gumbel"
@@ -295,12 +295,3 @@ class RouteBalance(Objective):
 
 def _zeros(keep: Tensor, y: Any) -> Any:
     return over_tensors(lambda t: t.new_zeros(*keep.shape[:-1], *t.shape[1:]), y)
-
-
-@torch.no_grad()
-def _keeps_anything(rule: nn.Module) -> bool:
-    """The only score is kept, however low it is."""
-    training = rule.training
-    kept = bool(rule.eval()(torch.full((1, 1), -1e4)).all())
-    rule.train(training)
-    return kept
