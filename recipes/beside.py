@@ -229,10 +229,13 @@ def evaluate(model, batches, sample, *, exchanged=False):
 
 
 def of_another(samples):
-    """The keep of another sample: the same rate, and no longer this input's. Tokens and positions: of another row."""
+    """The keep of another sample: the same rate, and no longer this input's. Positions of an image: all of another
+    image's, so that masks stay as ragged as they are. Tokens: of another row."""
     order = torch.randperm(samples)
 
     def keep(decision):
+        if decision.keep.dim() == 4:
+            return decision.keep[order]
         rows = decision.keep.flatten(0, -2)
         return rows[order if len(rows) == samples else torch.randperm(len(rows))].view_as(decision.keep)
 

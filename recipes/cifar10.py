@@ -3,6 +3,7 @@
     python recipes/cifar10.py staged --data DIR --out runs/cifar10/staged
     python recipes/cifar10.py static --width 0.5 --data DIR --out runs/cifar10/static-0.5
     python recipes/cifar10.py msdnet --data DIR --out runs/cifar10/msdnet
+    python recipes/cifar10.py ranet --epochs 6 --data DIR --out runs/cifar10_short/ranet   # beside others of 6 epochs
 
 DIR holds the parquet files of the Hugging Face hub's `cifar10`. SGD with Nesterov momentum, one cycle, crop and flip;
 5,000 training images are held out for calibration and never seen. The state is saved after every epoch, and a run that
@@ -29,7 +30,7 @@ def build(args):
         return zoo.staged_resnet(num_classes=10, depths=(1, 2, 2), context=64)
     if args.model == "static":
         return zoo.static_resnet(num_classes=10, depths=(1, 2, 2), width_multiplier=args.width)
-    return zoo.msdnet(num_classes=10)
+    return {"msdnet": zoo.msdnet, "ranet": zoo.ranet}[args.model](num_classes=10)
 
 
 def objective_for(args):
@@ -54,7 +55,7 @@ def accuracy(model, x, y, mean, std):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", choices=["staged", "static", "msdnet"])
+    parser.add_argument("model", choices=["staged", "static", "msdnet", "ranet"])
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--width", type=float, default=1.0)

@@ -1,6 +1,7 @@
 """CIFAR-10: the trained networks with exits at many budgets, beside the static networks of the same recipe.
 
     python recipes/cifar10_frontier.py --data DIR --runs runs/cifar10 --results results
+    python recipes/cifar10_frontier.py --data DIR --runs runs/cifar10_short --name cifar10_short     # 6 epochs, RANet too
 
 Thresholds are fitted on the 5,000 held-out images. For every pair of a network with exits and a static one, the cheapest
 budget is taken whose *held-out* accuracy reaches the static one's; then both are timed in one process, each in its best
@@ -33,6 +34,7 @@ from dynanet.mechanisms.cascade import Cascade
 EXITING = {
     "staged": partial(zoo.staged_resnet, num_classes=10, depths=(1, 2, 2), context=64),
     "msdnet": partial(zoo.msdnet, num_classes=10),
+    "ranet": partial(zoo.ranet, num_classes=10),
 }
 STATIC = {
     f"static-{width}": partial(zoo.static_resnet, num_classes=10, depths=(1, 2, 2), width_multiplier=width)
@@ -142,6 +144,7 @@ def main():
     parser.add_argument("--data", required=True)
     parser.add_argument("--runs", type=Path, default=Path("runs/cifar10"))
     parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--name", default="cifar10", help="what the files of results begin with")
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -168,8 +171,8 @@ def main():
             speeds += speed_rows(name, frontier, table, static[row["network"]], row, test.x, args.rounds)
     about = {"data": "CIFAR-10 (JPEG re-encoding), test", "seed": 0, **facts()}
     args.results.mkdir(exist_ok=True)
-    write_csv(args.results / "cifar10_frontier.csv", [{**row, **about} for row in rows])
-    write_csv(args.results / "cifar10_speed.csv", [{**row, **about} for row in speeds])
+    write_csv(args.results / f"{args.name}_frontier.csv", [{**row, **about} for row in rows])
+    write_csv(args.results / f"{args.name}_speed.csv", [{**row, **about} for row in speeds])
     for row in rows + speeds:
         print({k: (round(v, 4) if isinstance(v, float) else v) for k, v in row.items()})
 

@@ -17,7 +17,7 @@ from dynanet import Budget, CostModel, Gate, convert, zoo
 from dynanet.experiment import Data, open_problem
 from dynanet.gates.recurrent import RecurrentGate
 from dynanet.gates.rules import Bernoulli, Gumbel, Pick, Soft, StraightThrough
-from dynanet.gates.scorers import PooledScorer
+from dynanet.gates.scorers import ContextScorer, PooledScorer
 from dynanet.mechanisms.channel_gating import ChannelGating, ThresholdTarget
 from dynanet.mechanisms.channel_skip import ChannelSkip, SaliencyL1, fbs_gate
 from dynanet.mechanisms.layer_skip import BranchSkip, RecurrentSkip
@@ -26,6 +26,7 @@ from dynanet.mechanisms.policy_skip import Bounded, PolicySkip, curriculum
 from dynanet.mechanisms.pondering import ACT, PonderCost, PonderLoss, PonderNet
 from dynanet.mechanisms.slimmable import DoubleHead, EnsembleBootstrapping, SandwichGate, Slimmable
 from dynanet.mechanisms.soft_tree import LeafClassifier, RouteBalance, full_tree
+from dynanet.mechanisms.spatial_skip import SpatialBudget, SpatialSkip, anneal_bounds
 from dynanet.nets.condconv import CondConv2d
 from dynanet.nets.dynamic_conv import DynamicConv2d
 from dynanet.nets.dynamic_relu import DynamicReLU
@@ -228,6 +229,26 @@ def channel_gating(tiles=None):
     return convert(static(), {"[1-5]": gated})
 
 
+def spatial_skip():
+    """Blocks that leave the shape as it is run where a mask unit says so: DynConv."""
+
+    def masked(block):
+        gate = Gate(ContextScorer(inputs(block)), Gumbel())
+        return nn.Sequential(SpatialSkip(block.branch, gate, Tiles(1), dilate=True), nn.ReLU())
+
+    return convert(static(), {"[135]": masked})
+
+
+def bounded(share):
+    """DynConv's loss: a share of the masked blocks' MACs, between bounds that widen over a third of training."""
+
+    def objective(model, cost):
+        budget = SpatialBudget(share, cost)
+        return CrossEntropy() + 10.0 * budget, (anneal_bounds(budget),)
+
+    return objective
+
+
 def thresholds(target):
     """Cross-entropy, and thresholds drawn to a target: every convolution stays closed for about as many."""
     return lambda model, cost: (CrossEntropy() + 0.5 * ThresholdTarget(target), ())
@@ -403,6 +424,7 @@ DYNAMIC = {
     ),
     "channel_gating": Recipe(channel_gating, thresholds(0.4)),
     "channel_gating_tiles": Recipe(partial(channel_gating, Tiles(4, 1)), thresholds(0.4)),
+    "spatial_skip": Recipe(spatial_skip, bounded(0.5)),
     "slimmable_widths": Recipe(slimmable_widths, lambda model, cost: (EnsembleBootstrapping(), ())),
     "slimmable": Recipe(
         slimmable, gate_of_widths(0.6), start="slimmable_widths", epochs=2, optimizer=adamw(1e-3),

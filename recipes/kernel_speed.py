@@ -1,6 +1,6 @@
 """What the native kernels are worth: neuron blocks, experts and pixels. Weights and inputs are random.
 
-    python recipes/kernel_speed.py --repeats 3 --results results        # neurons, experts, pixels; all if none is named
+    python recipes/kernel_speed.py --repeats 3 --results results     # neurons, experts, pixels, tiles; all if none is named
 
 Every network is a few layers of one kind, run by one session call, so that layers find their weights cold where these
 are larger than the cache. Gates are real ones; their cost is in the times and in the MACs. Answers are compared with the
@@ -21,6 +21,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -94,8 +95,12 @@ def bottleneck(channels):
     )  # fmt: skip
 
 
-def pixels(branch, channels, side, layers=2):
-    """Residual branches at the positions that a mask unit keeps, the mask dilated; images of smooth noise."""
+def pixels(branch, channels, side, layers=2, tile=1, dilate=True):
+    """Residual branches at the positions, or the tiles, that a mask unit keeps; images of smooth noise.
+
+    The mask is dilated for what a branch reads around a position; without `dilate`, every tile brings a halo.
+    """
+    what = "pixels" if tile == 1 else f"tiles of {tile} x {tile}, {'dilated' if dilate else 'halos'}"
     for keep in KEEPS:
         torch.manual_seed(0)
         branches = [branch(channels) for _ in range(layers)]
@@ -104,12 +109,13 @@ def pixels(branch, channels, side, layers=2):
                 torch.randn(batch, channels, side // 7, side // 7), side, mode="bilinear"
             )
             x = smooth + 0.1 * torch.randn(batch, channels, side, side)
-            gates = [Gate(ContextScorer(channels), Threshold()) for _ in branches]
+            gates = [Gate(ContextScorer(channels, tile), Threshold()) for _ in branches]
+            tiles = Tiles(tile, 1)  # both branches read one position beyond
             model = nn.Sequential(
-                *(SpatialSkip(b, g, Tiles(1), dilate=True) for b, g in zip(branches, gates, strict=True))
+                *(SpatialSkip(b, g, tiles, dilate=dilate) for b, g in zip(branches, gates, strict=True))
             ).eval()
             share(model, gates, x, keep)
-            yield f"pixels, {branch.__name__}, {channels} channels of {side} x {side}, {layers} layers", keep, model, x
+            yield f"{what}, {branch.__name__}, {channels} channels of {side} x {side}, {layers} layers", keep, model, x
 
 
 @torch.no_grad()
@@ -128,6 +134,12 @@ SETS = {
         lambda: pixels(three, 256, 14),
         lambda: pixels(bottleneck, 256, 56),
         lambda: pixels(bottleneck, 512, 28),
+    ],
+    "tiles": [
+        partial(pixels, *network, tile=tile, dilate=dilate)
+        for network in ((three, 64, 56), (bottleneck, 256, 56))
+        for tile in (4, 14)
+        for dilate in (True, False)
     ],
 }
 

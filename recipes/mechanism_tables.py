@@ -13,6 +13,8 @@ EXPERIMENTS = {  # file of rows: what was trained, and what a narrower static ne
     "cifar10_resnets": "CIFAR-10, networks of the zoo, made of 14-layer ResNets; static: that ResNet, narrower",
     "cifar10_mobilenets": "CIFAR-10, a small MobileNet of the zoo; static: the same network, narrower",
     "cifar10_vits": "CIFAR-10, a small vision transformer of the zoo; static: narrower feed-forward layers",
+    "cifar10_resolution": "CIFAR-10, a small ResNet; static: the same network, narrower",
+    "tokens_mechanisms": "CIFAR-10, a small vision transformer; static: the same network, narrower",
     "characters_mechanisms": "Tiny Shakespeare, the next of 65 characters, a small network of feed-forward layers; static: fewer neurons",
     "text_mechanisms": "TREC, six kinds of questions, a small transformer; static: fewer neurons",
 }
@@ -28,6 +30,15 @@ NETWORKS = {  # card: the networks of the experiments that show it
     "soft_tree": ("soft_tree",),
     "neuron_skip": ("neuron_skip", "moefied"),
     "experts": ("experts", "switch", "experts_shared", "experts_by_bias", "experts_limited", "moe_vit"),
+    "spatial_skip": ("spatial_skip",),
+    "resolution_select": ("size-16", "size-24", "resolution"),
+    "glance_focus": (
+        *("glance_steered", "glance_anywhere", "glance_drawn", "glance_staged"),
+        *(f"glance_{how}-{share}" for how in ("steered", "staged") for share in (0.5, 0.7)),
+    ),
+    "token_drop": ("dynamic_vit", "dynamic_vit_taught", "dynamic_vit_share", "evit", "evit_as_is"),
+    "token_halting": ("a_vit",),
+    "token_merge": ("tome", "tome_as_is", "tome_similar_as_is"),
     "parameters": ("condconv", "dynamic_conv", "hypernetwork", "squeeze_excite", "dynamic_relu"),
 }  # fmt: skip
 
@@ -39,6 +50,7 @@ SPEEDS = {  # card: the networks of `recipes/skipping_speed.py` that show it
     "channel_skip": ("channel_skip",),
     "channel_gating": ("channel_gating",),
     "cascade": ("cascade",),
+    "token_drop": ("token_drop",),
 }
 
 KERNELS = {
@@ -73,7 +85,7 @@ def mechanism(card):
 def _accuracies(experiment, title, mine):
     lines = [
         f"{title}, by the same recipe and at the same MACs (interpolated). Random: the same decisions, but another "
-        f"{'image' if 'cifar' in experiment else 'row'}'s. Constant: kept for less than 2 % or more than 98 % of the rows. Test accuracy, one training each: differences below a point say little.",
+        f"{'image' if 'CIFAR' in title else 'row'}'s. Constant: kept for less than 2 % or more than 98 % of the rows. Test accuracy, one training each: differences below a point say little.",
         source(mine, f"{experiment}.csv"),
         "",
         "| | epochs | accuracy | MACs | nothing skipped | static, same MACs | widest static | its MACs | random gates | units "
@@ -123,8 +135,11 @@ def _four(mine, named):
     ]
     for name, batch in dict.fromkeys((named(row), int(row["batch"])) for row in mine):
         cell = [row for row in mine if named(row) == name and int(row["batch"]) == batch]
-        cells = " | ".join(times(np.median([float(row[column]) for row in cell])) for column in FOUR)
-        lines.append(f"| {name} | {batch} | {cells} |")
+        values = [float(np.median([float(row[column]) for row in cell])) for column in FOUR]
+        shown = [times(value) for value in values]
+        if values[-1] < 0.1:
+            shown[-1] = ""  # the units run in torch, of which the theory counts nothing
+        lines.append(f"| {name} | {batch} | {' | '.join(shown)} |")
     return lines
 
 
@@ -310,6 +325,63 @@ def kernels(card):
     return lines
 
 
+def break_even():
+    """The share of tiles below which skipping pays: rows of `recipes/kernel_speed.py`, a straight line through them."""
+    found = [row for row in quiet(rows("kernel_speed.csv")) if row["network"].startswith(("pixels", "tiles"))]
+    tiled = {row["network"].split(", ", 2)[2] for row in found if row["network"].startswith("tiles")}
+    if not tiled:
+        return NOTHING
+    lines = [
+        "Positions or tiles, and the share of them below which a session is faster than the best dense engine: time over the "
+        f"share kept, a straight line through the medians. {source(found, 'kernel_speed.csv')}",
+        "",
+        "| | batch | faster below | over the best dense engine at 0.10 | 0.25 | 0.50 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, batch in dict.fromkeys((row["network"], row["batch"]) for row in found):
+        if not any(name.endswith(network) for network in tiled):
+            continue
+        cell = [row for row in found if (row["network"], row["batch"]) == (name, batch)]
+        keeps = sorted({float(row["keep"]) for row in cell})
+        over = [float(np.median([float(r["over_best_dense"]) for r in cell if float(r["keep"]) == k])) for k in keeps]
+        slope, at_nothing = np.polyfit(keeps, [1 / value for value in over], 1)
+        shown = " | ".join(times(value) for value in over)
+        lines.append(f"| {name} | {batch} | {times(min(1.0, (1 - at_nothing) / slope))} | {shown} |")
+    return lines
+
+
+def segmentation():
+    """Rows of `recipes/camvid.py`."""
+    found, speeds = rows("camvid.csv"), quiet(rows("camvid_speed.csv"))
+    if not found:
+        return NOTHING
+    lines = [
+        f"Segmentation: {found[0]['data']}, {found[0]['epochs']} epochs from random weights. The cascade leaves at thresholds found "
+        "on the validation split for a share of its MACs; random exits: the same rates drawn by lot.",
+        source(found, "camvid.csv"),
+        "",
+        "| | | mIoU | pixel accuracy | MACs |",
+        "|---|---|---|---|---|",
+    ]
+    for row in found:
+        quality = " | ".join(percent(float(row[key])) for key in ("miou", "pixel_accuracy"))
+        lines.append(f"| {row['network']} | {row['point']} | {quality} | {_macs(row['macs'])} |")
+    if speeds:
+        lines += [
+            "",
+            "Milliseconds per frame, one by one, one thread, interleaved: the session, and the same weights without skipping in "
+            f"their best engine. {source(speeds, 'camvid_speed.csv')}",
+            "",
+            "| budget | MACs | session | static | times faster | of the FLOP ratio |",
+            "|---|---|---|---|---|---|",
+        ]
+    for row in speeds:
+        ms = " | ".join(f"{float(row[key]):.1f}" for key in ("session_ms", "static_ms"))
+        ratios = " | ".join(times(float(row[key])) for key in ("times", "of_flop_ratio"))
+        lines.append(f"| {row['budget']} | {_macs(row['macs'])} | {ms} | {ratios} |")
+    return lines
+
+
 def speed_targets():
     """(what, asked, values) of the speeds that were asked for."""
     found = quiet(rows("skipping_speed.csv"))
@@ -346,6 +418,12 @@ def speed_targets():
             0.95,
             [float(r["stream_over_latency_theory"]) for r in mine],
         )
+    ranet = [row for row in quiet(rows("ranet_speed.csv")) if row["threads"] == "1"]
+    for batch, asked in (("1", 0.95), ("8", 0.85), ("64", 0.95)):
+        mine = [float(row["over_latency_theory"]) for row in ranet if row["batch"] == batch]
+        yield f"RANet over the latency theory, batch {batch}", asked, mine
+    for batch in (8, 64, 256):
+        yield f"tokens over the FLOP ratio, batch {batch}", 0.95, cells("token_drop", batch)
     for batch, asked in ((1, 0.9), (8, 0.8)):
         yield f"pixel convolution over the FLOP ratio, batch {batch}", asked, of("pixels, three", batch)
         yield f"whole bottleneck by pixels over the FLOP ratio, batch {batch}", 0.8, of("pixels, bottleneck", batch)

@@ -9,7 +9,18 @@ No figure there is typed by hand. A block lies between `<!-- results:NAME -->` a
 import sys
 
 import numpy as np
-from mechanism_tables import choice, detection, exits, kernels, mechanism, sentences, several, speed_targets
+from mechanism_tables import (
+    break_even,
+    choice,
+    detection,
+    exits,
+    kernels,
+    mechanism,
+    segmentation,
+    sentences,
+    several,
+    speed_targets,
+)
 from rows import ROOT, percent, quiet, rows, source, spread, times
 from sequence_tables import sequences
 
@@ -198,7 +209,8 @@ def blocks():
         "early_exit": several([*msdnet(), "", *cifar10()], exits(), sentences()),
         "neuron_skip": several(mechanism("neuron_skip"), kernels("neuron_skip")),
         "experts": several(mechanism("experts"), kernels("experts")),
-        "spatial_skip": several(mechanism("spatial_skip"), kernels("spatial_skip")),
+        "spatial_skip": several(mechanism("spatial_skip"), kernels("spatial_skip"), break_even()),
+        "pixel_cascade": segmentation(),
         "cascade": cifar10("cascade"),
         "scene_exit": scene(),
         "layer_skip": several(mechanism("layer_skip"), detection("skip-0.65")),

@@ -10,13 +10,14 @@ every row of every repeat is kept. One thread; columns are explained in `dynanet
 import argparse
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from dynanet import Gate, execute, record
+from dynanet import Gate, execute, record, zoo
 from dynanet.bench.compare import compare
 from dynanet.bench.machine import append_rows
 from dynanet.gates.rules import Threshold, TopK
@@ -28,6 +29,7 @@ from dynanet.mechanisms.layer_skip import LayerSkip
 from dynanet.mechanisms.path_select import PathSelect
 from dynanet.mechanisms.policy_skip import PolicySkip
 from dynanet.mechanisms.slimmable import Slimmable, separate
+from dynanet.mechanisms.token_drop import TokenDrop
 from dynanet.nets.resnet import basic_block, head
 from dynanet.nets.slim import SlimBatchNorm2d, SlimConv2d, SlimSequential, scaled
 
@@ -103,6 +105,14 @@ def cascade(keep, channels=64):
     return Cascade([small, nn.Sequential(*(basic_block(channels, channels) for _ in range(5)), head(channels, 10))])
 
 
+def token_drop(keep, channels=3):
+    """A vision transformer of 196 tokens and six blocks; in front of the third and the fifth, tokens are dropped."""
+    model = zoo.dynamic_vit(num_classes=10, size=112, patch=8, width=192, depth=6, heads=3, expansion=4, drops=(2, 4))
+    for layer in drops(model):
+        layer.gate.rule = Threshold()
+    return model
+
+
 NETWORKS = {  # what is built, the input's channels and side, and the shares that gates keep; None: an equal share each
     "layer_skip": (layer_skip, 64, 28, (0.25, 0.5, 0.75)),
     "policy_skip": (policy_skip, 64, 28, (0.5,)),
@@ -111,6 +121,7 @@ NETWORKS = {  # what is built, the input's channels and side, and the shares tha
     "channel_skip": (channel_skip, 256, 14, (0.25, 0.5, 0.75)),
     "channel_gating": (channel_gating, 256, 14, (0.25, 0.5)),
     "cascade": (cascade, 64, 28, (0.25, 0.5)),
+    "token_drop": (token_drop, 3, 112, (0.5, 0.7)),
 }
 
 
@@ -122,25 +133,23 @@ def keeping(model, x, share):
             sure = model.confidence(model.networks[0](x))
         model.thresholds.fill_(float(sure.quantile(share)))
         return model
-    for layer in model:
+    for layer in drops(model):  # of the tokens that are still there: images differ in how many they keep
+        with heard(layer.gate.scorer) as scores, torch.no_grad():
+            execute(model, sparse=True)(x)
+        layer.gate.rule = Threshold(float(torch.cat(scores).flatten()[::7].quantile(1 - share)))
+    execute(model, sparse=False)
+    for layer in model.modules():
         if isinstance(layer, ChannelGating):
-            heard = []
-            hook = layer.gate.scorer.register_forward_hook(lambda m, inputs, score, heard=heard: heard.append(score))
-            with torch.no_grad():
+            with heard(layer.gate.scorer) as scores, torch.no_grad():
                 model(x)
-            hook.remove()
-            with torch.no_grad():
-                layer.gate.scorer.thresholds += heard[0].flatten(0, -2).quantile(1 - share, dim=0)
+                layer.gate.scorer.thresholds += scores[0].flatten(0, -2).quantile(1 - share, dim=0)
     gates = [m for m in model.modules() if isinstance(m, Gate) and isinstance(m.scorer, PooledScorer)]
     for gate in gates:  # in order: what one decides, the next one sees
         if isinstance(gate.rule, Threshold) and gate.rule.at < 0:
             continue  # keeps everything
-        heard = []
-        hook = gate.scorer.register_forward_hook(lambda module, inputs, score, heard=heard: heard.append(score))
-        with torch.no_grad(), record(model):
+        with heard(gate.scorer) as scores, torch.no_grad(), record(model):
             model(x)
-        hook.remove()
-        score = torch.cat(heard)
+        score = torch.cat(scores)
         with torch.no_grad():
             if isinstance(gate.rule, TopK):
                 gate.scorer.map.weight /= score.std(0)[:, None]  # so that none is always the best
@@ -148,6 +157,22 @@ def keeping(model, x, share):
             else:
                 gate.scorer.map.bias -= score.quantile(1 - share, dim=0)
     return model
+
+
+@contextmanager
+def heard(scorer):
+    """What it answers."""
+    scores = []
+    hook = scorer.register_forward_hook(lambda module, inputs, score: scores.append(score))
+    try:
+        yield scores
+    finally:
+        hook.remove()
+
+
+def drops(model):
+    """Where tokens are dropped."""
+    return [layer for layer in model.modules() if isinstance(layer, TokenDrop)]
 
 
 def full(name, channels):
