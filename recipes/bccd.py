@@ -29,7 +29,18 @@ from dynanet.infer.average_precision import average_precision
 from dynanet.infer.detect import decode
 from dynanet.inspect.positions import beside_boxes, units_per_position
 from dynanet.mechanisms.position_halting import PositionPonderCost
-from dynanet.train import Batches, DetectionLoss, Within, adamw, fit, load_weights, newest, one_cycle, tighten_budget
+from dynanet.train import (
+    Batches,
+    DetectionLoss,
+    TargetRate,
+    Within,
+    adamw,
+    fit,
+    load_weights,
+    newest,
+    one_cycle,
+    tighten_budget,
+)
 from dynanet.train.checkpoint import step_files
 
 SIZE = (144, 192)
@@ -55,11 +66,20 @@ def skip(share):
     return zoo.detector_skip(num_classes=3), objective
 
 
+def skip_rates(share):
+    """Gates with normed scores, each drawn to run for this share of the images."""
+    return zoo.detector_skip(num_classes=3, bias=1.0, norm=True), lambda cost: (
+        DetectionLoss() + 4.0 * TargetRate(share),
+        (),
+    )
+
+
 NETWORKS = {
     **{name: partial(static, depths) for name, depths in STATIC.items()},
     "halting-0.02": partial(halting, 0.02),
     "halting-0.05": partial(halting, 0.05),
     "skip-0.65": partial(skip, 0.65),
+    "skip-rates-0.5": partial(skip_rates, 0.5),
 }
 
 

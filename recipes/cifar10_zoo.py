@@ -107,7 +107,8 @@ def scaled(widths, ratio):
 def families():
     """By name."""
     skipping = {
-        "skipnet_warm": Recipe(partial(zoo.skipnet, **RESNET), plus(), epochs=2),
+        # Without a rate in the first stage no gate ever closes, and the second has no other gate to compare with.
+        "skipnet_warm": Recipe(partial(zoo.skipnet, **RESNET), plus(2.0 * TargetRate(0.7)), epochs=2),
         "skipnet": Recipe(
             sample_gates, plus(Reinforce(SkipReward(0.5))), start="skipnet_warm", epochs=2, optimizer=JOINTLY
         ),

@@ -9,6 +9,7 @@ No figure there is typed by hand. A block lies between `<!-- results:NAME -->` a
 import sys
 
 import numpy as np
+from generation_tables import generation, generation_targets
 from mechanism_tables import (
     break_even,
     choice,
@@ -172,7 +173,7 @@ def targets():
         if row.get("times"):
             what = f"CIFAR-10, {row['network']} over {row['static']} at its held-out accuracy, batch {row['batch']}"
             line(what, 1.3, [float(row["times"])])
-    for what, asked, values in speed_targets():
+    for what, asked, values in (*speed_targets(), *generation_targets()):
         line(what, asked, values)
     return lines
 
@@ -206,14 +207,14 @@ def blocks():
     yield ROOT / "results" / "README.md", "targets", targets()
     yield ROOT / "results" / "README.md", "parameters", mechanism("parameters")
     mine = {
-        "early_exit": several([*msdnet(), "", *cifar10()], exits(), sentences()),
+        "early_exit": several([*msdnet(), "", *cifar10()], exits(), sentences(), generation()),
         "neuron_skip": several(mechanism("neuron_skip"), kernels("neuron_skip")),
         "experts": several(mechanism("experts"), kernels("experts")),
         "spatial_skip": several(mechanism("spatial_skip"), kernels("spatial_skip"), break_even()),
         "pixel_cascade": segmentation(),
         "cascade": cifar10("cascade"),
         "scene_exit": scene(),
-        "layer_skip": several(mechanism("layer_skip"), detection("skip-0.65")),
+        "layer_skip": several(mechanism("layer_skip"), detection("skip-0.65", "skip-rates-0.5")),
         "position_halting": detection("halting-0.05", "halting-0.02"),
         **{card: sequences(card) for card in ("update_skip", "skim", "early_stop")},
     }

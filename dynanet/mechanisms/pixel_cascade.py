@@ -75,7 +75,7 @@ class PixelCascade(Dynamic):
         image = flat_image(features) if self.gathers else features
         for k, (*cells, head) in enumerate(chains):
             self._hear(logits)
-            answer = logits.detach().permute(0, 2, 3, 1)  # nothing is learnt from where positions leave
+            answer = logits.detach().permute(0, 2, 3, 1).contiguous()  # nothing is learnt from where positions leave
             memory = self.confidence.at(k).remember(answer, memory)
             score = self.confidence.at(k)(answer, memory)
             own = Decision((score.float() < self.thresholds[k].float()).to(score.dtype), score)

@@ -138,32 +138,25 @@ class Compact:
     """A chain of stride-1 "same" convolutions at chosen positions: gathered once, computed as rows, put back once.
 
     The chain falls into parts; each but the first starts with a convolution that reads neighbours, so that a part is
-    computed on one set of positions. Two choices of sets:
-
-    - `dilated`: every part runs where the next one reads, so the answer is that of the image (Figurnov et al. 2017,
-      arXiv:1612.02297, and Verelst and Tuytelaars 2020, arXiv:1912.03203: the mask dilated through 3x3 convolutions).
-      Unlike a tile's halo, nothing is computed twice.
-    - `region`: every part runs at the kept positions only, and finds zeros elsewhere (the region convolution of Li et
-      al. 2017, arXiv:1704.01344). The first convolution reads the image as it is.
+    computed on one set of positions. Every part runs where the next one reads, so the answer is that of the image
+    (Figurnov et al. 2017, arXiv:1612.02297, and Verelst and Tuytelaars 2020, arXiv:1912.03203: the mask dilated through
+    3x3 convolutions). Unlike a tile's halo, nothing is computed twice; unlike a `region`, nothing is taken for zero.
 
     Args:
         unit: an nn.Sequential of stride-1 "same" convolutions and position-wise layers.
-        region: the second choice of sets.
 
     Raises:
         StructureError: a unit that tiles cannot run.
     """
 
-    def __init__(self, unit: nn.Module, *, region: bool = False):
+    def __init__(self, unit: nn.Module):
         Tiles(1, 2**30).check(unit)
-        self.region, self._unit = region, unit
+        self._unit = unit
         self._layers: list[nn.Module] = []
         self._parts: list[list[nn.Module]] = []
         self._native = Chain()
         reads = [_padding(part[0])[0] if part and isinstance(part[0], nn.Conv2d) else 0 for part in self.parts]
-        self.reach = [0 if region else sum(reads[j + 1 :]) for j in range(len(reads))]
-        if not any(isinstance(layer, nn.Conv2d) for layer in self.parts[0]):  # nothing costly: the image as it is
-            self.reach[0] = sum(reads[1:2] if region else reads[1:])
+        self.reach = [sum(reads[j + 1 :]) for j in range(len(reads))]
 
     @property
     def parts(self) -> list[list[nn.Module]]:
@@ -188,7 +181,7 @@ class Compact:
             otherwise: shaped as the answer.
         """
         if not layer.gathers:
-            return keep_B1HW * self._dense(keep_B1HW, x) + (1 - keep_B1HW) * otherwise
+            return keep_B1HW * self._dense(x) + (1 - keep_B1HW) * otherwise
         rows, index = self._sparse(layer, units, keep_B1HW, _flat(x))
         return otherwise if rows is None else _image(_flat(otherwise).index_copy(0, index, rows), otherwise)
 
@@ -198,7 +191,7 @@ class Compact:
         The sparse answer is laid out channels last: what gathers from it next need not copy the image.
         """
         if not layer.gathers:
-            return x + keep_B1HW * self._dense(keep_B1HW, x)
+            return x + keep_B1HW * self._dense(x)
         flat = _flat(x)
         parts = self.parts
         packed = self._native.ready(self._layers, flat)
@@ -285,11 +278,8 @@ class Compact:
                     where = here.index
         return rows, last.index
 
-    def _dense(self, keep_B1HW: Tensor, x: Tensor) -> Tensor:
-        sets = self.sets(keep_B1HW) if self.region else []
-        for j, part in enumerate(self.parts):
-            if j and self.region:
-                x = x * sets[j - 1][:, None]
+    def _dense(self, x: Tensor) -> Tensor:
+        for part in self.parts:
             for step in part:
                 x = step(x)
         return x

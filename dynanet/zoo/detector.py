@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from dynanet.core.architecture import architecture
 from dynanet.core.errors import ConfigError
 from dynanet.core.gate import Gate
-from dynanet.gates.rules import Gumbel
+from dynanet.gates.rules import Gumbel, StraightThrough
 from dynanet.gates.scorers import ContextScorer, PooledScorer
 from dynanet.mechanisms.layer_skip import BranchSkip
 from dynanet.mechanisms.position_halting import PositionHalting
@@ -112,6 +112,7 @@ def detector_skip(
     depths: Sequence[int] = (2, 6),
     head: int = 64,
     bias: float = 2.0,
+    norm: bool = False,
 ) -> nn.Sequential:
     """The detector whose units are left out image by image: train it with `Within` or `TargetRate`.
 
@@ -122,6 +123,8 @@ def detector_skip(
         depths: as in `detector_static`.
         head: as in `detector_static`.
         bias: of the gates' scores at the start; positive: every unit runs at first.
+        norm: gates' scores are normed over the training data and cut without noise, so that every gate goes on telling
+            images apart. Otherwise Gumbel noise, with which gates may end the same for all images.
 
     Raises:
         ConfigError: a value out of range.
@@ -129,7 +132,8 @@ def detector_skip(
     _check(num_classes, in_channels, widths, depths, head)
 
     def stage(first: nn.Module, units: list[nn.Sequential], width: int) -> nn.Module:
-        gates = [Gate(PooledScorer(width, bias=bias), Gumbel()) for _ in units]
+        rule = StraightThrough if norm else Gumbel
+        gates = [Gate(PooledScorer(width, bias=bias, norm=norm), rule()) for _ in units]
         return nn.Sequential(first, *(BranchSkip(unit, gate) for unit, gate in zip(units, gates, strict=True)))
 
     return _detector(num_classes, in_channels, widths, depths, head, stage)

@@ -27,7 +27,7 @@ def norm():
 
 
 def conv(k=3, d=1, groups=1, bias=True):
-    return nn.Conv2d(C, C, k, padding=d * (k // 2), dilation=d, groups=groups, bias=bias)
+    return nn.Conv2d(C, C, k, padding=d * (k - 1) // 2, dilation=d, groups=groups, bias=bias)
 
 
 CHAINS = {
@@ -38,6 +38,10 @@ CHAINS = {
         lambda m, x, at: m[3](at * m[2](m[1](m[0](x)))),
     ),
     "groups": (lambda: [conv(groups=2), conv(groups=4)], lambda m, x, at: m[1](at * m[0](x))),
+    "even": (
+        lambda: [nn.Conv2d(C, C, 2, padding="same", dilation=2), nn.ReLU(), conv(4, 2)],
+        lambda m, x, at: m[2](at * m[1](m[0](x))),
+    ),
     "no convolution": (lambda: [norm(), nn.Sigmoid()], lambda m, x, at: m[1](m[0](x))),
 }
 
