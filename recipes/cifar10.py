@@ -3,7 +3,7 @@
     python recipes/cifar10.py staged --data DIR --out runs/cifar10/staged
     python recipes/cifar10.py static --width 0.5 --data DIR --out runs/cifar10/static-0.5
     python recipes/cifar10.py msdnet --data DIR --out runs/cifar10/msdnet
-    python recipes/cifar10.py ranet --epochs 6 --data DIR --out runs/cifar10_short/ranet   # beside others of 6 epochs
+    python recipes/cifar10.py ranet --epochs 3 --data DIR --out runs/cifar10_short/ranet   # beside others of 3 epochs
 
 DIR holds the parquet files of the Hugging Face hub's `cifar10`. SGD with Nesterov momentum, one cycle, crop and flip;
 5,000 training images are held out for calibration and never seen. The state is saved after every epoch, and a run that

@@ -1,7 +1,7 @@
 """CIFAR-10: the trained networks with exits at many budgets, beside the static networks of the same recipe.
 
     python recipes/cifar10_frontier.py --data DIR --runs runs/cifar10 --results results
-    python recipes/cifar10_frontier.py --data DIR --runs runs/cifar10_short --name cifar10_short     # 6 epochs, RANet too
+    python recipes/cifar10_frontier.py --data DIR --runs runs/cifar10_short --name cifar10_short     # 3 epochs, RANet too
 
 Thresholds are fitted on the 5,000 held-out images. For every pair of a network with exits and a static one, the cheapest
 budget is taken whose *held-out* accuracy reaches the static one's; then both are timed in one process, each in its best

@@ -137,6 +137,8 @@ def _images(f: ImageFindings) -> Markup | None:
             if labels is not None:
                 nothing = _boxes((), each.picture, None, f.class_names)
                 figures.append(_picture(coloured(labels, colours), what, nothing, f"Classes: {what}."))
+    of_one = len(figures) // len(f.shown)  # pictures of one image stay side by side
+    columns = {1: 3, 2: 4}.get(of_one, of_one)
     keys = [
         tag("li", tag("span.swatch", at={"style": f"background:{css(colours[c])}"}), name)
         for c, name in enumerate(f.class_names)
@@ -147,7 +149,7 @@ def _images(f: ImageFindings) -> Markup | None:
         tag("p", "The first test images, not chosen by what they show."),
         tag("ul.key", *keys),
         _colour_bar(most) if maps else None,
-        tag("div.maps", *figures),
+        tag("div.maps.beside", *figures, at={"style": f"--columns:{columns}"}),
     ])  # fmt: skip
 
 
