@@ -27,7 +27,7 @@ clean:
 .venv/.demo: EXTRAS := onnx,rs
 .venv/.dev: EXTRAS := all,dev
 
-.venv/.demo .venv/.dev: .venv/.torch pyproject.toml hatch_build.py $(wildcard dynanet/ops/native/kernels.*[ch])
+.venv/.demo .venv/.dev: .venv/.torch pyproject.toml hatch_build.py $(wildcard dynanet/ops/native/*.[ch])
 	@echo "Installing dynanet[$(EXTRAS)] in .venv ..."
 	@$(INSTALL) --editable '.[$(EXTRAS)]'
 	@touch $@

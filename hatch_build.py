@@ -61,4 +61,5 @@ def compiled(folder: Path) -> tuple[Path | None, str]:
 
 def digest(folder: Path) -> str:
     """Of the sources: the loader refuses a library that was compiled from others."""
-    return hashlib.sha256((folder / "kernels.c").read_bytes() + (folder / "kernels.h").read_bytes()).hexdigest()[:16]
+    sources = sorted([*folder.glob("*.c"), *folder.glob("*.h")])
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:16]

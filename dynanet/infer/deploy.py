@@ -157,7 +157,10 @@ def _unit(name: str, module: nn.Module, args: tuple[Any, ...], plan: Plan) -> Un
 
 def _static_parts(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The largest submodules with nothing dynamic inside. Looked into are containers that are never called, and what
-    holds a module that is used by other methods than `forward` and says so (`called_in_parts`): engines have none."""
+    holds a module that is used by other methods than `forward` and says so (`called_in_parts`): engines have none. What
+    is one native call stays as it is, and says so too (`runs_whole`)."""
+    if getattr(model, "runs_whole", False):
+        return
     for name, child in model.named_children():
         looked_into = isinstance(child, nn.ModuleList | nn.ModuleDict) or any(
             getattr(module, "called_in_parts", False) for module in child.modules()

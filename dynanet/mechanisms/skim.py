@@ -13,7 +13,9 @@ from dynanet.core.objective import Objective
 from dynanet.core.rows import over_tensors
 from dynanet.core.trace import Trace
 from dynanet.data.ragged import Sequences, as_sequences
-from dynanet.gates.rules import Gumbel
+from dynanet.gates.rules import Gumbel, StraightThrough, Threshold
+from dynanet.ops.native.library import fit
+from dynanet.ops.native.recurrent import PackedCells, Ready, skim
 
 
 class Skim(Dynamic):
@@ -21,11 +23,18 @@ class Skim(Dynamic):
 
     Unit 0 is the big cell, h = f(x, h). Unit 1 is the small cell, h = [f'(x, h); the rest of h as it was], which renews
     the first `skimmed` features only. One of the two runs at every step; the score of reading is linear in x and h, and
-    every row pays for it. In training the choice is a Gumbel-softmax sample, in eval mode the likelier one.
+    every row pays for it. In eval mode the choice is the likelier one.
+
+    Training departs from the paper's by default, which did badly here (the card has figures): everything is read at
+    first, and the choice is made as in eval mode, with a sigmoid's gradient, which goes to the score and not on through
+    the state. The paper draws Gumbel-softmax samples: `rule=Gumbel(), reading=0.0, detached=False`.
 
     As f' sees the whole state, the small cell's input is x with the rest of h behind it.
 
     Rows whose sequence has ended decide 0 for both units: of padding only the scores are computed.
+
+    For cells that are both nn.LSTMCell or both nn.GRUCell, with frozen float32 weights on the CPU (in a session, say),
+    the sparse form is one native call where native kernels were built. Counted MACs are then in one piece, not by unit.
 
     `SkimCost` is the term of the loss that makes reading rare.
 
@@ -35,7 +44,10 @@ class Skim(Dynamic):
         inputs: features per time step.
         hidden: size of the state; of h and c each.
         skimmed: how many features of the state the small cell renews, the paper's d'.
-        rule: how the score of reading decides; None for `Gumbel`, whose `temperature` a schedule may lower.
+        rule: how the score of reading decides; None for `StraightThrough`.
+        reading: the score's bias at the start; above 0, all is read at first.
+        detached: the score's gradient does not reach the state, and so none runs through the choices of all steps
+            before, along which it would explode.
         every_step: answer the states of all steps instead of the last one.
 
     Raises:
@@ -51,6 +63,8 @@ class Skim(Dynamic):
         skimmed: int,
         rule: nn.Module | None = None,
         *,
+        reading: float = 2.0,
+        detached: bool = True,
         every_step: bool = False,
     ):
         super().__init__()
@@ -61,8 +75,16 @@ class Skim(Dynamic):
             )
         self.big, self.small = big, small
         self._pair = isinstance(big, nn.LSTMCell)  # asked now: a session puts engines in place of cells
+        self._packed = PackedCells()
         self.inputs, self.hidden, self.skimmed, self.every_step = inputs, hidden, skimmed, every_step
-        self.gate = Gate(nn.Linear(inputs + hidden, 1), rule if rule is not None else Gumbel())
+        self.detached = detached
+        self.gate = Gate(nn.Linear(inputs + hidden, 1), rule if rule is not None else StraightThrough())
+        nn.init.constant_(self.gate.scorer.bias, reading)
+
+    @property
+    def runs_whole(self) -> bool:
+        """All steps are one native call: a session has nothing to gain from engines for parts."""
+        return self._native() is not None
 
     def forward(self, x: Tensor | Sequences) -> Tensor:
         """To the state (h of an LSTM) at each row's last step, (B, hidden); with `every_step`, to those of all steps.
@@ -77,12 +99,16 @@ class Skim(Dynamic):
             InputError: another shape, no step, or impossible lengths.
         """
         x_BTD, lengths = as_sequences(x, self.inputs)
+        ready = self._native() if self.gathers and self.force is None and fit(x_BTD) else None
+        if ready is not None:
+            return self._natively(x_BTD, lengths, ready)
         zero = x_BTD.new_zeros(x_BTD.shape[0], self.hidden)
         state: Any = (zero, zero) if self._pair else zero
         nothing, states = over_tensors(torch.zeros_like, state), []
         for t in range(x_BTD.shape[1]):
             step = (x_BTD[:, t], state)
-            reads, score = self.gate(torch.cat([step[0], _hidden(state)], 1))
+            seen = _hidden(state).detach() if self.detached else _hidden(state)
+            reads, score = self.gate(torch.cat([step[0], seen], 1))
             present = (t < lengths).to(score.dtype)[:, None]
             keep = self.tap(Decision(torch.cat([reads, 1 - reads], 1), score), present=present).keep
             read = self.run(0, self._read, keep[:, 0], step, otherwise=nothing)
@@ -93,6 +119,33 @@ class Skim(Dynamic):
             if self.every_step:
                 states.append(_hidden(state))
         return torch.stack(states, 1) if self.every_step else _hidden(state)
+
+    def _native(self) -> Ready | None:
+        """What the native kernel takes, if it can run this layer."""
+        gate, sizes = self.gate, [(getattr(c, "input_size", 0), getattr(c, "hidden_size", 0)) for c in self._cells]
+        small = (self.inputs + self.hidden - self.skimmed, self.skimmed)
+        if type(gate) is not Gate or type(gate.rule) not in _HARD or sizes != [(self.inputs, self.hidden), small]:
+            return None
+        return self._packed.of(self._cells, gate.scorer, around=[gate, gate.rule])
+
+    @property
+    def _cells(self) -> list[nn.Module]:
+        return [self.big, self.small]
+
+    def _natively(self, x_BTD: Tensor, lengths: Tensor, ready: Ready) -> Tensor:
+        """The same in one call: rows run ahead of each other, so that each cell runs for many at once."""
+        answer, reads, score = skim(
+            x_BTD,
+            lengths,
+            ready,
+            skimmed=self.skimmed,
+            threshold=float(getattr(self.gate.rule, "at", 0.0)),
+            every_step=self.every_step,
+        )
+        for t in range(x_BTD.shape[1] if self.trace is not None else 0):
+            present, read = (t < lengths).to(reads.dtype)[:, None], reads[:, t : t + 1]
+            self.tell(Decision(torch.cat([read, present - read], 1), score[:, t : t + 1]))
+        return answer
 
     def _read(self, given: tuple[Tensor, Any]) -> Any:
         return self.big(*given)
@@ -132,6 +185,9 @@ class SkimCost(Objective):
 
     def __repr__(self) -> str:
         return "SkimCost()"
+
+
+_HARD = (Gumbel, StraightThrough, Threshold)  # in eval mode: what is above a threshold
 
 
 def _hidden(state: Any) -> Tensor:

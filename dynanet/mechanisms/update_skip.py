@@ -11,6 +11,8 @@ from dynanet.core.errors import ConfigError, StructureError
 from dynanet.core.objective import Objective
 from dynanet.core.trace import Frame, Trace
 from dynanet.data.ragged import Sequences, as_sequences
+from dynanet.ops.native.library import fit
+from dynanet.ops.native.recurrent import PackedCells, Ready, update_skip
 
 
 class UpdateSkip(Dynamic):
@@ -25,7 +27,8 @@ class UpdateSkip(Dynamic):
 
     In the sparse form rows do not wait for each other: as an update tells when the next one is due, the first updates
     of all rows run together, then the second ones, each row's at its own time. Batches stay full, and steps that are
-    skipped are not even looked at.
+    skipped are not even looked at. For an nn.LSTMCell or nn.GRUCell with frozen float32 weights on the CPU (those of a
+    session, say) all of this is one native call, where native kernels were built.
 
     `UpdateCost` is the term of the loss that makes updates rare.
 
@@ -47,6 +50,7 @@ class UpdateSkip(Dynamic):
         self.update = Update(cell, nn.Linear(hidden, 1))  # a part of its own, so that a session makes one engine of it
         self.inputs, self.hidden, self.every_step = inputs, hidden, every_step
         self._pair = isinstance(cell, nn.LSTMCell)  # asked now: a session puts an engine in the cell's place
+        self._packed = PackedCells()
         self.register_state_dict_post_hook(_without_update)
         self.register_load_state_dict_pre_hook(_with_update)
         nn.init.constant_(self.delta.bias, 1.0)  # the paper's start: updates are rarely skipped at first
@@ -60,6 +64,11 @@ class UpdateSkip(Dynamic):
     def delta(self) -> nn.Linear:
         """From the state to the log-odds of delta."""
         return self.update.delta
+
+    @property
+    def runs_whole(self) -> bool:
+        """All steps are one native call: a session has nothing to gain from engines for parts."""
+        return self._native() is not None
 
     def forward(self, x: Tensor | Sequences) -> Tensor:
         """To the state (h of an LSTM) at each row's last step, (B, hidden); with `every_step`, to those of all steps.
@@ -78,7 +87,10 @@ class UpdateSkip(Dynamic):
         state = (zero, zero) if self._pair else (zero,)
         # What decides inside the cell is to be heard step by step, and so is what is forced.
         if self.gathers and self.force is None and not any(isinstance(m, Dynamic) for m in self.update.modules()):
-            return self._jumping(x_BTD, lengths, state)
+            ready = self._native() if fit(x_BTD) else None
+            if ready is None:
+                return self._jumping(x_BTD, lengths, state)
+            return self._natively(x_BTD, lengths, ready)
         states = self._learning(x_BTD, lengths, state) if self.training else self._deciding(x_BTD, lengths, state)
         return torch.stack(states, 1) if self.every_step else states[-1]
 
@@ -141,6 +153,22 @@ class UpdateSkip(Dynamic):
         newest = torch.zeros_like(frames[:, 0], dtype=torch.long)
         newest[places] = torch.arange(places.shape[0], device=places.device)
         return torch.cat(states)[newest.view(batch, steps).cummax(1).values]
+
+    def _native(self) -> Ready | None:
+        """What the native kernel takes, if it can run this layer."""
+        update, cell = self.update, getattr(self.update, "cell", None)
+        sizes = (getattr(cell, "input_size", None), getattr(cell, "hidden_size", None))
+        if type(update) is not Update or cell is None or sizes != (self.inputs, self.hidden):
+            return None
+        return self._packed.of([cell], update.delta, around=[update])
+
+    def _natively(self, x_BTD: Tensor, lengths: Tensor, ready: Ready) -> Tensor:
+        """As `_jumping`, in one call."""
+        with self.within(Frame(self, range(1), (x_BTD.shape[0],), None, None, flat=True)):
+            answer, updated = update_skip(x_BTD, lengths, ready, every_step=self.every_step)
+        if self.trace is not None:
+            self._tell_all(updated.flatten().nonzero().squeeze(1), *updated.shape, x_BTD.dtype)
+        return answer
 
     def _tell_all(self, updated: Tensor, batch: int, steps: int, dtype: torch.dtype) -> None:
         """The trace hears of every step what `_deciding` would have told it."""

@@ -8,7 +8,7 @@ from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import execute, record
 from dynanet.core.errors import ConfigError, InputError, StructureError
 from dynanet.data.ragged import Sequences, pad
-from dynanet.gates.rules import Soft
+from dynanet.gates.rules import Gumbel, Soft
 from dynanet.infer import Session
 from dynanet.mechanisms.skim import Skim, SkimCost
 
@@ -65,6 +65,24 @@ def test_gradients_of_the_choice_are_those_of_the_mixture():
     reads = layer.gate(torch.cat([x[:, 0], x.new_zeros(4, 6)], 1)).keep
     step = (x[:, 0], x.new_zeros(4, 6))
     torch.testing.assert_close(layer(x), reads * layer._read(step) + (1 - reads) * layer._skim(step))
+
+
+def test_by_default_all_is_read_at_first_and_no_gradient_runs_through_the_choices():
+    """Nor are choices drawn: train mode answers what eval mode does. As in the paper, both are otherwise."""
+    torch.manual_seed(0)
+    cells, x = (nn.GRUCell(3, 6), nn.GRUCell(3 + 4, 2)), torch.randn(8, 12, 3)
+    ours, papers = Skim(*cells, 3, 6, 2), Skim(*cells, 3, 6, 2, Gumbel(), reading=0.0, detached=False)
+    torch.testing.assert_close(ours.train()(x), ours.eval()(x))
+    assert not torch.equal(papers.train()(x), papers(x))
+    shares = []
+    for layer in (ours, papers):
+        with record(layer.train()) as trace:
+            layer(x)
+        score = trace.calls[-1].decision.score.sum()
+        reached = torch.autograd.grad(score, layer.big.weight_hh, allow_unused=True)[0]
+        assert (reached is None) == layer.detached
+        shares.append(torch.stack(trace[""])[..., 0].mean())
+    assert shares[0] == 1 and shares[1] < 0.8
 
 
 def test_the_cost_is_the_log_probability_of_skimming():

@@ -29,8 +29,8 @@ def build():
 
 @pytest.fixture
 def folder(tmp_path):
-    for name in ("kernels.c", "kernels.h"):
-        (tmp_path / name).write_bytes((SOURCE / name).read_bytes())
+    for source in (*SOURCE.glob("*.c"), *SOURCE.glob("*.h")):
+        (tmp_path / source.name).write_bytes(source.read_bytes())
     return tmp_path
 
 
@@ -45,7 +45,10 @@ def test_a_broken_compiler_is_told_and_survived(build, folder, monkeypatch, comp
     monkeypatch.setenv("CC", compiler)
     built, why = build.compiled(folder)
     assert built is None and "compiler" in why
-    assert sorted(path.name for path in folder.iterdir()) == ["kernels.c", "kernels.h"], "nothing is left behind"
+    left = sorted(path.name for path in folder.iterdir())
+    assert left == sorted(path.name for path in SOURCE.iterdir() if path.suffix in (".c", ".h")), (
+        "nothing is left behind"
+    )
 
 
 def test_the_hook_tells_what_kind_of_wheel_it_is(build, folder, monkeypatch):

@@ -1,4 +1,4 @@
-/* Native kernels of dynanet: neuron blocks, experts and pixels, in float32. Plain C behind a C ABI.
+/* Native kernels of dynanet: neuron blocks, experts, pixels and recurrent cells, in float32. Plain C behind a C ABI.
  *
  * kernels.h holds them; here they are compiled once for every instruction set, and each gets its suffix. Which set a
  * processor has is asked at run time, so one library serves all processors of an architecture. */
@@ -74,6 +74,68 @@ static int run(const struct product *p, long rows, long places, long panels, lon
     if (started[t]) pthread_join(others[t], 0);
   return 1;
 }
+
+/* ---- recurrent cells over sequences: recurrent.h ------------------------------------------------------------------ */
+
+/* An LSTM or GRU cell whose input lies in `pieces` pieces, of which those from `split` on are the state. `packed` runs
+ * over the panels of every chunk of hidden units, all gates of a chunk together; `bias` holds what is added to the
+ * sums, one number per column of the panels; of a GRU first for the input, then for the state. */
+struct cell {
+  long lstm, hidden, pieces, split, sizes[3];
+  const float *packed, *bias;
+};
+
+/* A batch (batch, steps, inputs), its layer, and room for `kept` (batch, steps), set to 0, and the answer. What is read
+ * only, then what is written, then room of the kernel's own; recurrent.py says how much. */
+struct sequences {
+  struct cell cell, small;
+  long batch, steps, inputs, every;
+  const float *x;
+  const int64_t *lengths;
+  const float *score; /* weights: of the state; of the input and the state, for a layer that skims */
+  float shift, threshold;
+  float *answer, *kept, *scores;
+  float *states, *c;
+  int64_t *at, *going, *side;
+  const float **from, **old;
+  float **to, **memory;
+};
+
+struct rows {
+  const struct sequences *sequences;
+  long begin, end;
+  void (*some)(const struct sequences *, long, long);
+};
+
+static void *work_rows(void *rows) {
+  const struct rows *r = rows;
+  r->some(r->sequences, r->begin, r->end);
+  return 0;
+}
+
+/* All rows by so many threads, each with rows of its own, `together` at least. Answers whether all lengths are from 1
+ * to `steps`; if not, nothing is done. */
+static int over_rows(const struct sequences *s, long together, long threads,
+                     void (*some)(const struct sequences *, long, long)) {
+  for (long b = 0; b < s->batch; b++)
+    if (s->lengths[b] < 1 || s->lengths[b] > s->steps) return 0;
+  if (threads > s->batch / together) threads = s->batch / together;
+  if (threads > MOST) threads = MOST;
+  if (threads < 1) threads = 1;
+  struct rows shares[MOST];
+  pthread_t others[MOST];
+  int started[MOST] = {0};
+  for (long t = threads - 1; t >= 0; t--) {
+    shares[t] = (struct rows){s, s->batch * t / threads, s->batch * (t + 1) / threads, some};
+    started[t] = t && !pthread_create(&others[t], 0, work_rows, &shares[t]);
+    if (!started[t]) work_rows(&shares[t]);
+  }
+  for (long t = 1; t < threads; t++)
+    if (started[t]) pthread_join(others[t], 0);
+  return 1;
+}
+
+/* ------------------------------------------------------------------------------------------------------------------- */
 
 #if defined(__x86_64__) || defined(__i386__)
 

@@ -297,6 +297,8 @@ int ISA(dynanet_product)(long groups, const int64_t *counts, long n, long taps, 
   return run(&p, rows, places, (n + WIDE - 1) / WIDE, threads, ISA(panels));
 }
 
+#include "recurrent.h"
+
 #undef VEC
 #undef AHEAD
 #undef LOAD

@@ -38,6 +38,8 @@ class Kernels:
         neurons_down: the second product of neuron blocks.
         product: gathered rows times packed weights.
         neighbours: which rows a convolution reads.
+        update_skip: a recurrent cell over sequences, called with the address of a structure.
+        skim: two of them.
     """
 
     def __init__(self, library: ctypes.CDLL, name: str):
@@ -52,6 +54,8 @@ class Kernels:
         self.neurons_down = bound("neurons_down", *[size] * 4, *[address] * 5)
         kinds = [size, address, *[size] * 4, *[address] * 6, size, address, size, size, address, size]
         self.product = bound("product", *kinds, result=ctypes.c_int)
+        self.update_skip = bound("update_skip", address, size, result=ctypes.c_int)
+        self.skim = bound("skim", address, size, result=ctypes.c_int)
         self.neighbours = library.dynanet_neighbours
         self.neighbours.argtypes, self.neighbours.restype = (
             (size, address, size, address, *[size] * 8, address),
@@ -160,7 +164,7 @@ def _library(path: Path) -> ctypes.CDLL | None:
     except (OSError, AttributeError) as error:  # of another architecture, or damaged
         log.warning("the native kernels cannot be loaded (%s); running on torch alone", error)
         return None
-    source = [file for file in (path.with_name("kernels.c"), path.with_name("kernels.h")) if file.exists()]
+    source = sorted([*path.parent.glob("*.c"), *path.parent.glob("*.h")])
     if source and made_from != hashlib.sha256(b"".join(file.read_bytes() for file in source)).hexdigest()[:16]:
         log.warning("the native kernels are older than their source; install dynanet again. Running on torch alone")
         return None
