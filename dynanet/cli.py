@@ -191,8 +191,8 @@ def predict(model: Path, inputs: Path, out: Path | None = None, json: bool = Fal
 
     Args:
         model: a bundle (or a run, whose full model is taken).
-        inputs: an .npy file of one input (C, H, W) or several (N, C, H, W), as the model takes them; or an image file
-            or a folder of images.
+        inputs: an .npy file of one input (C, H, W) or several (N, C, H, W), as the model takes them; an image file or
+            a folder of images; a .wav file or a folder of them; or a .txt file with a sentence per line.
         out: a CSV file for the answers; printed if not given.
         json: print the result as JSON.
     """

@@ -2,7 +2,6 @@
 
 import inspect
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from torch import nn
 from dynanet import zoo
 from dynanet.core.errors import ConfigError, MissingSplitError
 from dynanet.core.files import write_atomically
-from dynanet.data import boxed
+from dynanet.data import boxed, parts
 from dynanet.data.augment import CropFlip, channel_stats
 from dynanet.data.camvid import load_camvid
 from dynanet.data.digits import load_digits
@@ -26,7 +25,8 @@ from dynanet.data.parquet import load_parquet
 from dynanet.data.patch_augment import TurnPaste
 from dynanet.data.splits import hold_out
 from dynanet.data.voc import load_voc
-from dynanet.tasks import Classification, Detection, Segmentation, Task
+from dynanet.problem import Problem, of_sentences, of_sequences
+from dynanet.tasks import Detection, Segmentation
 from dynanet.train.batches import Batches
 
 
@@ -37,16 +37,22 @@ class Data:
     Attributes:
         name: indian_pines and digits come in packages; parquet is the Hugging Face hub's schema for image
             classification; folder is root/split/class/image; camvid is segmentation in SegNet's layout,
-            root/split/image with root/splitannot/labels; voc is detection in Pascal VOC's layout.
-        place: the folder (or file, or hf://datasets/owner/name) of parquet, folder, camvid and voc.
+            root/split/image with root/splitannot/labels; voc is detection in Pascal VOC's layout; spoken_digits are the
+            recordings of the Free Spoken Digit Dataset; time_series is a set of the UEA or UCR archive; sentences are
+            lines of a label and a sentence (SST-2, TREC).
+        place: the folder (or file, or hf://datasets/owner/name) of parquet, folder, camvid, voc and spoken_digits;
+            what the files of time_series and sentences begin with: data/JapaneseVowels, data/stsa.binary, data/TREC.
         split: of Indian Pines: field_cut, whole_fields (harder), or random_pixels_leaky (which leaks, and says so).
         seed: of the split.
-        held_out: images held out of the training split for calibration, where the data has no validation split; a
+        held_out: samples held out of the training split for calibration, where the data has no validation split; a
             tenth, if not given.
-        size: side that images of a folder are resized to; height of voc's, whose width follows the first one's shape.
+        size: side that images of a folder are resized to; height of voc's, whose width follows the first one's shape;
+            words that are read of a sentence, 64 if not given.
     """
 
-    name: Literal["indian_pines", "parquet", "folder", "digits", "camvid", "voc"] = "indian_pines"
+    name: Literal[
+        "indian_pines", "parquet", "folder", "digits", "camvid", "voc", "spoken_digits", "time_series", "sentences"
+    ] = "indian_pines"
     place: str | None = None
     split: str = "field_cut"
     seed: int = 0
@@ -60,8 +66,10 @@ class Data:
         given = {"place": self.place, "held_out": self.held_out, "size": self.size}
         if self.name in ("indian_pines", "digits"):
             unused = [name for name, value in given.items() if value is not None]
-        elif self.name == "camvid":
+        elif self.name in ("camvid", "spoken_digits"):
             unused = [name for name in ("held_out", "size") if given[name] is not None]
+        elif self.name == "time_series":
+            unused = ["size"] if self.size is not None else []
         else:
             unused = []
         if self.name != "indian_pines" and self.split != "field_cut":
@@ -85,7 +93,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How it is trained: SGD with Nesterov momentum and one cycle of the learning rate.
+    """How it is trained: with one cycle of the learning rate.
 
     Attributes:
         epochs: passes over the training data.
@@ -98,6 +106,7 @@ class Recipe:
         label_smoothing: spoils confidences; 0 is a good value where exits are calibrated.
         seed: of weights, order and augmentation.
         ponder: weight of the ponder cost, where positions halt.
+        optimizer: sgd has Nesterov momentum; adamw, with an lr of 1e-3 or so, is for sequences and sentences.
         precision: of training; bf16-mixed is twice as fast on processors that have it.
     """
 
@@ -111,6 +120,7 @@ class Recipe:
     label_smoothing: float = 0.0
     seed: int = 0
     ponder: float = 0.0
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
 
     def __post_init__(self) -> None:
@@ -171,46 +181,11 @@ class Experiment:
             raise ConfigError(f"{path} is not the configuration of a run: {reason}") from error
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Opened data.
-
-    Attributes:
-        title: what it is, split included: the words that stand beside every accuracy.
-        classes: their names, in the order of the labels.
-        channels: of an input.
-        size: (height, width) of an input.
-        mean: per channel, already subtracted from what the loaders give; None: nothing was.
-        std: per channel, already divided by.
-        train: augmented, shuffled.
-        held_out: for calibration: not augmented, never trained on.
-        test: not augmented, looked at once.
-        scene: the hyperspectral scene that the samples are pixels of; None for images.
-        task: what is asked of the answers.
-    """
-
-    title: str
-    classes: Sequence[str]
-    channels: int
-    size: tuple[int, int]
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
-    train: Batches
-    held_out: Batches
-    test: Batches
-    scene: IndianPines | None = None
-    task: Task = Classification()
-
-    def example(self, rows: int = 1) -> torch.Tensor:
-        """A random input of the right shape."""
-        return torch.randn(rows, self.channels, *self.size, generator=torch.Generator().manual_seed(0))
-
-
 def open_problem(data: Data, batch: int = 128, seed: int = 0) -> Problem:
     """Load the data of an experiment.
 
     Raises:
-        ConfigError: parquet, folder, camvid or voc without a place.
+        ConfigError: data that has to lie somewhere, without a place.
         DataError: the data cannot be used.
     """
     if data.name == "indian_pines":
@@ -226,6 +201,12 @@ def open_problem(data: Data, batch: int = 128, seed: int = 0) -> Problem:
         return _segmentation(data.place, batch, seed)
     if data.name == "voc":
         return _detection(data, batch, seed)
+    if data.name == "sentences":
+        return of_sentences(data.place, data.held_out, data.seed, 64 if data.size is None else data.size, batch, seed)
+    if data.name == "spoken_digits":
+        return of_sequences(parts.spoken_digits(data.place), batch, seed)
+    if data.name == "time_series":
+        return of_sequences(parts.time_series(data.place, data.held_out, data.seed), batch, seed)
     train, test = (_load(data, split).to_memory() for split in ("train", "test"))
     name = f"{Path(data.place).name} ({data.name})"
     validation = _validation(data)
@@ -246,7 +227,7 @@ def build(model: Model, problem: Problem) -> nn.Module:
     """
     if model.name not in zoo.MODELS:
         raise ConfigError(f"there is no model {model.name!r}; the zoo has {', '.join(zoo.MODELS)}")
-    given = {"num_classes": len(problem.classes), "in_channels": problem.channels}
+    given = problem.arguments
     for name, value in model.arguments.items():
         if name in given and value != given[name]:
             raise ConfigError(f"model.arguments has {name} = {value}, but the data has {given[name]}; leave it out")

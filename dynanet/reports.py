@@ -66,7 +66,7 @@ def report(run: Run, path: Path | None = None, *, static: Sequence[inspect.Point
             unit="standardised reflectance",
             positions=positions.numpy(),
         )
-    elif problem.channels in (1, 3):
+    elif problem.kind == "images" and problem.channels in (1, 3):
         shown = inspect.Samples(pictures=_pictures(problem))
     findings = inspect.find(
         table, run.choices(), origin, problem.classes, title=problem.title, line=frontier.curve(), static=static,

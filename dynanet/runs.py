@@ -1,6 +1,7 @@
 """A run is a folder: what was trained, at which budgets it can work, what that reaches, how fast it is.
 
 config.yaml       the experiment
+words.txt         of a run on sentences: its vocabulary
 step-*.ckpt       training checkpoints, logs/ beside them
 model/            the trained model, never exiting early
 frontier/         its table of held-out data
@@ -42,10 +43,11 @@ from dynanet.infer.table import Table, tabulate
 from dynanet.inspect import words
 from dynanet.loading import load
 from dynanet.mechanisms.early_exit import EarlyExit
+from dynanet.problem import WORDS
 from dynanet.scenes import PRICED, classified
 from dynanet.tasks import Training, by_lot
 from dynanet.train.checkpoint import step_files
-from dynanet.train.optimizers import one_cycle, sgd
+from dynanet.train.optimizers import adamw, one_cycle, sgd
 
 Tell = Callable[[str], None]
 SHARES = (0.75, 0.5, 0.25)
@@ -115,6 +117,8 @@ class Run:
         fresh = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.experiment.save(self.folder / "config.yaml")
+        if problem.vocabulary is not None:
+            problem.vocabulary.write(self.folder / WORDS)
         try:
             done = fit(
                 model,
@@ -123,7 +127,7 @@ class Run:
                 objective=objective,
                 epochs=recipe.epochs,
                 folder=self.folder,
-                optimizer=sgd(recipe.lr, weight_decay=recipe.weight_decay),
+                optimizer=(sgd if recipe.optimizer == "sgd" else adamw)(recipe.lr, weight_decay=recipe.weight_decay),
                 scheduler=one_cycle(warmup=recipe.warmup),
                 schedules=problem.task.schedules(model),
                 seed=recipe.seed,
@@ -330,7 +334,16 @@ class Run:
         self, *, share: float = 0.5, batches: Sequence[int] = (1, 8, 64, 256), threads: Sequence[int] = (1,),
         rounds: int = 7, tell: Tell = print,
     ) -> list[Row]:  # fmt: skip
-        """Time the model at a budget, on test samples; rows go to bench.csv."""
+        """Time the model at a budget, on test samples; rows go to bench.csv.
+
+        Raises:
+            ConfigError: the samples have different lengths.
+        """
+        if self.problem.kind == "sequences":
+            raise ConfigError(
+                f"{self.problem.title} are sequences of different lengths, and bench times samples of one size; what "
+                f"stopping early saves is said by: dynanet evaluate {self.folder}"
+            )
         if self.problem.task.tabulated:
             frontier = self.frontier()
             model, budget = frontier.at(_budget(frontier, share)), f"{share:.0%} of the MACs"
@@ -373,17 +386,27 @@ class Run:
         folder.parent.mkdir(parents=True, exist_ok=True)
         return bundle(
             model, folder, classes=list(problem.classes),
-            inputs=Inputs(problem.channels, problem.size, problem.mean, problem.std),
+            inputs=_inputs(problem),
             mean_macs=mean_macs, worst_macs=cost.worst, card=card,
         )  # fmt: skip
 
     def _as_used(self, frontier: Frontier) -> Frontier:
-        """Prices of the job: over a scene the stem runs once per pixel, not once per patch."""
+        """Prices of the job: over a scene the stem runs once per pixel, not once per patch; of what has different
+        lengths, shares are those of the mean, not of the sample that happened to be first."""
+        if self.problem.kind != "images":
+            return Frontier(frontier.model, replace(frontier.table, worst=frontier.table.mean_macs))
         pines = self.problem.scene
         if pines is None or not isinstance(frontier.model, EarlyExit) or frontier.model.steps < 2:
             return frontier
         macs = zoo.scene_macs(frontier.model, pines.cube[None, :, :PRICED, :PRICED], pines.patch)
         return Frontier(frontier.model, replace(frontier.table, macs=macs, worst=macs))
+
+
+def _inputs(problem: Problem) -> Inputs | None:
+    """What a bundle says of its inputs."""
+    if problem.kind == "sentences":
+        return None
+    return Inputs(problem.channels, problem.size if problem.kind == "images" else None, problem.mean, problem.std)
 
 
 def in_words(asked: Budget, full_macs: float) -> str:

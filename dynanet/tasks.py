@@ -22,6 +22,7 @@ from dynanet.gates.confidence import Confidence
 from dynanet.infer.average_precision import average_precision
 from dynanet.infer.detect import Detections, decode
 from dynanet.mechanisms.early_exit import EarlyExit
+from dynanet.mechanisms.early_stop import EarlyStop
 from dynanet.mechanisms.pixel_cascade import PixelCascade, PixelCascadeLoss, roaming_thresholds
 from dynanet.mechanisms.position_halting import PositionHalting, PositionPonderCost
 from dynanet.train.detection import DetectionLoss
@@ -108,7 +109,7 @@ class Classification(Task):
 
     def objective(self, model: nn.Module, asked: Training) -> Objective:
         """Cross-entropy, of every exit if there are several."""
-        if not isinstance(model, EarlyExit):
+        if not isinstance(model, EarlyExit | EarlyStop) or (isinstance(model, EarlyStop) and model.policy is not None):
             return CrossEntropy(asked.label_smoothing)
         weights = asked.exit_weights if asked.exit_weights is not None else [1 / model.steps] * model.steps
         return MultiExit(weights, distill=asked.distill, label_smoothing=asked.label_smoothing)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch.utils.data import Dataset
 
 from dynanet.data.ragged import SequenceSet
 from dynanet.data.speech import HOP_S, load_spoken_digits
@@ -76,23 +75,3 @@ SETS = {
     "motions": Task("basic motions", partial(archive, "BasicMotions", 12), (12, 24, 40, 64), 5, 8, 60),
     "gestures": Task("gesture tracks", gestures, (12, 24, 40, 64), 2, 128, 10),
 }
-
-
-class Alike(Dataset):
-    """Whole batches as samples: of sequences dealt out at random, those of similar lengths together."""
-
-    def __init__(self, data, batch, seed):
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-        sorted_ = [sorted(some.tolist(), key=lambda i: len(data.sequences[i])) for some in order.split(10 * batch)]
-        self.data, self.rows = data, [some[k : k + batch] for some in sorted_ for k in range(0, len(some), batch)]
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return SequenceSet.collate([self.data[i] for i in self.rows[index]])
-
-    @staticmethod
-    def collate(samples):
-        """The batch."""
-        return samples[0]

@@ -24,14 +24,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from beside import Experiment, Recipe, arguments
-from sequence_sets import SETS, Alike
+from sequence_sets import SETS
 from torch import nn
 
 from dynanet import Budget, CostModel, Gate, execute, forced, record
 from dynanet.bench.machine import append_rows
 from dynanet.core.dynamic import layers
+from dynanet.data.parts import Alike
 from dynanet.data.ragged import SequenceSet, as_sequences, pad
-from dynanet.gates.rules import StraightThrough
+from dynanet.gates.rules import Gumbel, StraightThrough
 from dynanet.infer import Frontier, tabulate
 from dynanet.infer.budgeted import leaving
 from dynanet.infer.calibrate import apply
@@ -68,14 +69,16 @@ def skipping(features, classes, hidden):
 
 
 def skimming(features, classes, hidden):
-    """A GRU, and one a sixteenth as large; which of them runs is drawn in training (Gumbel), as `Skim` does by itself."""
+    """A GRU, and one a sixteenth as large; which of them runs is drawn in training (Gumbel), as in the paper."""
     small = hidden // 16
     cells = nn.GRUCell(features, hidden), nn.GRUCell(features + hidden - small, small)
-    return nn.Sequential(Skim(*cells, features, hidden, small), nn.Linear(hidden, classes))
+    skim = Skim(*cells, features, hidden, small, Gumbel(), reading=0.0, detached=False)
+    return nn.Sequential(skim, nn.Linear(hidden, classes))
 
 
 def skimming_hard(features, classes, hidden):
-    """The same without draws: in training it decides as it does afterwards. It reads at first."""
+    """The same without draws: in training it decides as it does afterwards. It reads at first. `Skim`'s defaults, but
+    that its gate hands no gradient on to the frames either."""
     model, score = skimming(features, classes, hidden), nn.Linear(features + hidden, 1)
     nn.init.constant_(score.bias, 2.0)
     model[0].gate = Gate(Aside(score), StraightThrough())
@@ -150,6 +153,7 @@ def experiment(name, folder, args):
     def batches(part):
         return Batches(part, task.batch, collate=SequenceSet.collate)
 
+    bunches = Alike(train, [len(s) for s in train.sequences], task.batch, args.seed)
     static = {f"hidden {n}": Recipe(partial(Reading, *shape, n)) for n in task.sizes}
     dynamic = {f"every {n} frames": recipe(partial(Reading, nth=n)) for n in (4, 2)}
     stop = partial(stopping, longest, task.every)
@@ -164,7 +168,7 @@ def experiment(name, folder, args):
                 dynamic[f"{kind} {share}, by lot"] = Recipe(partial(by_lot, partial(build, *shape, hidden), share))
     return Experiment(
         "sequences", task.title, static=static, dynamic=dynamic,
-        train=Batches(Alike(train, task.batch, args.seed), 1, shuffle=True, seed=args.seed, collate=Alike.collate),
+        train=Batches(bunches, 1, shuffle=True, seed=args.seed, collate=bunches.collate),
         held_out=batches(held_out),
         test=batches(test), samples=pad(sorted(train.sequences, key=len)[-1:]).x, optimizer=adamw(3e-3, weight_decay=0.01),
     ), test  # fmt: skip

@@ -68,7 +68,8 @@ def train(args, letters, ids):
         if step % 50 == 0:
             print(step, round(loss.item(), 3), f"{time.time() - started:.0f} s", flush=True)
     args.runs.mkdir(parents=True, exist_ok=True)
-    write_atomically(args.runs / "model.pt", lambda file: torch.save(model.state_dict(), file))
+    saved = {"weights": model.state_dict(), "steps": args.steps, "width": args.width, "seed": args.seed}
+    write_atomically(args.runs / "model.pt", lambda file: torch.save(saved, file))
 
 
 def learned(model, ids, steps=100):
@@ -106,8 +107,10 @@ def prompts_of(ids, count, seed):
 
 
 def measure(args, letters, parts):
+    saved = torch.load(args.runs / "model.pt", weights_only=True)
+    args.steps, args.width, args.seed = (saved[name] for name in ("steps", "width", "seed"))  # as it was trained
     model = build(args, letters)
-    model.load_state_dict(torch.load(args.runs / "model.pt", weights_only=True))
+    model.load_state_dict(saved["weights"])
     model.eval()
     print("bits per letter:", bits(model, parts[2]).round(3))
     held_out, prompts = prompts_of(parts[1], args.held_out, 1), prompts_of(parts[2], args.prompts, 2)
@@ -160,7 +163,8 @@ def measure(args, letters, parts):
             rows.append(row)
     columns = ["way", "batch", "letters", "letters_per_s", "times", "macs", "macs_ratio", "same_letters", "mean_exit",
                "accepted", "bits"]  # fmt: skip
-    about = {"data": "tiny Shakespeare", "steps": args.steps, "width": args.width, "risk": args.risk, "threads": 1}
+    about = {"data": "tiny Shakespeare", "steps": args.steps, "width": args.width, "risk": args.risk, "seed": args.seed,
+             "threads": 1}  # fmt: skip
     append_rows(args.results / "shakespeare.csv", [{c: row.get(c, "") for c in columns} for row in rows], about)
 
 

@@ -11,12 +11,13 @@ FLOORS = {
     **dict.fromkeys(("ops", "gates", "nets", "data"), 1),
     **dict.fromkeys(("mechanisms", "train", "infer", "export"), 2),
     **dict.fromkeys(("zoo", "inspect", "conversion", "testing", "tasks"), 3),
-    **dict.fromkeys(("bench", "loading", "experiment"), 4),
-    **dict.fromkeys(("scenes", "prediction", "arguments"), 5),
-    **dict.fromkeys(("runs",), 6),
-    **dict.fromkeys(("reports",), 7),
-    **dict.fromkeys(("cli",), 8),
-    **dict.fromkeys(("__init__", "__main__"), 9),
+    **dict.fromkeys(("bench", "loading", "problem"), 4),
+    **dict.fromkeys(("experiment",), 5),
+    **dict.fromkeys(("scenes", "prediction", "arguments"), 6),
+    **dict.fromkeys(("runs",), 7),
+    **dict.fromkeys(("reports",), 8),
+    **dict.fromkeys(("cli",), 9),
+    **dict.fromkeys(("__init__", "__main__"), 10),
 }
 NAMELESS = {"utils", "common", "helpers", "base", "misc", "manager", "registry"}
 

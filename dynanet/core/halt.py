@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from dynanet.core.decision import Decision
@@ -86,6 +87,20 @@ class Halt(Dynamic):
             state, answer = self.step(k, state)
             answers.append(answer)
         return answers
+
+
+def highest_score(dtype: torch.dtype) -> float:
+    """The score of a row that has nothing left to do (a sequence at its end): the highest finite one, which tables of
+    scores can hold."""
+    return min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+
+
+def waits(score: Tensor, threshold: Tensor) -> Tensor:
+    """Who goes on, bool: below the threshold, and with something left to do.
+
+    Compared in float32: a half-precision score would round the threshold and let out who is tied with it.
+    """
+    return (score.float() < threshold.float()) & (score < highest_score(score.dtype))
 
 
 class FrameByFrame(ABC):

@@ -1,14 +1,18 @@
 """A Trace remembers every decision of a forward pass, each placed in the whole batch."""
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from dynanet.core.decision import Decision
+from dynanet.core.errors import StructureError
 
 if TYPE_CHECKING:
     from dynanet.core.dynamic import Dynamic
+
+L = TypeVar("L")
 
 
 class Frame(NamedTuple):
@@ -91,6 +95,42 @@ class Trace:
         if name not in self.names.values():
             raise KeyError(f"{name!r} is no dynamic layer of this model; there are {sorted(self.names.values())}")
         return [call.keep for call in self.calls if call.name == name]
+
+    def one(self, kind: type[L], name: str | None = None) -> tuple[L, str]:
+        """The layer of a kind that is meant, and its name, whether or not it ran.
+
+        Args:
+            kind: a class of layers.
+            name: of the layer; None where the model has only one of this kind.
+
+        Raises:
+            StructureError: there is none, there are several and none is named, or none has this name.
+        """
+        found = {known: layer for layer, known in self.names.items() if isinstance(layer, kind)}
+        meant = next(iter(found)) if name is None and len(found) == 1 else name
+        if meant is None or meant not in found:
+            raise StructureError(
+                f"one {kind.__name__} is meant and {'none is' if meant is None else repr(meant) + ' was'} named; this "
+                f"model has {sorted(found)}"
+            )
+        return found[meant], meant
+
+    def runs(self, name: str, unit: int = 0) -> Tensor:
+        """How often a unit of a layer ran for every row, (B, ...): for layers that are called again and again.
+
+        Raises:
+            StructureError: the unit was not decided about in this pass.
+        """
+        columns = [
+            call.keep[..., unit - call.first]
+            for call in self.calls
+            if call.name == name and call.first <= unit < call.first + call.keep.shape[-1]
+        ]
+        if not columns:
+            raise StructureError(
+                f"{name!r} did not run in this trace; run the model inside `with record(model) as trace`"
+            )
+        return torch.stack(columns).sum(0)
 
     def keys(self) -> list[str]:
         """The names of the layers that decided, in the order of their first call."""

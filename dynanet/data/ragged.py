@@ -81,18 +81,27 @@ class SequenceSet(Dataset[tuple[Tensor, int]]):
         return pad(sequences), torch.tensor(labels)
 
 
-def pad(sequences: Sequence[Tensor]) -> Sequences:
+def pad(sequences: Sequence[Tensor], *, steps: int | None = None) -> Sequences:
     """Sequences (steps, features) of any lengths to one batch.
 
+    Args:
+        sequences: one or more.
+        steps: that the batch has in memory; None for as many as the longest. A session takes batches as its example is.
+
     Raises:
-        DataError: no sequences, or one that `check` refuses.
+        DataError: no sequences, one that `check` refuses, or one of more than `steps`.
     """
     if not sequences:
         raise DataError("no sequences to make a batch of; give at least one")
     for number, sequence in enumerate(sequences):
         check(sequence, f"sequence {number}")
     lengths = torch.tensor([s.shape[0] for s in sequences])
-    return Sequences(torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True), lengths)
+    x = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
+    if steps is not None:
+        if x.shape[1] > steps:
+            raise DataError(f"a sequence of {x.shape[1]} steps for a batch of {steps}; cut it, or ask for more steps")
+        x = torch.nn.functional.pad(x, (0, 0, 0, steps - x.shape[1]))
+    return Sequences(x, lengths)
 
 
 def check(sequence: Tensor, name: str) -> None:
@@ -120,6 +129,18 @@ def as_sequences(x: Tensor | Sequences, features: int) -> Sequences:
         raise InputError(
             f"sequences of shape {tuple(given.shape)}; expected (batch, steps, {features}) with at least one step"
         )
+    return with_lengths(x)
+
+
+def as_videos(x: Tensor | Sequences) -> Sequences:
+    """Videos with lengths: a tensor (B, T, C, H, W) is as long as it looks in every row.
+
+    Raises:
+        InputError: another shape, no frame, or lengths that are not one per row and from 1 to T.
+    """
+    given = x.x if isinstance(x, Sequences) else x
+    if given.dim() != 5 or 0 in given.shape[1:]:
+        raise InputError(f"videos of shape {tuple(given.shape)}; expected (batch, frames, C, H, W), none of them 0")
     return with_lengths(x)
 
 

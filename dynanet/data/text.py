@@ -4,6 +4,7 @@ The format of the sentence classification sets that Kim (2014, arXiv:1408.5882) 
 are what stands between spaces, in lower case; these sets come tokenised.
 """
 
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,8 +14,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dynanet.core.errors import ConfigError, DataError
+from dynanet.core.files import write_atomically
 
 PADDING, UNKNOWN = 0, 1  # the numbers of no word, and of a word that the vocabulary does not have
+
+
+class TruncationWarning(UserWarning):
+    """A text was longer than what reads it."""
 
 
 class Vocabulary:
@@ -39,6 +45,29 @@ class Vocabulary:
         """Numbers in all, padding and unknown included: what an embedding needs."""
         return 2 + len(self._numbers)
 
+    def write(self, path: str | Path) -> None:
+        """A word on every line, in the order of their numbers."""
+        text = "".join(f"{word}\n" for word in self._numbers)
+        write_atomically(Path(path), lambda file: file.write(text.encode()))
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Vocabulary":
+        """What `write` wrote.
+
+        Raises:
+            DataError: the file cannot be read, or is none.
+        """
+        try:
+            lines = Path(path).read_bytes().decode().split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read {path} ({error}); expected a vocabulary, one word per line") from error
+        known = lines[:-1]
+        if lines[-1] or len(set(known)) < len(known) or any(words(word) != [word] for word in known):
+            raise DataError(f"{path} is no vocabulary, or damaged; expected every word once, on a line of its own")
+        found = cls([])
+        found._numbers = {word: number for number, word in enumerate(known, start=2)}
+        return found
+
     def encode(self, text: str, longest: int | None = None) -> Tensor:
         """The words' numbers, (T,) int64; at most `longest`. A text without words is one unknown word."""
         numbers = [self._numbers.get(word, UNKNOWN) for word in words(text)[:longest]]
@@ -54,6 +83,9 @@ class Sentences(Dataset[tuple[Tensor, int]]):
         vocabulary: of the training sentences.
         longest: words of a sentence beyond this are cut off.
 
+    Warns:
+        TruncationWarning: sentences of more than `longest` words were cut.
+
     Raises:
         DataError: not one label per sentence.
     """
@@ -61,6 +93,7 @@ class Sentences(Dataset[tuple[Tensor, int]]):
     def __init__(self, texts: Sequence[str], labels: Tensor, vocabulary: Vocabulary, *, longest: int = 128):
         if len(texts) != len(labels):
             raise DataError(f"{len(texts)} sentences and {len(labels)} labels; give one label per sentence")
+        warn_of_cuts([len(words(text)) for text in texts], longest, "words")
         self.ids, self.labels = [vocabulary.encode(text, longest) for text in texts], labels
 
     def __len__(self) -> int:
@@ -70,10 +103,18 @@ class Sentences(Dataset[tuple[Tensor, int]]):
         return self.ids[index], int(self.labels[index])
 
     @staticmethod
-    def collate(samples: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-        """Sentences to (B, T) padded with 0, and their labels (B,)."""
+    def collate(samples: Sequence[tuple[Tensor, int]], *, width: int | None = None) -> tuple[Tensor, Tensor]:
+        """Sentences to (B, T) padded with 0, and their labels (B,).
+
+        Args:
+            samples: one or more.
+            width: T; None for the words of the longest.
+        """
         ids, labels = zip(*samples, strict=True)
-        return torch.nn.utils.rnn.pad_sequence(list(ids), batch_first=True, padding_value=PADDING), torch.tensor(labels)
+        padded = torch.nn.utils.rnn.pad_sequence(list(ids), batch_first=True, padding_value=PADDING)
+        if width is not None:
+            padded = torch.nn.functional.pad(padded, (0, width - padded.shape[1]), value=PADDING)
+        return padded, torch.tensor(labels)
 
 
 def load_labelled_lines(path: str | Path) -> tuple[list[str], Tensor]:
@@ -103,6 +144,24 @@ def load_labelled_lines(path: str | Path) -> tuple[list[str], Tensor]:
     if not texts:
         raise DataError(f"{path} has no sentences; expected lines such as '3 How far is it ?'")
     return texts, torch.tensor(labels)
+
+
+def warn_of_cuts(lengths: Sequence[int], longest: int, of: str) -> None:
+    """Say which texts are too long, and the limit.
+
+    Args:
+        lengths: of the texts.
+        longest: what is read of each.
+        of: what a length counts.
+    """
+    long = [number for number, length in enumerate(lengths) if length > longest]
+    if long:
+        which = f"{long[:5]}{f' and {len(long) - 5} more' if len(long) > 5 else ''}"
+        warnings.warn(
+            f"text(s) {which} have more than {longest} {of}, which is the limit here; what is behind it was cut off",
+            TruncationWarning,
+            stacklevel=3,
+        )
 
 
 def words(text: str) -> list[str]:

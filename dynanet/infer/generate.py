@@ -148,7 +148,7 @@ def generate(
         InputError: no prompts, an empty one, or one that is no row of token ids.
         ConfigError: not one threshold per exit but the last, or fewer than one new token.
     """
-    check_prompts(prompts, new)
+    check_prompts(decoder, prompts, new)
     stages = len(decoder.exits)
     if leave is not None and len(leave.thresholds) != stages - 1:
         raise ConfigError(f"{len(leave.thresholds)} thresholds for {stages} exits; give one per exit but the last")
@@ -228,15 +228,24 @@ def certify(
     return rules[kept - 1] if kept else None
 
 
-def check_prompts(prompts: Sequence[Tensor], new: int) -> None:
+def check_prompts(decoder: Decoder, prompts: Sequence[Tensor], new: int, ahead: int = 0) -> None:
     """Refuse what cannot be continued.
 
+    Args:
+        decoder: that is to continue them.
+        prompts: (length,) each.
+        new: tokens asked for.
+        ahead: positions that drafts take beyond them.
+
     Raises:
-        InputError: no prompts, an empty one, or one that is no row of token ids.
+        InputError: no prompts, an empty one, one that is no row of token ids, tokens that the decoder does not know, or
+            more of them than it has positions for.
         ConfigError: fewer than one new token.
     """
     if new < 1:
         raise ConfigError(f"{new} new tokens asked for; expected 1 or more")
+    if isinstance(prompts, Tensor):
+        raise InputError(f"prompts is a tensor of shape {tuple(prompts.shape)}; expected a list of them: list(prompts)")
     if not prompts:
         raise InputError("no prompts to continue; give at least one")
     for number, prompt in enumerate(prompts):
@@ -245,3 +254,4 @@ def check_prompts(prompts: Sequence[Tensor], new: int) -> None:
                 f"prompt {number} has shape {tuple(prompt.shape)} and {prompt.dtype}; expected (length,) token ids of "
                 f"torch.int64, one or more (begin an empty one with a token that stands before texts, a newline say)"
             )
+        decoder.check(prompt, prompt.shape[0] + new - 1 + ahead)  # the last token is not read again

@@ -54,6 +54,8 @@ def _difference(t: Tensor, e: Tensor) -> str:
         return "the batch axis is missing; add it with x[None]"
     if t.dim() != e.dim():
         return f"{t.dim()} axes instead of {e.dim()}"
+    if t.shape[1] != e.shape[1] and t.dim() in (3, 5):
+        return f"{t.shape[1]} steps instead of {e.shape[1]}; pad sequences to as many (`pad(..., steps={e.shape[1]})`)"
     if t.shape[1] != e.shape[1]:
         return f"{t.shape[1]} channels instead of {e.shape[1]}"
     return "another size; resize or cut the input"

@@ -49,12 +49,12 @@ def speculate(decoder: Decoder, prompts: Sequence[Tensor], new: int, *, exit: in
         InputError: as `generate`.
         ConfigError: no such exit, or an empty draft.
     """
-    check_prompts(prompts, new)
     if not 0 <= exit < len(decoder.exits) - 1 or draft < 1:
         raise ConfigError(
             f"exit {exit} and drafts of {draft}; expected an exit from 0 to {len(decoder.exits) - 2} (the last checks) "
             f"and 1 token or more"
         )
+    check_prompts(decoder, prompts, new, ahead=draft)
     cache, last, position = prefilled(decoder, list(prompts), new + draft + 1)
     early, rest = range(decoder.exits[exit] + 1), range(decoder.exits[exit] + 1, decoder.depth)
     ids = torch.zeros(len(prompts), new + draft + 1, dtype=torch.int64, device=decoder.device)

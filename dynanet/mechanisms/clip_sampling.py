@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import ConfigError, InputError, StructureError, check_sizes
+from dynanet.core.halt import highest_score
 from dynanet.core.objective import Objective
 from dynanet.core.trace import Trace
 from dynanet.data.ragged import Sequences, with_lengths
@@ -91,7 +92,7 @@ class ClipScores(Dynamic):
         there = there_BN[..., None].to(clips.dtype)
         keep = self.tap(Decision(there, there), pinned=there, present=there).keep[..., 0]
         score = self.run(0, self._score, keep, clips, otherwise=torch.zeros_like(there))
-        return score.masked_fill(there == 0, -_highest(score.dtype))
+        return score.masked_fill(there == 0, -highest_score(score.dtype))
 
     def _score(self, clips: Tensor) -> Tensor:
         score = self.scorer(clips)
@@ -146,16 +147,17 @@ class SalienceRank(Objective):
         Raises:
             StructureError: no ClipSampling, several and none named, or one that did not run.
         """
-        found = {name: layer for layer, name in trace.names.items() if isinstance(layer, ClipSampling)}
-        name = next(iter(found)) if self.layer is None and len(found) == 1 else self.layer
-        if name is None or name not in found or not trace[name]:
-            raise StructureError(f"one ClipSampling that ran is meant, and {self.layer!r} was named of {sorted(found)}")
-        if not found[name].training:
+        layer, name = trace.one(ClipSampling, self.layer)
+        if not trace[name]:
+            raise StructureError(
+                f"{name!r} did not run in this trace; run the model inside `with record(model) as trace`"
+            )
+        if not layer.training:
             return answer.new_zeros(())
         score = next(call.decision.score for call in trace.calls if call.name == name)[..., 0]
         logits = trace.answers[name][0].detach()
         true = logits.log_softmax(-1).gather(2, y[:, None, None].expand(-1, logits.shape[1], 1))[..., 0]
-        there = score > -_highest(score.dtype)
+        there = score > -highest_score(score.dtype)
         # (B, i, j): clip i says more than clip j.
         better = (true[:, :, None] > true[:, None]) & there[:, :, None] & there[:, None]
         score = score.where(there, 0.0)
@@ -187,11 +189,6 @@ def cut(x: Tensor | Sequences, frames: int) -> Sequences:
         raise InputError(f"a video of {shortest} frames has no clip of {frames}; take shorter clips, or repeat frames")
     count = given.shape[1] // frames
     return Sequences(given[:, : count * frames].unflatten(1, (count, frames)), lengths // frames)
-
-
-def _highest(dtype: torch.dtype) -> float:
-    """Minus the score of a clip that is not there; tables of scores can hold it."""
-    return min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
 
 
 def _clips(x: Tensor | Sequences) -> Sequences:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import ConfigError, InputError, StructureError
-from dynanet.core.halt import Conclusion, FrameByFrame, Halt
+from dynanet.core.halt import Conclusion, FrameByFrame, Halt, highest_score, waits
 from dynanet.core.objective import Objective
 from dynanet.core.rows import over_tensors
 from dynanet.core.trace import Trace
@@ -111,7 +111,7 @@ class EarlyStop(Halt, FrameByFrame):
         """The confidence, or the log-odds of stopping, (rows, 1); as high as can be where a sequence has ended."""
         _, lengths, hidden, _, memory = state
         sure = self.confidence.at(k)(answer, memory) if self.policy is None else self.policy(_hidden(hidden))
-        return torch.where((lengths <= (k + 1) * self.every)[:, None], _ended(sure.dtype), sure)
+        return torch.where((lengths <= (k + 1) * self.every)[:, None], highest_score(sure.dtype), sure)
 
     def goes_on(self, k: int, score: Tensor) -> Tensor:
         """Below the threshold while there are frames left; in training always, or as drawn from the policy."""
@@ -119,7 +119,7 @@ class EarlyStop(Halt, FrameByFrame):
             return torch.ones_like(score)
         if self.training:
             return torch.bernoulli((-score.detach()).sigmoid())
-        return _waits(score, self.thresholds[k]).to(score.dtype)
+        return waits(score, self.thresholds[k]).to(score.dtype)
 
     def frame(self, x: Tensor | Sequences) -> Tensor:
         """The first frames, (B, inputs)."""
@@ -142,7 +142,7 @@ class EarlyStop(Halt, FrameByFrame):
         else:
             score, memories = self._scored([min(k, max(self.steps - 2, 0)) for k in steps], logits, memories)
         thresholds = torch.cat([self.thresholds[:last], self.thresholds.new_full((1,), -torch.inf)])
-        return Conclusion(logits, score, _waits(score[:, 0], thresholds[[min(k, last) for k in steps]]), memories)
+        return Conclusion(logits, score, waits(score[:, 0], thresholds[[min(k, last) for k in steps]]), memories)
 
     def _scored(self, steps: Sequence[int], logits: Tensor, memories: Sequence[Any]) -> tuple[Tensor, list[Any]]:
         """Confidences (rows, 1) and memories of rows at different steps; those that are scored alike, together."""
@@ -216,7 +216,7 @@ class Earliest(Objective):
         Raises:
             StructureError: no EarlyStop with a policy, several and none named, or rows that were not computed.
         """
-        layer, name = _layer(trace, self.halt)
+        layer, name = trace.one(EarlyStop, self.halt)
         calls = [call for call in trace.calls if call.name == name]
         if layer.policy is None:
             raise StructureError(f"{name!r} stops by confidence, which is not trained so; use train.MultiExit")
@@ -226,7 +226,7 @@ class Earliest(Objective):
             raise StructureError(f"only some rows reached {name!r}; this loss needs every row: use train mode")
         score = torch.cat([call.decision.score for call in calls], 1)  # (B, decisions), log-odds of stopping
         waits = torch.cat([call.keep.detach() for call in calls], 1)  # those before the stop, all 1
-        decides = torch.cat([torch.ones_like(waits[:, :1]), waits[:, :-1]], 1) * (score < _ended(score.dtype))
+        decides = torch.cat([torch.ones_like(waits[:, :1]), waits[:, :-1]], 1) * (score < highest_score(score.dtype))
         score = score.where(decides > 0, 0.0)
         stop, wait = functional.logsigmoid(score), functional.logsigmoid(-score)
         reward = (answer.detach().argmax(1) == y).to(score.dtype) * 2 - 1
@@ -249,33 +249,7 @@ def steps_read(trace: Trace, halt: str | None = None) -> Tensor:
     Raises:
         StructureError: no EarlyStop, several and none named, or one that did not run.
     """
-    layer, name = _layer(trace, halt)
-    frames = trace.names[layer.frames]
-    keeps = [call.keep[:, 0] for call in trace.calls if call.name == frames and call.first == 0]
-    if not keeps:
-        raise StructureError(f"{name!r} read nothing in this trace; run the model inside `with record(model) as trace`")
-    return torch.stack(keeps).sum(0)
-
-
-def _layer(trace: Trace, halt: str | None) -> tuple[EarlyStop, str]:
-    found = {name: layer for layer, name in trace.names.items() if isinstance(layer, EarlyStop)}
-    name = next(iter(found)) if halt is None and len(found) == 1 else halt
-    if name is None or name not in found:
-        raise StructureError(
-            f"one EarlyStop is meant and {'none is' if name is None else repr(name) + ' was'} named; this model has "
-            f"{sorted(found)}"
-        )
-    return found[name], name
-
-
-def _waits(score: Tensor, threshold: Tensor) -> Tensor:
-    # Compared in float32: a half-precision score would round the threshold and let out who is tied with it.
-    return (score.float() < threshold.float()) & (score < _ended(score.dtype))
-
-
-def _ended(dtype: torch.dtype) -> float:
-    """The score of a sequence that has ended: the highest finite one, which tables of scores can hold."""
-    return min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    return trace.runs(trace.names[trace.one(EarlyStop, halt)[0].frames])
 
 
 def _hidden(state: Any) -> Tensor:

@@ -12,10 +12,10 @@ from torch.nn import functional
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import ConfigError, InputError, StructureError, check_sizes
-from dynanet.core.halt import Halt
+from dynanet.core.halt import Halt, highest_score, waits
 from dynanet.core.objective import Objective
 from dynanet.core.trace import Trace
-from dynanet.data.ragged import Sequences, with_lengths
+from dynanet.data.ragged import Sequences, as_videos
 
 
 class FrameExit(Halt):
@@ -75,7 +75,7 @@ class FrameExit(Halt):
         Raises:
             InputError: another shape, no frame, impossible lengths, or more than `longest` frames.
         """
-        x_BTCHW, lengths = _videos(x)
+        x_BTCHW, lengths = as_videos(x)
         frames = x_BTCHW.shape[1]
         if frames > self.longest:
             raise InputError(
@@ -99,15 +99,13 @@ class FrameExit(Halt):
         """The log-odds of leaving, (rows, 1); as high as can be where a video has ended."""
         _, lengths, features, before, _ = state
         sure = self.gates[k](features) if before is None else self.gates[k](features, before)
-        return torch.where((lengths <= k + 1)[:, None], _ended(sure.dtype), sure)
+        return torch.where((lengths <= k + 1)[:, None], highest_score(sure.dtype), sure)
 
     def goes_on(self, k: int, score: Tensor) -> Tensor:
         """Below the threshold while there are frames left; always in training."""
         if self.training:
             return torch.ones_like(score)
-        # Compared in float32: a half-precision score would round the threshold and let out who is tied with it.
-        waits = (score.float() < self.thresholds[k].float()) & (score < _ended(score.dtype))
-        return waits.to(score.dtype)
+        return waits(score, self.thresholds[k]).to(score.dtype)
 
 
 class FrameReader(Dynamic):
@@ -186,14 +184,14 @@ class ExitLabels(Objective):
         Raises:
             StructureError: no FrameExit, several and none named, or steps that only some rows reached.
         """
-        name = _layer(trace, self.halt)[1]
+        name = trace.one(FrameExit, self.halt)[1]
         calls, answers = [call for call in trace.calls if call.name == name], trace.answers.get(name, [])
         if len(answers) != len(calls) + 1 or any(each.shape[0] != y.shape[0] for each in answers):
             raise StructureError(f"only some rows took all steps of {name!r}; this loss needs them: use train mode")
         losses = []
         for t, (call, logits) in enumerate(zip(calls, answers[:-1], strict=True), start=1):
             score = call.decision.score[:, 0]
-            decides = (score < _ended(score.dtype)).to(score.dtype)
+            decides = (score < highest_score(score.dtype)).to(score.dtype)
             loss = functional.cross_entropy(logits.detach(), y, reduction="none")
             leave = (loss <= self.beta * math.exp(t / 2)).to(score.dtype)
             score = score.where(decides > 0, 0.0)
@@ -236,33 +234,4 @@ def frames_read(trace: Trace, halt: str | None = None) -> Tensor:
     Raises:
         StructureError: no FrameExit, several and none named, or one that did not run.
     """
-    layer, name = _layer(trace, halt)
-    reader = trace.names[layer.reader]
-    keeps = [call.keep[:, 0] for call in trace.calls if call.name == reader and call.first == 0]
-    if not keeps:
-        raise StructureError(f"{name!r} read nothing in this trace; run the model inside `with record(model) as trace`")
-    return torch.stack(keeps).sum(0)
-
-
-def _layer(trace: Trace, halt: str | None) -> tuple[FrameExit, str]:
-    found = {name: layer for layer, name in trace.names.items() if isinstance(layer, FrameExit)}
-    name = next(iter(found)) if halt is None and len(found) == 1 else halt
-    if name is None or name not in found:
-        raise StructureError(
-            f"one FrameExit is meant and {'none is' if name is None else repr(name) + ' was'} named; this model has "
-            f"{sorted(found)}"
-        )
-    return found[name], name
-
-
-def _ended(dtype: torch.dtype) -> float:
-    """The score of a video that has ended: the highest finite one, which tables of scores can hold."""
-    return min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
-
-
-def _videos(x: Tensor | Sequences) -> Sequences:
-    """Videos with lengths: a tensor is as long as it looks in every row."""
-    given = x.x if isinstance(x, Sequences) else x
-    if given.dim() != 5 or 0 in given.shape[1:]:
-        raise InputError(f"videos of shape {tuple(given.shape)}; expected (batch, frames, C, H, W), none of them 0")
-    return with_lengths(x)
+    return trace.runs(trace.names[trace.one(FrameExit, halt)[0].reader])

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from dynanet.core.cost import CostModel
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic, layers
-from dynanet.core.errors import ConfigError, InputError, StructureError, check_sizes
+from dynanet.core.errors import ConfigError, StructureError, check_sizes
 from dynanet.core.gate import Gate
 from dynanet.core.objective import Objective
 from dynanet.core.trace import Trace
-from dynanet.data.ragged import Sequences, with_lengths
+from dynanet.data.ragged import Sequences, as_videos
 from dynanet.gates.rules import Pick
 from dynanet.nets.spatial_transformer import Resize, Size, sides
 
@@ -104,7 +104,7 @@ class FrameSelect(Dynamic):
             InputError: another shape, no frame, or impossible lengths.
             StructureError: a network that answers another number of classes.
         """
-        x_BTCHW, lengths = _videos(x)
+        x_BTCHW, lengths = as_videos(x)
         seen = self._decide(x_BTCHW, torch.arange(x_BTCHW.shape[1], device=lengths.device) < lengths[:, None])
         self.tell(Decision(seen.keep, seen.score))
         nothing = x_BTCHW.new_zeros(*x_BTCHW.shape[:2], self.num_classes)
@@ -257,11 +257,3 @@ class EvenUse(Objective):
 
     def __repr__(self) -> str:
         return "EvenUse()"
-
-
-def _videos(x: Tensor | Sequences) -> Sequences:
-    """Videos with lengths: a tensor is as long as it looks in every row."""
-    given = x.x if isinstance(x, Sequences) else x
-    if given.dim() != 5 or 0 in given.shape[1:]:
-        raise InputError(f"videos of shape {tuple(given.shape)}; expected (batch, frames, C, H, W), none of them 0")
-    return with_lengths(x)

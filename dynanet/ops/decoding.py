@@ -39,6 +39,17 @@ class Decoder(nn.Module, ABC):
     def logits(self, number: int, x: Tensor) -> Tensor:
         """(..., D) to (..., vocabulary), by exit `number` of `exits`."""
 
+    def check(self, prompt: Tensor, positions: int) -> None:
+        """Refuse what cannot be decoded, before anything is.
+
+        Args:
+            prompt: (length,) int64.
+            positions: that the prompt and its continuation take.
+
+        Raises:
+            InputError: tokens that there are not, or more positions than there are.
+        """
+
     @property
     def device(self) -> torch.device:
         """Where it is."""

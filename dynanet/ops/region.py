@@ -149,9 +149,9 @@ def _neighbours(
 ) -> Tensor:
     """(positions, k * k): what a convolution reads at every position of (B, H, W); one past the last beyond an edge."""
     batch, height, width = shape
-    down, across = (d * torch.arange(k, device=device) - d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True))
-    rows = torch.arange(height, device=device)[:, None] + down
-    columns = torch.arange(width, device=device)[:, None] + across
+    steps = [d * torch.arange(k, device=device) - d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True)]
+    rows = torch.arange(height, device=device)[:, None] + steps[0]
+    columns = torch.arange(width, device=device)[:, None] + steps[1]
     inside = ((rows >= 0) & (rows < height))[:, None, :, None] & ((columns >= 0) & (columns < width))[None, :, None, :]
     places = (rows[:, None, :, None] * width + columns[None, :, None, :]).expand_as(inside)
     first = height * width * torch.arange(batch, device=device)[:, None, None, None, None]

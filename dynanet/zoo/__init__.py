@@ -18,6 +18,7 @@ from dynanet.zoo.moe import moe_encoder, moe_vit
 from dynanet.zoo.msdnet import msdnet, msdnet_anytime, msdnet_imagenet
 from dynanet.zoo.pretrained_text import TextTokenizer, TruncationWarning, packaged_minilm, pretrained_text_exits
 from dynanet.zoo.ranet import ranet, ranet_cifar, ranet_imagenet
+from dynanet.zoo.recurrent import recurrent_stop
 from dynanet.zoo.reference import load_reference
 from dynanet.zoo.skipnet import skipnet
 from dynanet.zoo.spectral import scene_form, scene_macs, spectral_exit, spectral_static
@@ -33,7 +34,7 @@ MODELS = {
         msdnet, msdnet_anytime, msdnet_imagenet, spectral_exit, spectral_static, staged_resnet, static_resnet,
         moe_vit, moe_encoder,
         token_vit, dynamic_vit, evit, a_vit, tome,
-        text_exits, causal_transformer,
+        text_exits, causal_transformer, recurrent_stop,
         ds_net, fbs, fbs_resnet, static_vgg, cgnet,
         skipnet, convnet_aig, convnet_aig_cifar, blockdrop,
         ranet, ranet_cifar, ranet_imagenet,

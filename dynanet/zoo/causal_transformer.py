@@ -122,11 +122,13 @@ class CausalTransformer(Decoder):
 
     def embed(self, ids: Tensor, positions: Tensor) -> Tensor:  # noqa: D102
         if positions.numel() and int(positions.max()) >= self.longest:
-            raise InputError(
-                f"position {int(positions.max())} in a network for {self.longest} tokens; prompt, new tokens and "
-                f"drafts have to fit: give less, or build it with a larger `longest`"
-            )
+            raise self._too_long(int(positions.max()) + 1)
         return self.words(ids) + self.positions(positions)
+
+    def check(self, prompt: Tensor, positions: int) -> None:  # noqa: D102
+        self._check(prompt[None])
+        if positions > self.longest:
+            raise self._too_long(positions)
 
     def query(self, layer: int, x: Tensor) -> Tensor:  # noqa: D102
         return self.blocks[layer].query(x)
@@ -147,11 +149,20 @@ class CausalTransformer(Decoder):
         chance = self.layer_dropout * math.expm1(layer * math.log(2) / (self.depth - 1))
         return torch.where(torch.rand(x.shape[0], 1, 1, device=x.device) < chance, x, y)
 
+    def _too_long(self, positions: int) -> InputError:
+        return InputError(
+            f"{positions} tokens in a network for {self.longest}; prompt, new tokens and drafts have to fit: give "
+            f"less, or build it with a larger `longest`"
+        )
+
     def _check(self, ids: Tensor) -> None:
         if ids.dim() != 2 or ids.dtype != torch.int64:
             raise InputError(f"token ids of shape {tuple(ids.shape)} and {ids.dtype}; expected (B, T) of torch.int64")
         if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < self.words.num_embeddings):
-            raise InputError(f"token ids beyond the {self.words.num_embeddings} of this network's vocabulary")
+            raise InputError(
+                f"token ids from {int(ids.min())} to {int(ids.max())} for a vocabulary of {self.words.num_embeddings}; "
+                f"this is another network's tokenizer, or a token that it has no number for"
+            )
 
 
 class Block(nn.Module):

@@ -4,22 +4,23 @@ transformers (the extra `text`) reads names and folders; the network that comes 
 nothing of it any more. BERT's layout and what shares it: BERT, MiniLM, RoBERTa, XLM-RoBERTa, CamemBERT.
 """
 
-import warnings
+import os
+import socket
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from torch import Tensor, nn
 
 from dynanet.core.errors import ConfigError, DataError, InputError, MissingExtraError, require
+from dynanet.data.text import TruncationWarning as TruncationWarning
+from dynanet.data.text import warn_of_cuts
 from dynanet.mechanisms.early_exit import EarlyExit
 from dynanet.zoo.text_encoder import text_exits
-
-
-class TruncationWarning(UserWarning):
-    """A text was longer than the encoder reads."""
 
 
 def pretrained_text_exits(
@@ -118,16 +119,8 @@ class TextTokenizer:
         if not texts:
             return torch.zeros(0, width or 1, dtype=torch.int64)
         rows = self.tokenizer(list(texts), add_special_tokens=True, verbose=False)["input_ids"]
-        long = [i for i, row in enumerate(rows) if len(row) > self.longest]
-        if long:
-            which = f"{long[:5]}{f' and {len(long) - 5} more' if len(long) > 5 else ''}"
-            warnings.warn(
-                f"text(s) {which} have more than {self.longest} tokens, which is this tokenizer's limit; what is "
-                f"behind it was cut off",
-                TruncationWarning,
-                stacklevel=2,
-            )
-            rows = [[*row[: self.longest - 1], row[-1]] if len(row) > self.longest else row for row in rows]
+        warn_of_cuts([len(row) for row in rows], self.longest, "tokens")
+        rows = [[*row[: self.longest - 1], row[-1]] if len(row) > self.longest else row for row in rows]
         needed = max(len(row) for row in rows)
         if width is not None and width < needed:
             raise InputError(f"a width of {width} for texts of {needed} tokens; give {self.longest}, or leave it out")
@@ -154,7 +147,7 @@ def _loaded(kind: str, source: str | Path, *, local: bool) -> Any:
     transformers = require("transformers", "text")
     loader = getattr(transformers, kind)
     missing = None
-    for only_here in (True,) if local or Path(source).is_dir() else (True, False):
+    for only_here in (True,) if local or Path(source).is_dir() or not _hub_is_known() else (True, False):
         try:
             return loader.from_pretrained(str(source), local_files_only=only_here)
         except (OSError, ValueError) as error:  # ValueError: files that are there and of no encoder
@@ -164,6 +157,15 @@ def _loaded(kind: str, source: str | Path, *, local: bool) -> Any:
         f"the encoder {str(source)!r} is not on this machine{'' if local else ' and could not be fetched'} ({reason}); "
         f"give a folder with config.json and weights, or a name on the hub while there is a network"
     ) from missing
+
+
+def _hub_is_known() -> bool:
+    """Its name has an address, or a proxy is asked instead. Without either, transformers would try for a minute."""
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    try:
+        return bool(getproxies()) or bool(socket.getaddrinfo(host, None))
+    except OSError:
+        return False
 
 
 def _positions(told: Mapping[str, Any]) -> tuple[int, int]:

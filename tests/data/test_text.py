@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynanet.core.errors import ConfigError, DataError
-from dynanet.data.text import PADDING, UNKNOWN, Sentences, Vocabulary, load_labelled_lines
+from dynanet.data.text import PADDING, UNKNOWN, Sentences, TruncationWarning, Vocabulary, load_labelled_lines
 
 TEXTS = ["How far is it ?", "how FAR", "It is far", ""]
 
@@ -62,6 +62,29 @@ def test_padding_holds_no_word(texts):
         length = max(1, len(text.split()))
         assert (row[:length] != PADDING).all() and (row[length:] == PADDING).all()
     assert int(ids.max()) < len(vocabulary)
+
+
+def test_long_sentences_are_cut_and_the_limit_is_named():
+    vocabulary = Vocabulary(TEXTS)
+    with pytest.warns(TruncationWarning, match=r"text\(s\) \[0, 2\] have more than 2 words, which is the limit here"):
+        data = Sentences(["how far is", "it", "far far far"], torch.zeros(3), vocabulary, longest=2)
+    assert [len(ids) for ids in data.ids] == [2, 1, 2]
+    assert data.collate([data[1], data[0]], width=5)[0].tolist() == [[5, 0, 0, 0, 0], [3, 2, 0, 0, 0]]
+
+
+def test_a_vocabulary_comes_back_from_its_file(tmp_path):
+    vocabulary = Vocabulary([*TEXTS, "\u4e2d caf\u00e9 ?"])
+    vocabulary.write(tmp_path / "words.txt")
+    again = Vocabulary.read(tmp_path / "words.txt")
+    assert len(again) == len(vocabulary)
+    for text in ("how far is it ?", "unheard caf\u00e9 \u4e2d", ""):
+        assert torch.equal(again.encode(text), vocabulary.encode(text))
+    for content in (b"two words\n", b"once\nonce\n", b"cut", b"\n", b"\xff\n", b"Upper\n"):
+        (tmp_path / "bad.txt").write_bytes(content)
+        with pytest.raises(DataError, match="bad.txt"):
+            Vocabulary.read(tmp_path / "bad.txt")
+    with pytest.raises(DataError, match="No such file"):
+        Vocabulary.read(tmp_path / "none.txt")
 
 
 def test_a_label_each():

@@ -146,6 +146,9 @@ def test_what_makes_no_sense(model, prompts):
         ([], "no prompts"),
         ([torch.zeros(0, dtype=torch.int64)], "prompt 0"),
         ([torch.ones(3)], "int64"),
+        ([torch.tensor([3, 20])], "token ids from 3 to 20 for a vocabulary of 20"),
+        ([torch.tensor([-1])], "token ids from -1 to -1"),
+        (torch.zeros(2, 3, dtype=torch.int64), "expected a list of them"),
     ):
         with pytest.raises(InputError, match=said):
             generate(model, bad, 3)
@@ -155,8 +158,13 @@ def test_what_makes_no_sense(model, prompts):
         generate(model, prompts, 0)
     with pytest.raises(ConfigError, match="1 thresholds for 3 exits"):
         generate(model, prompts, 3, leave=Leave(SoftmaxGap(), (1.0,)))
-    with pytest.raises(InputError, match="longest"):
-        generate(model, prompts, 60)
+    with CountMacs() as count:
+        with pytest.raises(InputError, match="68 tokens in a network for 64; .* larger `longest`"):
+            generate(model, prompts, 60)
+        with pytest.raises(InputError, match="68 tokens in a network for 64; prompt, new tokens and drafts"):
+            speculate(model, prompts, 56, draft=4)
+    assert count.total == 0, "said before anything is computed"
+    assert generate(model, prompts, 56).ids.shape == (4, 56) and speculate(model, prompts, 52).ids.shape == (4, 52)
     for exit, draft in ((2, 4), (0, 0)):
         with pytest.raises(ConfigError, match="exit"):
             speculate(model, prompts, 3, exit=exit, draft=draft)

@@ -139,6 +139,35 @@ def test_an_engine_may_read():
         torch.testing.assert_close(a.answer, answers[a.sequence], rtol=1e-3, atol=1e-3)
 
 
+class Looking(nn.Module):
+    """A cell that looks at an image first: frames of a video, flat."""
+
+    def __init__(self):
+        super().__init__()
+        self.look, self.remember = nn.Conv2d(2, 4, 3), nn.GRUCell(4, 5)
+
+    def forward(self, frame: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        return self.remember(self.look(frame.unflatten(1, (2, 4, 4))).relu().mean((2, 3)), state)
+
+
+def test_video_frames_are_served_as_they_come():
+    torch.manual_seed(8)
+    model = EarlyStop(Looking(), nn.Linear(5, 4), 2 * 4 * 4, 5, LONGEST).eval()
+    nn.init.normal_(model.frames.head.weight)
+    nn.init.normal_(model.frames.cell.look.weight)
+    model.thresholds.copy_(torch.linspace(0.5, -1.0, LONGEST - 1))
+    videos = torch.randn(6, LONGEST, 2, 4, 4)
+    with torch.no_grad(), record(execute(model, sparse=True)) as trace:
+        answers = model(videos.flatten(2))
+    read = steps_read(trace).int().tolist()
+    assert 1 < len(set(read)), "a dull example"
+    serving = Session(model, videos[:1].flatten(2), engines="eager")
+    arrivals = [FrameOf(i, videos[i, t].flatten()) for t in range(LONGEST) for i in range(6)]
+    answered = {a.sequence: a for a in serving.stream(arrivals, batch=4)}
+    assert [answered[i].frames for i in range(6)] == read
+    torch.testing.assert_close(torch.stack([answered[i].answer for i in range(6)]), answers)
+
+
 def session(**options) -> Session:
     return Session(stopper(threshold=99.0, **options), torch.zeros(1, LONGEST, 3).double(), engines="eager")
 

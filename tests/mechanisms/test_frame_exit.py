@@ -199,5 +199,5 @@ def test_what_does_not_fit_together_is_refused():
         ExitLabels(0.1)(answer, torch.zeros(5, dtype=torch.int64), trace)
     with pytest.raises(StructureError, match="'body' was named"):
         ExitLabels(0.1, halt="body")(answer, torch.zeros(5, dtype=torch.int64), trace)
-    with record(model) as trace, pytest.raises(StructureError, match="read nothing"):
+    with record(model) as trace, pytest.raises(StructureError, match="did not run"):
         frames_read(trace)

@@ -58,6 +58,36 @@ def test_an_encoder_that_is_not_here(transformers):
         zoo.TextTokenizer("nobody/has-this", local=True)
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_no_network(known, monkeypatch):
+    """Where the hub has no address nobody waits for it; where it has one and does not answer, what it said is told."""
+    asked = []
+
+    class Auto:
+        @staticmethod
+        def from_pretrained(name, *, local_files_only):
+            asked.append(local_files_only)
+            raise OSError("We couldn't connect to the hub,\nand it is not in the cache")
+
+    def address(host, port):
+        assert host == "mirror.example"
+        if not known:
+            raise OSError("Name or service not known")
+        return ["1.2.3.4"]
+
+    fake = SimpleNamespace(AutoModel=Auto, AutoTokenizer=Auto)
+    monkeypatch.setattr("dynanet.zoo.pretrained_text.require", lambda module, extra: fake)
+    monkeypatch.setattr("dynanet.zoo.pretrained_text.socket.getaddrinfo", address)
+    monkeypatch.setattr("dynanet.zoo.pretrained_text.getproxies", dict)
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror.example")
+    for make in (lambda: zoo.pretrained_text_exits("some/encoder", num_classes=2), lambda: zoo.TextTokenizer("some/e")):
+        with pytest.raises(
+            DataError, match="could not be fetched .We couldn't connect to the hub, and .* give a folder"
+        ):
+            make()
+    assert asked == ([True, False] * 2 if known else [True] * 2)
+
+
 def test_no_transformers(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(MissingExtraError, match=r"dynanet\[text\]"):
