@@ -132,7 +132,7 @@ def test_help_tells_every_argument(call):
             assert parameter == "return" or parameter in told
         assert "<class" not in told and "typing." not in told and "null" not in told
     told = call("train", "--help")[1]
-    data = "--data.name {indian_pines,parquet,folder,digits,camvid,voc}"
+    data = "--data.name {indian_pines,parquet,folder,digits,camvid,voc,spoken_digits,time_series,sentences}"
     for option in (data, "--model.arguments", "--recipe.lr", "--resume "):
         assert option in told
 
