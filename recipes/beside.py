@@ -97,7 +97,7 @@ class Experiment:
     sample: Callable[[torch.Tensor], torch.Tensor] = lambda x: x[:1]
 
     def run(self, args):
-        """Train the networks that were named, measure all that were trained, or time those that were named."""
+        """Train, measure or time the networks that were named; all if none, and of those all that were trained."""
         torch.set_num_threads(1)
         if args.what == "train":
             for name in args.names or [*self.static, *self.dynamic]:
@@ -164,8 +164,9 @@ class Experiment:
     def _measure(self, args):
         torch.manual_seed(args.seed)
         curve, rows = [], []
-        for name in [*self.static, *self.dynamic]:
-            if name in self.dynamic and not self.there(name, args):
+        wanted = args.names or [*self.static, *self.dynamic]
+        for name in [*self.static, *self.dynamic]:  # the static ones always: they are the curve to compare with
+            if name in self.dynamic and not (name in wanted and self.there(name, args)):
                 continue
             model = self.trained(name, args)
             accuracy, spent, full, rates = evaluate(model, self.test, self.sample)
@@ -183,8 +184,9 @@ class Experiment:
             if layers(model):
                 row["units"], row["constant_units"] = len(rates), int(((rates < 0.02) | (rates > 0.98)).sum())
                 row["random_accuracy"], row["random_macs"], *_ = evaluate(model, self.test, self.sample, exchanged=True)
-            rows.append(row)
-            print(row, flush=True)
+            if name in wanted:
+                rows.append(row)
+                print(row, flush=True)
         append_rows(args.results / f"{self.name}.csv", rows, {"data": self.title, "seed": args.seed})
 
     def _speed(self, args):
@@ -246,7 +248,7 @@ def arguments(description, name, epochs):
     """What the recipes take from the command line."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("what", choices=["train", "measure", "speed"])
-    parser.add_argument("names", nargs="*", help="of networks to train or time; all if none")
+    parser.add_argument("names", nargs="*", help="of networks to train, measure or time; all if none")
     parser.add_argument("--data", required=True)
     parser.add_argument("--runs", type=Path, default=Path("runs") / name)
     parser.add_argument("--results", type=Path, default=Path("results"))
