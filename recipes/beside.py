@@ -38,6 +38,7 @@ from dynanet.train import (
     newest,
     one_cycle,
 )
+from dynanet.train.checkpoint import step_files
 
 
 def cross_entropy(model, cost):
@@ -135,10 +136,11 @@ class Experiment:
         return self.finished(name, args).eval()
 
     def there(self, name, args):
-        """Was it trained, with all that it begins with?"""
+        """Was it trained to the end, with all that it begins with?"""
         recipe = self.recipes[name]
         begun = recipe.start is None or self.there(recipe.start, args)
-        return begun and (recipe.objective is None or newest(args.runs / name) is not None)
+        steps = (recipe.epochs or args.epochs) * len(self.train)
+        return begun and (recipe.objective is None or steps in step_files(args.runs / name))
 
     def epochs(self, name, args):
         """Of training, those of what it begins with included."""
