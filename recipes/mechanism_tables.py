@@ -38,6 +38,7 @@ NETWORKS = {  # card: the networks of the experiments that show it
     ),
     "token_drop": ("dynamic_vit", "dynamic_vit_taught", "dynamic_vit_share", "evit", "evit_as_is"),
     "token_halting": ("a_vit",),
+    "position_halting": ("halting-0.05", "halting-0.02"),
     "token_merge": ("tome", "tome_as_is", "tome_similar_as_is"),
     "parameters": ("condconv", "dynamic_conv", "hypernetwork", "squeeze_excite", "dynamic_relu"),
 }  # fmt: skip
@@ -167,14 +168,14 @@ def choice(card):
     ]  # fmt: skip
     if not mine:
         return None
-    static, chance = zip(*mine, strict=True)
+    static, chance = ([value for value in column if value is not None] for column in zip(*mine, strict=True))
     trained = [
         row
-        for experiment in EXPERIMENTS
+        for experiment in (*EXPERIMENTS, "bccd")
         for row in quiet(rows(f"{experiment}_speed.csv"))
         if row["network"] in NETWORKS.get(card, ())
     ]
-    return points(static), points(chance), _ratios(_speed_rows(card)), _ratios(trained)
+    return points(static) if static else "not measured", points(chance), _ratios(_speed_rows(card)), _ratios(trained)
 
 
 def _ratios(speeds):
@@ -226,10 +227,28 @@ def scenes():
     ]  # fmt: skip
 
 
+def boxes():
+    """Points of mAP over static and over random of `bccd.csv`."""
+    return [
+        tuple(float(row["map"]) - float(row[f"{other}_map"]) for other in ("static", "random"))
+        for row in rows("bccd.csv")
+        if row["network"] in NETWORKS["position_halting"]
+    ]
+
+
+def labels():
+    """Points of mIoU over exits drawn by lot of `camvid.csv`; static networks of the same MACs were not trained."""
+    found = {row["point"]: float(row["miou"]) for row in rows("camvid.csv") if row["network"] == "cascade"}
+    by_lot = ", exits drawn by lot"
+    return [(None, miou - found[point + by_lot]) for point, miou in found.items() if point + by_lot in found]
+
+
 OTHERWISE = {  # cards whose rows are of another kind
     "early_exit": lambda: frontier("staged, early exit", "msdnet, early exit"),
     "cascade": lambda: frontier("cascade, early exit"),
     "scene_exit": scenes,
+    "position_halting": boxes,
+    "pixel_cascade": labels,
     **{card: partial(worth, card) for card in ("update_skip", "skim", "early_stop")},
 }
 

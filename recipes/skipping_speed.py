@@ -121,7 +121,7 @@ NETWORKS = {  # what is built, the input's channels and side, and the shares tha
     "channel_skip": (channel_skip, 256, 14, (0.25, 0.5, 0.75)),
     "channel_gating": (channel_gating, 256, 14, (0.25, 0.5)),
     "cascade": (cascade, 64, 28, (0.25, 0.5)),
-    "token_drop": (token_drop, 3, 112, (0.5, 0.7)),
+    "token_drop": (token_drop, 3, 112, (0.6,)),
 }
 
 
