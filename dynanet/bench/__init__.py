@@ -2,6 +2,8 @@
 
 from dynanet.bench.compare import Row as Row
 from dynanet.bench.compare import compare as compare
+from dynanet.bench.granularity import TileTimes as TileTimes
+from dynanet.bench.granularity import tile_times as tile_times
 from dynanet.bench.machine import append_rows as append_rows
 from dynanet.bench.machine import facts as facts
 from dynanet.bench.paired import paired as paired

@@ -79,7 +79,11 @@ class PositionHalting(Dynamic):
         self.halting = nn.ModuleList(heads)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """(B, C, H, W) to the shape of a cell's answer."""
+        """(B, C, H, W) to the shape of a cell's answer.
+
+        Raises:
+            StructureError: halting scores that are not one for every tile.
+        """
         if self.first is not None:
             x_BCHW = self.first(x_BCHW)
         alive = x_BCHW.new_ones(self.tiles.grid(x_BCHW))
@@ -132,7 +136,9 @@ class PositionHalting(Dynamic):
         """The halting logit after step k, (B, tiles down, tiles across)."""
         head = self.halting[k]
         if unit < 0 or not isinstance(head, ContextScorer):
-            return head(x)[..., 0]
+            logits = head(x)
+            self.tiles.check_mask(logits, x)
+            return logits[..., 0]
         zeros = torch.zeros_like(x[:, :1])
         if self.compact:
             last = self._units(unit)[-1]

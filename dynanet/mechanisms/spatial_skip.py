@@ -48,11 +48,17 @@ class SpatialSkip(Dynamic):
         self.branch, self.gate, self.tiles = branch, gate, tiles
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """(B, C, H, W) to the same shape."""
+        """(B, C, H, W) to the same shape.
+
+        Raises:
+            StructureError: the gate's mask is not of one keep for every tile.
+        """
+        own = self.gate(x_BCHW)
+        self.tiles.check_mask(own.keep, x_BCHW)
         if self.compact is None:
-            keep = self.tap(self.gate(x_BCHW)).keep[..., 0]
+            keep = self.tap(own).keep[..., 0]
             return x_BCHW + self.run(0, self.branch, keep, x_BCHW, otherwise=0 * x_BCHW, rows=self.tiles)
-        decision = self.obey(self.gate(x_BCHW))
+        decision = self.obey(own)
         mask = self.tiles.spread(decision.keep[..., 0], x_BCHW)
         if self.trace is not None:
             score = self.tiles.spread(decision.score[..., 0], x_BCHW)[:, 0, :, :, None]

@@ -38,6 +38,23 @@ class Tiles(Rows):
         """The lead shape for an image batch."""
         return x_BCHW.shape[0], ceil(x_BCHW.shape[2] / self.tile), ceil(x_BCHW.shape[3] / self.tile)
 
+    def check_mask(self, per_tile: Tensor, x_BCHW: Tensor) -> None:
+        """Refuse what says another number of tiles than an image has: it would be cut, or spread over wrong positions.
+
+        Args:
+            per_tile: (B, tiles down, tiles across, ...), scores or a mask.
+            x_BCHW: the images.
+
+        Raises:
+            StructureError: another size.
+        """
+        _, *tiles = self.grid(x_BCHW)
+        if per_tile.dim() < 3 or list(per_tile.shape[1:3]) != tiles:
+            raise StructureError(
+                f"a mask or scores of shape {tuple(per_tile.shape)} came for images of {tuple(x_BCHW.shape[2:])} in "
+                f"tiles of {self.tile}; expected {tiles[0]} x {tiles[1]} after the batch, one for every tile"
+            )
+
     def check(self, unit: nn.Module) -> None:
         """Refuse a unit that tiles cannot run.
 
