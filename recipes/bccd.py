@@ -244,6 +244,6 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     {"train": train, "measure": measure, "speed": speed, "picture": picture}[arguments.what](arguments)

@@ -257,4 +257,4 @@ def arguments(description, name, epochs):
     parser.add_argument("--epochs", type=int, default=epochs)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_intermixed_args()  # names may follow options
+    return parser.parse_intermixed_args()

@@ -162,7 +162,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     torch.set_num_threads(1)
     {"train": train, "measure": measure, "picture": picture}[args.what](args)
 

@@ -254,7 +254,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--results", type=Path, default=Path("results"))
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if unknown := set(args.sets) - SETS.keys():
         parser.error(f"there is no {sorted(unknown)}; name some of {list(SETS)}")
     if args.repeats > 1:

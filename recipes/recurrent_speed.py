@@ -190,7 +190,7 @@ def main():
     parser.add_argument("--keeps", type=float, nargs="+", default=KEEPS)
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--results", type=Path, default=Path("results"))
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     networks = args.networks or list(NETWORKS)
     if unknown := set(networks) - set(NETWORKS):
         parser.error(f"there is no {sorted(unknown)}; name some of {list(NETWORKS)}")

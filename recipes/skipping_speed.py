@@ -193,7 +193,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64, 256])
     parser.add_argument("--results", type=Path, default=Path("results"))
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     names = args.names or list(NETWORKS)
     if args.repeats > 1:
         own = [sys.executable, __file__, *names, "--repeats", "1", "--rounds", str(args.rounds)]
