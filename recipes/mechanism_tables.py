@@ -185,7 +185,10 @@ def _ratios(speeds):
 
 
 def _speed_rows(card):
-    """Of one thread, where nothing else ran: MSDNet's, a kernel's, or those of `skipping_speed.csv`."""
+    """Of one thread, where nothing else ran: MSDNet's, a kernel's, a recurrent cell's, or those of `skipping_speed.csv`."""
+    if card in RECURRENT:
+        mine = [row for row in quiet(rows("recurrent_speed.csv")) if row["network"].startswith(RECURRENT[card])]
+        return [{"batch": row["batch"], "over_flop_ratio": row["best_over_flop_ratio"]} for row in mine]
     if card == "early_exit":
         return [row for row in quiet(rows("msdnet_speed.csv")) if row["threads"] == "1"]
     if card in KERNELS:
@@ -344,6 +347,32 @@ def kernels(card):
     return lines
 
 
+RECURRENT = {"update_skip": "update skip", "skim": "skim"}  # card: networks of `recipes/recurrent_speed.py`
+
+
+def recurrent(card):
+    """The milliseconds of a recurrent mechanism."""
+    mine = [row for row in quiet(rows("recurrent_speed.csv")) if row["network"].startswith(RECURRENT[card])]
+    if not mine:
+        return NOTHING
+    lines = [
+        f"Random weights, sequences of {mine[0]['steps']} steps of {mine[0]['inputs']} features, a session on one thread; the best "
+        "dense engine reads every step: torch's fused network, a loop over its cell, or ONNX Runtime. "
+        f"{source(mine, 'recurrent_speed.csv')}",
+        "",
+        "| | hidden | steps read | batch | times faster, same engine | than the best dense engine | of the FLOP ratio, same engine | best engine |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    columns = ("over_same_engine", "over_best_dense", "over_flop_ratio", "best_over_flop_ratio")
+    keys = ("network", "hidden", "keep", "batch")
+    for key in dict.fromkeys(tuple(row[k] for k in keys) for row in mine):
+        cell = [row for row in mine if tuple(row[k] for k in keys) == key]
+        cells = " | ".join(times(np.median([float(row[column]) for row in cell])) for column in columns)
+        kept = percent(np.median([float(row["kept"]) for row in cell]))
+        lines.append(f"| {key[0]} | {key[1]} | {kept} | {key[3]} | {cells} |")
+    return lines
+
+
 def break_even():
     """The share of tiles below which skipping pays: rows of `recipes/kernel_speed.py`, a straight line through them."""
     found = [row for row in quiet(rows("kernel_speed.csv")) if row["network"].startswith(("pixels", "tiles"))]
@@ -437,6 +466,12 @@ def speed_targets():
             0.95,
             [float(r["stream_over_latency_theory"]) for r in mine],
         )
+    steps = quiet(rows("recurrent_speed.csv"))
+    for what in RECURRENT.values():
+        for batch, asked in (("64", 0.85), ("256", 0.9)):
+            mine = [row for row in steps if row["network"].startswith(what) and row["batch"] == batch]
+            ratios = [float(row["best_over_flop_ratio"]) for row in mine]
+            yield f"{what} over the FLOP ratio, against the best dense engine, batch {batch}", asked, ratios
     ranet = [row for row in quiet(rows("ranet_speed.csv")) if row["threads"] == "1"]
     for batch, asked in (("1", 0.95), ("8", 0.85), ("64", 0.95)):
         mine = [float(row["over_latency_theory"]) for row in ranet if row["batch"] == batch]

@@ -17,6 +17,7 @@ from mechanism_tables import (
     exits,
     kernels,
     mechanism,
+    recurrent,
     segmentation,
     sentences,
     several,
@@ -216,7 +217,8 @@ def blocks():
         "scene_exit": scene(),
         "layer_skip": several(mechanism("layer_skip"), detection("skip-0.65", "skip-rates-0.5")),
         "position_halting": detection("halting-0.05", "halting-0.02"),
-        **{card: sequences(card) for card in ("update_skip", "skim", "early_stop")},
+        **{card: several(sequences(card), recurrent(card)) for card in ("update_skip", "skim")},
+        "early_stop": sequences("early_stop"),
     }
     for card in sorted(CARDS.glob("*.md")):
         yield card, card.stem, mine[card.stem] if card.stem in mine else mechanism(card.stem)
