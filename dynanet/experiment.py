@@ -106,6 +106,7 @@ class Recipe:
         label_smoothing: spoils confidences; 0 is a good value where exits are calibrated.
         seed: of weights, order and augmentation.
         ponder: weight of the ponder cost, where positions halt.
+        rate: share of the images for which every layer that can be skipped is to run; None: whatever the loss likes.
         optimizer: sgd has Nesterov momentum; adamw, with an lr of 1e-3 or so, is for sequences and sentences.
         precision: of training; bf16-mixed is twice as fast on processors that have it.
     """
@@ -120,6 +121,7 @@ class Recipe:
     label_smoothing: float = 0.0
     seed: int = 0
     ponder: float = 0.0
+    rate: float | None = None
     optimizer: Literal["sgd", "adamw"] = "sgd"
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
 
@@ -133,6 +135,7 @@ class Recipe:
             ("warmup", 0 <= self.warmup <= 1, "a share from 0 to 1"),
             ("distill", 0 <= self.distill < math.inf, "0 or more"),
             ("ponder", 0 <= self.ponder < math.inf, "0 or more"),
+            ("rate", self.rate is None or 0 < self.rate <= 1, "above 0 and at most 1"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "a share from 0 to below 1"),
         ):
             if not fits:

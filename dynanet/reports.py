@@ -1,5 +1,6 @@
 """The report of a run, and networks to compare it with."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -134,7 +135,9 @@ def _of_images(run: Run, path: Path | None, static: Sequence[inspect.Point]) -> 
         inside, outside, correlation = inspect.beside_boxes(torch.cat(maps), boxes)
         beside = {
             "units per position": f"{inside:.2f} inside the true boxes, {outside:.2f} outside",
-            "correlation with the boxes": f"{correlation:.3f} (point-biserial, over all pixels of the test images)",
+            "correlation with the boxes": f"{correlation:.3f} (point-biserial, over all pixels of the test images)"
+            if math.isfinite(correlation)
+            else "none: every position ran as many units",
         }
     points = {
         each["name"]: (each["macs"], {k: v for k, v in each.items() if k not in ("name", "macs", "by_class")})

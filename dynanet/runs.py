@@ -112,7 +112,7 @@ class Run:
         recipe, problem = self.experiment.recipe, self.problem
         torch.manual_seed(recipe.seed)
         model = build(self.experiment.model, problem)
-        asked = Training(recipe.exit_weights, recipe.distill, recipe.label_smoothing, recipe.ponder)
+        asked = Training(recipe.exit_weights, recipe.distill, recipe.label_smoothing, recipe.ponder, recipe.rate)
         objective = problem.task.objective(model, asked)
         fresh = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -23,11 +23,14 @@ from dynanet.infer.average_precision import average_precision
 from dynanet.infer.detect import Detections, decode
 from dynanet.mechanisms.early_exit import EarlyExit
 from dynanet.mechanisms.early_stop import EarlyStop
+from dynanet.mechanisms.layer_skip import BranchSkip, LayerSkip
 from dynanet.mechanisms.pixel_cascade import PixelCascade, PixelCascadeLoss, roaming_thresholds
 from dynanet.mechanisms.position_halting import PositionHalting, PositionPonderCost
 from dynanet.train.detection import DetectionLoss
-from dynanet.train.objectives import CrossEntropy, MultiExit
+from dynanet.train.objectives import CrossEntropy, MultiExit, TargetRate
 from dynanet.train.schedules import Setting
+
+_RATE_WEIGHT = 4.0  # of the pull to a rate, beside a loss of about 1
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,14 @@ class Training:
         distill: how much the last exit teaches the others.
         label_smoothing: share of the target spread over all classes.
         ponder: weight of the ponder cost of halting positions.
+        rate: share of the images for which every layer that can be left out is to run; None: whatever the loss likes.
     """
 
     exit_weights: Sequence[float] | None = None
     distill: float = 0.0
     label_smoothing: float = 0.0
     ponder: float = 0.0
+    rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -110,9 +115,10 @@ class Classification(Task):
     def objective(self, model: nn.Module, asked: Training) -> Objective:
         """Cross-entropy, of every exit if there are several."""
         if not isinstance(model, EarlyExit | EarlyStop) or (isinstance(model, EarlyStop) and model.policy is not None):
-            return CrossEntropy(asked.label_smoothing)
+            return _rated(CrossEntropy(asked.label_smoothing), model, asked.rate)
         weights = asked.exit_weights if asked.exit_weights is not None else [1 / model.steps] * model.steps
-        return MultiExit(weights, distill=asked.distill, label_smoothing=asked.label_smoothing)
+        exits = MultiExit(weights, distill=asked.distill, label_smoothing=asked.label_smoothing)
+        return _rated(exits, model, asked.rate)
 
 
 @dataclass(frozen=True)
@@ -138,8 +144,8 @@ class Segmentation(Task):
         if asked.distill or asked.label_smoothing:
             raise ConfigError("recipe.distill and recipe.label_smoothing are for classification; leave them at 0")
         if isinstance(model, PixelCascade):
-            return PixelCascadeLoss(self.void, weights=asked.exit_weights)
-        return PixelCrossEntropy(self.void)
+            return _rated(PixelCascadeLoss(self.void, weights=asked.exit_weights), model, asked.rate)
+        return _rated(PixelCrossEntropy(self.void), model, asked.rate)
 
     def schedules(self, model: nn.Module) -> list[Setting]:
         """Of a cascade the thresholds, in the second half of training."""
@@ -207,7 +213,9 @@ class Detection(Task):
     tabulated: ClassVar[bool] = False
 
     def objective(self, model: nn.Module, asked: Training) -> Objective:
-        """The detection loss; with halting positions their ponder cost too, weighted with `asked.ponder`."""
+        """The detection loss; with halting positions their ponder cost too, weighted with `asked.ponder`, and with
+        layers that are skipped what draws each to run for `asked.rate` of the images.
+        """
         if asked.exit_weights or asked.distill or asked.label_smoothing:
             raise ConfigError(
                 "recipe.exit_weights, distill and label_smoothing are for classification; leave them out of detection"
@@ -215,7 +223,8 @@ class Detection(Task):
         halts = any(isinstance(layer, PositionHalting) for layer in layers(model).values())
         if asked.ponder and not halts:
             raise ConfigError(f"recipe.ponder is {asked.ponder:g}, but no position of this model halts; leave it at 0")
-        return DetectionLoss() + asked.ponder * PositionPonderCost() if halts else DetectionLoss()
+        objective = DetectionLoss() + asked.ponder * PositionPonderCost() if halts else DetectionLoss()
+        return _rated(objective, model, asked.rate)
 
     @torch.no_grad()
     def score(self, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], cost: CostModel) -> Score:
@@ -243,6 +252,16 @@ class Detection(Task):
         precision = average_precision(found, wanted, self.classes)
         figures = {"map": precision.mean, "map_50": precision.at_50, "map_75": precision.at_75}
         return Score(figures, spent / len(found), {"map": list(precision.classes.values())})
+
+
+def _rated(objective: Objective, model: nn.Module, rate: float | None) -> Objective:
+    """With what draws every layer that is skipped to run for this share of the images."""
+    if rate is None:
+        return objective
+    skips = [name for name, layer in layers(model).items() if isinstance(layer, BranchSkip | LayerSkip)]
+    if not skips:
+        raise ConfigError(f"recipe.rate is {rate:g}, but no layer of this model is skipped; leave it out")
+    return objective + _RATE_WEIGHT * TargetRate(dict.fromkeys(skips, rate))
 
 
 def by_lot(model: nn.Module, share: np.ndarray) -> tuple[nn.Module, np.ndarray]:

@@ -104,6 +104,12 @@ def test_what_detection_has_no_use_for(run):
     assert isinstance(task.objective(static, Training()), DetectionLoss)
     with pytest.raises(ConfigError, match="no position of this model halts"):
         task.objective(static, Training(ponder=0.5))
+    skipping = build(Model("detector_skip", TINY), run.problem)
+    rated = repr(task.objective(skipping, Training(rate=0.5)))
+    assert rated.endswith("+ 4 * TargetRate({'3.1': 0.5, '6.1': 0.5, '6.2': 0.5})"), rated
+    assert isinstance(task.objective(skipping, Training()), DetectionLoss)
+    with pytest.raises(ConfigError, match="no layer of this model is skipped"):
+        task.objective(halting, Training(rate=0.5))
     with pytest.raises(ConfigError, match="are for classification"):
         task.objective(static, Training(distill=1.0))
     with pytest.raises(ConfigError, match="recipe.ponder is -1"):

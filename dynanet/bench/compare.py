@@ -222,7 +222,7 @@ def _spent(session: Session, cost: CostModel, samples: Tensor) -> float:
     """MACs per sample."""
     with record(session) as trace:
         session(samples)
-    return float(cost.spent(trace).mean())
+    return float(cost.spent(trace).mean()) if trace.calls else cost.always
 
 
 class _Last(nn.Module):

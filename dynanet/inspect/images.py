@@ -115,7 +115,8 @@ def _classes(f: ImageFindings) -> Markup | None:
         return None
     columns = zip(*f.by_class.values(), strict=True)
     rows = [[name, *(_share(v) for v in values)] for name, values in zip(f.class_names, columns, strict=True)]
-    said = f"{f.setting.capitalize()}. A dash: there was none of it.".removeprefix(". ")
+    setting = f"{f.setting[:1].upper()}{f.setting[1:]}. " if f.setting else ""
+    said = f"{setting}A dash: there was none of it."
     return join([tag("h2", "By class"), table(["class", *f.by_class], rows, said)])
 
 
@@ -127,6 +128,8 @@ def _images(f: ImageFindings) -> Markup | None:
     figures = []
     for each in f.shown:
         said = f"{each.name}: {percent(each.macs / f.full_macs)} of the full MACs."
+        if each.found or each.truth:
+            said += " Outlined: what was found." if each.found else " No box was found."
         figures.append(_picture(each.picture, "found", _boxes(each.found, each.picture, colours, f.class_names), said))
         if each.units is not None:
             levels = np.round(each.units / most * (LEVELS - 1)).astype(int)
