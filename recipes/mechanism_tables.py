@@ -94,8 +94,8 @@ def _accuracies(experiment, title, mine):
         "|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in mine:
-        keys = ("static_accuracy", "full_accuracy", "random_accuracy")
-        accuracy, (static, full, chance) = _share(row["accuracy"]), (_share(row[key]) for key in keys)
+        accuracy, chance = _share(row["accuracy"]), _share(_chance(row))
+        static, full = (_share(row[key]) for key in ("static_accuracy", "full_accuracy"))
         spent, own, widest = (_macs(row[key]) for key in ("macs", "own_macs", "full_macs"))
         lines.append(
             f"| {row['network']} | {row['epochs']} | {accuracy} | {spent} | {own} | {static} | {full} | {widest} | {chance} | "
@@ -144,6 +144,12 @@ def _four(mine, named):
     return lines
 
 
+def _chance(row):
+    """The accuracy with another's decisions, where these cost as much: merged tokens, say, do not."""
+    same = row["random_macs"] and abs(float(row["random_macs"]) / float(row["macs"]) - 1) < 0.05
+    return row["random_accuracy"] if same else ""
+
+
 def _share(value):
     return percent(float(value)) if value else "not measured"
 
@@ -162,9 +168,9 @@ def points(values):
 def choice(card):
     """What a newcomer wants to know of a mechanism: its last cells in the table of the README."""
     mine = OTHERWISE[card]() if card in OTHERWISE else [
-        tuple(float(row["accuracy"]) - float(row[f"{other}_accuracy"]) for other in ("static", "random"))
+        tuple(float(row["accuracy"]) - float(other) for other in (row["static_accuracy"], _chance(row)))
         for _, row in found(card)
-        if row["static_accuracy"] and row["random_accuracy"]
+        if row["static_accuracy"] and _chance(row)
     ]  # fmt: skip
     if not mine:
         return None
