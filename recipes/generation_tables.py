@@ -38,16 +38,11 @@ def generation():
 
 
 def generation_targets():
-    """(what, asked, values) of the speeds that were asked for: the best drafts of a batch."""
+    """(what, asked, values) of the speeds that were asked for: every draft, not the best."""
     found = [row for row in quiet(rows("shakespeare.csv")) if row["way"].startswith("drafts")]
-    for batch in ("1", "16"):
-        ways = {row["way"] for row in found if row["batch"] == batch}
-        best = max((_median(found, way, batch, "times") for way in ways), default=None)
-        yield (
-            f"self-speculation, letters per second over the whole model, the best draft, batch {batch}",
-            1.3,
-            [] if best is None else [best],
-        )
+    for way, batch in dict.fromkeys((row["way"], row["batch"]) for row in found) or [("drafts", "1")]:
+        values = [float(row["times"]) for row in found if (row["way"], row["batch"]) == (way, batch)]
+        yield f"self-speculation, letters per second over the whole model, {way}, batch {batch}", 1.3, values
 
 
 def _median(found, way, batch, column):

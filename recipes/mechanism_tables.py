@@ -472,17 +472,16 @@ def speed_targets():
             0.95,
             [float(r["stream_over_latency_theory"]) for r in mine],
         )
-    miou = {row["point"]: float(row["miou"]) for row in rows("camvid.csv") if row["network"] == "cascade"}
-    full = miou.get("all at exit 3", 0.0)
-    frames = [
-        float(row["times"])
+    frames = [  # the cheapest budget that costs at most half a point on held-out images: the test split is not asked
+        row
         for row in quiet(rows("camvid_speed.csv"))
-        if miou[f"{row['budget'].replace('%', ' %')} of the MACs"] >= full - 0.005
+        if float(row["held_out_accuracy"]) >= float(row["held_out_full"]) - 0.005
     ]
+    cheapest = [float(row["times"]) for row in sorted(frames, key=lambda row: float(row["macs"]))[:1]]
     yield (
-        "segmentation, frames per second over the same weights static, mIoU within 0.5 points",
+        "segmentation, frames per second over the same weights static, budget chosen on held-out images",
         1.5,
-        [max(frames)] if frames else [],
+        cheapest,
     )
     steps = quiet(rows("recurrent_speed.csv"))
     for what in RECURRENT.values():

@@ -36,21 +36,38 @@ struct product {
 };
 
 struct share {
-  const struct product *product;
+  const void *of;
   long begin, end;
-  void (*panels)(const struct product *, long, long);
+  void (*some)(const void *, long, long);
 };
 
 static void *work(void *share) {
   const struct share *s = share;
-  s->panels(s->product, s->begin, s->end);
+  s->some(s->of, s->begin, s->end);
   return 0;
+}
+
+/* Some work in `all` parts that do not depend on each other, by so many threads. */
+static void divided(const void *of, long all, long threads, void (*some)(const void *, long, long)) {
+  if (threads > all) threads = all;
+  if (threads > MOST) threads = MOST;
+  if (threads < 1) threads = 1;
+  struct share shares[MOST];
+  pthread_t others[MOST];
+  int started[MOST] = {0};
+  for (long t = threads - 1; t >= 0; t--) {
+    shares[t] = (struct share){of, all * t / threads, all * (t + 1) / threads, some};
+    started[t] = t && !pthread_create(&others[t], 0, work, &shares[t]);
+    if (!started[t]) work(&shares[t]);
+  }
+  for (long t = 1; t < threads; t++)
+    if (started[t]) pthread_join(others[t], 0);
 }
 
 /* The product by so many threads, each with columns of its own. Answers whether all of `around` is below `rows` and all
  * of `to` within `places`; if not, nothing is done. */
 static int run(const struct product *p, long rows, long places, long panels, long threads,
-               void (*some)(const struct product *, long, long)) {
+               void (*some)(const void *, long, long)) {
   long m = 0;
   for (long g = 0; g < p->groups; g++) m += p->counts[g];
   for (long i = 0; p->around && i < m * p->taps; i++)
@@ -58,20 +75,7 @@ static int run(const struct product *p, long rows, long places, long panels, lon
   for (long i = 0; p->to && i < m; i++)
     if (p->to[i] < 0 || p->to[i] >= places) return 0;
   long worth = (long)((double)m * (double)p->n * (double)(p->taps * p->channels) / WORTH);
-  if (threads > worth) threads = worth;
-  if (threads > panels) threads = panels;
-  if (threads > MOST) threads = MOST;
-  if (threads < 1) threads = 1;
-  struct share shares[MOST];
-  pthread_t others[MOST];
-  int started[MOST] = {0};
-  for (long t = threads - 1; t >= 0; t--) {
-    shares[t] = (struct share){p, panels * t / threads, panels * (t + 1) / threads, some};
-    started[t] = t && !pthread_create(&others[t], 0, work, &shares[t]);
-    if (!started[t]) work(&shares[t]);
-  }
-  for (long t = 1; t < threads; t++)
-    if (started[t]) pthread_join(others[t], 0);
+  divided(p, panels, threads < worth ? threads : worth, some);
   return 1;
 }
 
@@ -101,37 +105,13 @@ struct sequences {
   float **to, **memory;
 };
 
-struct rows {
-  const struct sequences *sequences;
-  long begin, end;
-  void (*some)(const struct sequences *, long, long);
-};
-
-static void *work_rows(void *rows) {
-  const struct rows *r = rows;
-  r->some(r->sequences, r->begin, r->end);
-  return 0;
-}
-
 /* All rows by so many threads, each with rows of its own, `together` at least. Answers whether all lengths are from 1
  * to `steps`; if not, nothing is done. */
 static int over_rows(const struct sequences *s, long together, long threads,
-                     void (*some)(const struct sequences *, long, long)) {
+                     void (*some)(const void *, long, long)) {
   for (long b = 0; b < s->batch; b++)
     if (s->lengths[b] < 1 || s->lengths[b] > s->steps) return 0;
-  if (threads > s->batch / together) threads = s->batch / together;
-  if (threads > MOST) threads = MOST;
-  if (threads < 1) threads = 1;
-  struct rows shares[MOST];
-  pthread_t others[MOST];
-  int started[MOST] = {0};
-  for (long t = threads - 1; t >= 0; t--) {
-    shares[t] = (struct rows){s, s->batch * t / threads, s->batch * (t + 1) / threads, some};
-    started[t] = t && !pthread_create(&others[t], 0, work_rows, &shares[t]);
-    if (!started[t]) work_rows(&shares[t]);
-  }
-  for (long t = 1; t < threads; t++)
-    if (started[t]) pthread_join(others[t], 0);
+  divided(s, s->batch, threads < s->batch / together ? threads : s->batch / together, some);
   return 1;
 }
 

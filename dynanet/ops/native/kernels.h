@@ -257,7 +257,8 @@ INLINE void ISA(tile)(const int rows, const ISA(job) * job, const float *const *
   }
 
 /* The panels from `begin` to `end` of every group; arguments as of the product. */
-TARGET static void ISA(panels)(const struct product *p, long begin, long end) {
+TARGET static void ISA(panels)(const void *product, long begin, long end) {
+  const struct product *p = product;
   long depth = p->taps * p->channels, all = (p->n + WIDE - 1) / WIDE, done = 0;
   long together = GROUP / (depth * WIDE * 4); /* panels that stay in the cache while all rows pass */
   if (together < 1) together = 1;

@@ -47,8 +47,8 @@ INLINE float ISA(dot)(const float *a, const float *b, long n) {
   return total;
 }
 
-/* The sums of `rows` rows (at most ROWS) in `count` panels (at most 4, and 1 for several rows) over the pieces from `begin` to `end`; row r's
- * pieces are from[r * pieces ...], its sums go to pre + r * SUMS. */
+/* The sums of `rows` rows (at most ROWS) in `count` panels (at most 4, and 1 for several rows) over the pieces from
+ * `begin` to `end`; row r's pieces are from[r * pieces ...], its sums go to pre + r * SUMS. */
 #define SUMS (8 * WIDE)
 INLINE void ISA(gates)(const int rows, const int count, const struct cell *cell, long begin, long end,
                        const float *const *from, const float *panel, long apart, const float *bias, float *pre) {
@@ -158,7 +158,8 @@ TARGET static void ISA(step)(const struct cell *cell, long n, const float *const
 /* ---- update skip --------------------------------------------------------------------------------------------------- */
 
 /* The rows from `begin` to `end`: their first updates together, then their second ones, each at its own time. */
-TARGET static void ISA(jumping)(const struct sequences *s, long begin, long end) {
+TARGET static void ISA(jumping)(const void *sequences, long begin, long end) {
+  const struct sequences *s = sequences;
   long hidden = s->cell.hidden, n = 0;
   float *states[2] = {s->states, s->states + s->batch * hidden};
   for (long b = begin; b < end; b++) {
@@ -219,7 +220,8 @@ INLINE int ISA(scored)(const struct sequences *s, long b, const float *state) {
 
 /* The rows from `begin` to `end`. Rows run ahead of each other: what wants to skim skims, until enough rows want to
  * read or none skims. */
-TARGET static void ISA(skimming)(const struct sequences *s, long begin, long end) {
+TARGET static void ISA(skimming)(const void *sequences, long begin, long end) {
+  const struct sequences *s = sequences;
   long hidden = s->cell.hidden, head = s->small.hidden, waiting[2] = {0, 0}; /* to skim, to read */
   int64_t *who[2] = {s->going + begin, s->going + s->batch + begin};
   float *states[2] = {s->states, s->states + s->batch * hidden};
