@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic
@@ -138,6 +138,20 @@ class FrameByFrame(ABC):
             state: as `read` answered it.
             memories: of every row, what its last conclusion remembered; None at its first.
         """
+
+
+class PartByPart(ABC):
+    """What a Halt adds whose rows are made of parts that see each other (the tokens of a sentence), so that a session
+    can run one row by itself as one graph per step. In a batch such rows have different lengths, and need several."""
+
+    @abstractmethod
+    def parts(self, x: Any) -> Tensor:
+        """What the first step takes of an input with one row: (n, ...), its parts."""
+
+    @abstractmethod
+    def one_row(self, k: int) -> nn.Module | None:
+        """Step k of one row, from its parts to (answer, score, parts), the last step to (answer,). The first two stand
+        once per part, all alike. None: something inside decides, or must be remembered, and takes the usual way."""
 
 
 class Conclusion(NamedTuple):

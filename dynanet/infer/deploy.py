@@ -11,11 +11,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dynanet.core.dynamic import Dynamic, everything, execute, forced
 from dynanet.core.errors import MissingExtraError, StructureError
-from dynanet.core.halt import Halt
+from dynanet.core.halt import Halt, PartByPart
 from dynanet.core.rows import over_tensors
 from dynanet.infer.engines import Eager, OnnxRuntime, fastest, onnx_runtime
 from dynanet.infer.layout import Layout, tensors_of
-from dynanet.infer.parts import ByBatch, StagedHalt, Unit
+from dynanet.infer.parts import ByBatch, OneRow, StagedHalt, Unit
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +32,11 @@ class Plan:
         self.onnx, self.batches, self.threads, self.cache = usable, batches, threads, cache
         self.measured: dict[str, dict[int, dict[str, float]]] = {}
 
-    def engine(self, name: str, unit: nn.Module, inputs: Sequence[Tensor], *, workspaces: bool) -> ByBatch:
-        """Engines for a unit, from the rows that one sample sends through it."""
+    def engine(
+        self, name: str, unit: nn.Module, inputs: Sequence[Tensor], *, workspaces: bool, divisible: bool = True
+    ) -> ByBatch:
+        """Engines for a unit, from the rows that one sample sends through it. If these are not `divisible`, they see
+        each other: all of one sample's run together, and nobody else's."""
         per_sample, few = inputs[0].shape[0], [t[:2] for t in inputs]
         few = [_repeated(t, 2) if t.shape[0] == 1 else t for t in few]
         eager, outputs = Eager(unit), [t[:0] for t in unit(*few)]
@@ -49,9 +52,10 @@ class Plan:
             return ByBatch({1: eager}, outputs)
         best, self.measured[name] = {}, {}
         row_bytes = sum(t[:1].numel() * t.element_size() for t in few)
-        for batch in self.batches:
+        for batch in self.batches if divisible else (1,):
             rows = max(1, min(batch * per_sample, _MOST_ROWS, _MOST_BYTES // row_bytes))
-            engines = [*([eager] if self.eager else []), onnx, *(onnx.chunked(n) for n in _CHUNKS if n < rows)]
+            chunked = [onnx.chunked(n) for n in _CHUNKS if divisible and n < rows]
+            engines = [*([eager] if self.eager else []), onnx, *chunked]
             many = [_repeated(t[:1], rows) for t in few]
             best[rows], ms = fastest(engines, many, threads=self.threads)
             self.measured[name][batch] = {engine: time * batch * per_sample / rows for engine, time in ms.items()}
@@ -130,6 +134,21 @@ def deploy(model: nn.Module, example: Any, plan: Plan) -> nn.Module:
             if unit is not None:
                 model.set_submodule(name, unit)
     return model
+
+
+def one_row(halt: Halt, example: Any, plan: Plan) -> OneRow | None:
+    """One row of the model by itself, where the model offers that and there is an engine besides torch."""
+    if not isinstance(halt, PartByPart) or not plan.onnx:
+        return None
+    execute(halt, sparse=True)
+    engines, parts = [], halt.parts(example)
+    for k in range(halt.steps):
+        unit = halt.one_row(k)
+        if unit is None:
+            return None
+        engines.append(plan.engine(f"step{k}, one row", unit, [parts], workspaces=True, divisible=False))
+        parts = unit(parts)[-1]
+    return OneRow(halt, engines)
 
 
 def _staged(name: str, halt: Halt, x: Any, plan: Plan) -> StagedHalt:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from dynanet.core.halt import Halt
+from dynanet.core.dynamic import Dynamic
+from dynanet.core.halt import Halt, PartByPart
 from dynanet.core.rows import Leading, over_tensors, take_rows
 from dynanet.infer.engines import Engine
 from dynanet.infer.layout import Layout, tensors_of
@@ -98,6 +99,37 @@ class StagedHalt(Halt):
     def goes_on(self, k: int, score: Tensor) -> Tensor:
         """The source's rule."""
         return self.source.goes_on(k, score)
+
+
+class OneRow:
+    """A Halt whose rows are made of parts, run by one engine per step where there is only one row. Nobody may look on:
+    what is recorded or forced takes the usual way.
+
+    Attributes:
+        engines: per step.
+    """
+
+    def __init__(self, halt: Halt, engines: "list[ByBatch]"):
+        assert isinstance(halt, PartByPart)
+        self._halt, self._parts, self.engines = halt, halt.parts, engines
+        self._layers = [module for module in halt.modules() if isinstance(module, Dynamic)]
+
+    def serves(self, x: Any) -> bool:
+        """One row, and nobody looks on."""
+        return x.shape[0] == 1 and all(layer.trace is None and layer.force is None for layer in self._layers)
+
+    def __call__(self, x: Any) -> Any:
+        """The answer for one row."""
+        halt, parts = self._halt, self._parts(x)
+        last = (halt.steps if halt.limit is None else min(halt.limit, halt.steps)) - 1
+        for k, engine in enumerate(self.engines):
+            answer, *rest = engine([parts])
+            if k == last:
+                break
+            score, parts = rest
+            if not halt.goes_on(k, score[:1]).item():
+                break
+        return answer[:1].clone()
 
 
 class Unit(nn.Module):

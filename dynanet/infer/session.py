@@ -15,7 +15,7 @@ from dynanet.core.dynamic import execute
 from dynanet.core.errors import InputError
 from dynanet.core.halt import FrameByFrame, Halt
 from dynanet.core.rows import over_tensors
-from dynanet.infer.deploy import Plan, deploy
+from dynanet.infer.deploy import Plan, deploy, one_row
 from dynanet.infer.engines import OnnxRuntime, folded
 from dynanet.infer.inputs import check_input
 from dynanet.infer.parts import ByBatch, StagedHalt, Unit
@@ -82,6 +82,7 @@ class Session(nn.Module):
             except (RuntimeError, TypeError, IndexError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise InputError(f"the model cannot take this example ({reason}); give one that it takes") from error
+            self._one_row = one_row(deployed, self.example, plan) if isinstance(deployed, Halt) else None
             deployed = deploy(deployed, self.example, plan)
         self.units = plan.measured
         self._only_gathers = False
@@ -99,7 +100,7 @@ class Session(nn.Module):
 
     def engines(self) -> list["ByBatch"]:
         """The engines of every unit, in the order of the model."""
-        found: list[ByBatch] = []
+        found: list[ByBatch] = [] if self._one_row is None else list(self._one_row.engines)
         for module in self.model.modules():
             if isinstance(module, StagedHalt):
                 found += module.engines
@@ -120,6 +121,8 @@ class Session(nn.Module):
         if (x if isinstance(x, Tensor) else tree_flatten(x)[0][0]).shape[0] == 0:
             return self._empty
         with self._torch_threads():
+            if self._one_row is not None and self._one_row.serves(x):
+                return self._one_row(x)
             return self.model(x)
 
     def stream(self, samples: Iterable[Any], batch: int = 64) -> Iterator[Any]:
@@ -172,6 +175,9 @@ class Session(nn.Module):
             samples = chain([first], samples)
             if isinstance(first, FrameOf | EndOf):
                 yield from self._frames(samples, self.sequences(batch))
+            elif batch == 1:  # nothing to wait for
+                for number, sample in enumerate(samples):
+                    yield over_tensors(lambda t: t[0], self(self._batched([sample], number)))
             else:
                 ready: dict[int, Any] = {}
                 yield from self._flow(samples, batch, Line(halt, batch, ready), ready)

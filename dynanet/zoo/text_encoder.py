@@ -19,6 +19,7 @@ from dynanet.core.architecture import architecture
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import ConfigError, InputError
+from dynanet.core.halt import PartByPart
 from dynanet.core.trace import Frame
 from dynanet.gates.confidence import Confidence
 from dynanet.mechanisms.early_exit import EarlyExit
@@ -40,7 +41,7 @@ def text_exits(
     padding: int = 0,
     dropout: float = 0.1,
     epsilon: float = 1e-12,
-) -> EarlyExit:
+) -> "TextExits":
     """A text encoder with exits; token ids (B, T) int64, padded at the end, to logits (B, num_classes).
 
     T may be anything up to `longest`. The default sizes are MiniLM's.
@@ -92,19 +93,17 @@ def text_exits(
     firsts = [0, *(last + 1 for last in leave[:-1])]
     stages: list[list[nn.Module]] = [list(layers[first : last + 1]) for first, last in zip(firsts, leave, strict=True)]
     stages[0] = [embed, *stages[0]]
-    model = EarlyExit([nn.Sequential(*stage) for stage in stages], [TextHead(width, num_classes) for _ in leave])
-    model.rows = PACKED_ROWS
-    return model
+    return TextExits([nn.Sequential(*stage) for stage in stages], [TextHead(width, num_classes) for _ in leave])
 
 
-def with_confidence(model: EarlyExit, confidence: Confidence) -> EarlyExit:
+def with_confidence(model: "TextExits", confidence: Confidence) -> "TextExits":
     """The same network (same weights, not copied) that leaves by another criterion: `Entropy`, `Patience`, ...
 
     DeeBERT and BranchyNet leave by entropy, PABEE (Zhou et al. 2020, arXiv:2006.04152) by patience. Thresholds are
     infinite again, as scores have another scale.
     """
-    other = EarlyExit(list(model.stages), list(model.exits), confidence)
-    other.rows, other.active = model.rows, model.active
+    other = TextExits(list(model.stages), list(model.exits), confidence)
+    other.active = model.active
     return other.train(model.training)
 
 
@@ -119,6 +118,46 @@ def exits_only(model: EarlyExit) -> EarlyExit:
     for head in list(model.exits)[:-1]:
         head.requires_grad_(True)
     return model
+
+
+class TextExits(EarlyExit, PartByPart):
+    """Exits along a text encoder. Its rows are sentences, and a sentence's parts are its tokens."""
+
+    rows = PACKED_ROWS
+
+    def parts(self, x: Tensor) -> Tensor:
+        """Token ids (1, T) to embedded tokens (n, D)."""
+        embedded = self.stages[0][0](x)
+        return embedded.x if isinstance(embedded, Packed) else embedded.x[0, embedded.alive[0] > 0]
+
+    def one_row(self, k: int) -> nn.Module | None:
+        """The layers up to active exit k, that exit, and its confidence."""
+        number, first = self.active[k], self.active[k - 1] + 1 if k else 0
+        inside = [m for stage in self.stages[first : number + 1] for m in stage.children()]
+        layers = [m for m in inside if not isinstance(m, TextInput)]
+        confidence = self.confidence.at(number) if k + 1 < self.steps else None
+        remembers = confidence is not None and type(confidence).remember is not Confidence.remember
+        step = TextStep(layers, self.exits[number], confidence)
+        decisions = [m for m in step.modules() if isinstance(m, Dynamic) and not isinstance(m, TextLayer)]
+        plain = all(isinstance(layer, TextLayer) for layer in layers) and not decisions
+        return step if plain and not remembers else None
+
+
+class TextStep(nn.Module):
+    """Layers, an exit and its confidence for one sentence, which nobody can leave half-way."""
+
+    def __init__(self, layers: Sequence[nn.Module], head: nn.Module, confidence: Confidence | None):
+        super().__init__()
+        self.layers, self.head, self.confidence = nn.ModuleList(layers), head, confidence
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Tokens (n, D) to (logits (n, classes), score (n, 1), tokens), or to the logits alone; see `PartByPart`."""
+        for layer in self.layers:
+            x = layer.whole(Tokens(x[None]))[0]
+        logits = self.head.classify(x.mean(0, keepdim=True))
+        if self.confidence is None:
+            return (logits.expand(x.shape[0], -1),)
+        return logits.expand(x.shape[0], -1), self.confidence(logits).expand(x.shape[0], -1), x
 
 
 class TextInput(Dynamic):
@@ -149,8 +188,7 @@ class TextInput(Dynamic):
         if not self.gathers:
             x = self.dropout(self.norm(self._words(ids) + self._positions(columns)))
             return Tokens(x, there.to(x.dtype))
-        counts = there.sum(1)
-        packed = pack(ids, counts)
+        packed = pack(ids, there.sum(1))
         position = columns.expand_as(ids)[there]
         return packed._replace(x=self.norm(self._words(packed.x) + self._positions(position)))
 
@@ -206,8 +244,13 @@ class TextLayer(Dynamic):
             return tokens._replace(x=self._packed(tokens))
         assert tokens.alive is not None
         keep = self._kept(tokens.alive)
-        x = self.run(0, self._layer, keep, tokens._replace(alive=keep), otherwise=tokens.x, rows=TOKEN_ROWS)
+        x = self.run(0, self.whole, keep, tokens._replace(alive=keep), otherwise=tokens.x, rows=TOKEN_ROWS)
         return tokens._replace(x=x)
+
+    def whole(self, tokens: Tokens) -> Tensor:
+        """For all tokens, whatever anybody decides; shaped as their x."""
+        query, key, value = self.query_key_value(tokens.x).chunk(3, -1)
+        return self.rest(attend(query, key, value, tokens, self.heads), tokens.x)
 
     def price(self, keep: Tensor, unit_macs: Tensor) -> Tensor:
         """a n + b n^2 with n the tokens of a sentence; both measured."""
@@ -216,14 +259,14 @@ class TextLayer(Dynamic):
 
     def _packed(self, packed: Packed) -> Tensor:
         if self.trace is None and self.force is None:  # all tokens run: no need to say which
-            return self._layer(packed.tokens())
+            return self.whole(packed.tokens())
         there = packed.there()
         keep = self._kept(there)
         taken = keep.flatten().nonzero().squeeze(1)
         which = (there.flatten().cumsum(0).long() - 1)[taken]  # among the packed tokens
         with self.within(Frame(self, range(1), tuple(keep.shape), taken, None, True)):
             lengths = tuple(keep.sum(1).long().tolist())
-            y = self._layer(Tokens(packed.x.index_select(0, which), lengths=lengths))
+            y = self.whole(Tokens(packed.x.index_select(0, which), lengths=lengths))
         return packed.x.index_copy(0, which, y)
 
     def _kept(self, there: Tensor) -> Tensor:
@@ -231,10 +274,6 @@ class TextLayer(Dynamic):
         first[:, 0] = 1
         keep, present = there[..., None], there[..., None]
         return self.tap(Decision(keep, keep), pinned=first[..., None], present=present).keep[..., 0]
-
-    def _layer(self, tokens: Tokens) -> Tensor:
-        query, key, value = self.query_key_value(tokens.x).chunk(3, -1)
-        return self.rest(attend(query, key, value, tokens, self.heads), tokens.x)
 
 
 class TextRest(nn.Module):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from dynanet import Budget, CostModel, execute, infer, record, zoo
+from dynanet import Budget, CostModel, execute, forced, infer, record, zoo
+from dynanet.core.dynamic import everything
 from dynanet.core.errors import ConfigError, InputError
 from dynanet.gates.confidence import Entropy, Patience
 from dynanet.infer.session import Session
@@ -86,6 +87,56 @@ def test_a_session_and_its_stream_answer_as_the_model(engines):
         streamed = torch.stack(list(session.stream(list(ids), batch=batch)))
         torch.testing.assert_close(streamed, expected, rtol=1e-3, atol=1e-3)
     assert session(ids[:0]).shape == (0, 3)
+
+
+@pytest.mark.parametrize("active, limit", [((0, 1), None), ((1,), None), ((0, 1), 1)])
+def test_a_sentence_alone_is_one_engine_per_step(active, limit):
+    pytest.importorskip("onnxruntime")
+    model, ids = encoder(depth=2), sentences(13, shortest=1)
+    model.active, model.limit = active, limit
+    session = Session(model, ids, batches=(4,))
+    with torch.no_grad(), record(execute(model, sparse=False)):
+        expected = model(ids)
+    calls = listened(session)
+    answers = torch.cat([session(one) for one in ids.split(1)])
+    torch.testing.assert_close(answers, expected, rtol=1e-3, atol=1e-3)
+    assert calls.count(None) <= 13, "besides whole steps no more than the embedding's norm"
+    with record(execute(model, sparse=True)) as trace:
+        model(ids)
+    went_on = sum(int(call.decision.keep.sum()) for call in trace.calls if call.name == "")
+    assert len(calls) - calls.count(None) == 13 + went_on
+
+
+def listened(session):
+    """The number of every step that an engine runs for one sentence; None for another engine."""
+    calls = []
+    steps = {engine: k for k, engine in enumerate(session.engines()[: session.model.steps])}
+    for engine in session.engines():
+        engine.listener = lambda inputs, engine=engine: calls.append(steps.get(engine))
+    return calls
+
+
+def test_who_looks_on_sees_the_usual_way():
+    pytest.importorskip("onnxruntime")
+    model, ids = encoder(depth=2), sentences(1)
+    session = Session(model, ids, batches=(4,))
+    calls = listened(session)
+    with record(session) as trace:
+        session(ids)
+    with torch.no_grad(), record(execute(model, sparse=True)) as expected:
+        model(ids)
+    assert trace.keys() == expected.keys() and set(calls) == {None}
+    with forced(session, everything):
+        torch.testing.assert_close(session(ids), model.answers(ids)[-1], rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_remembered_from_exit_to_exit_takes_the_usual_way():
+    model, ids = with_confidence(encoder(depth=2), Patience()), sentences(5)
+    model.thresholds.fill_(0.0)
+    session = Session(model, ids, batches=(4,))
+    assert model.one_row(0) is None and model.one_row(1) is not None
+    for one in ids.split(1):
+        torch.testing.assert_close(session(one), model(one), rtol=1e-3, atol=1e-3)
 
 
 def test_a_budget_is_kept():
