@@ -199,34 +199,27 @@ def speed(args):
 
 @torch.no_grad()
 def picture(args):
-    """Images, boxes found, and how many units every position took."""
+    """Of test images the boxes found, over how many units every position took. The images are not ours to hand on."""
     from matplotlib import pyplot
 
     data = Blood(args.data, args.seed)
     names = [name for name in finished(args) if name.startswith("halting")]
     rows = [0, 24, 48]  # of the test images; not chosen by what they show
     x = data.inputs(data.test)[rows]
-    figure, axes = pyplot.subplots(
-        len(rows), 1 + len(names), figsize=(4 * (1 + len(names)), 3 * len(rows)), squeeze=False
-    )
-    for column, name in enumerate(names, 1):
+    figure, axes = pyplot.subplots(len(names), len(rows), figsize=(4 * len(rows), 3 * len(names)), squeeze=False)
+    for name, line in zip(names, axes, strict=True):
         model, _ = trained(name, args)
         with record(execute(model, sparse=True)) as trace:
             answer = model(x)
-        for line, (found, units) in enumerate(
-            zip(decode(answer, SIZE, least=0.3), units_per_position(trace, SIZE), strict=True)
+        for axis, found, units in zip(
+            line, decode(answer, SIZE, least=0.3), units_per_position(trace, SIZE), strict=True
         ):
-            shown = axes[line, column].imshow(units, cmap="magma", vmin=0)
-            axes[line, column].set_title(f"{name}: units per position")
-            figure.colorbar(shown, ax=axes[line, column], fraction=0.035)
-            if column == len(names):
-                axes[line, 0].imshow(data.test.images[rows[line]].permute(1, 2, 0))
-                axes[line, 0].set_title(f"found by {name}")
-                for box, label in zip(found.boxes.tolist(), found.labels.tolist(), strict=True):
-                    corner, sides = box[:2], (box[2] - box[0], box[3] - box[1])
-                    axes[line, 0].add_patch(
-                        pyplot.Rectangle(corner, *sides, fill=False, edgecolor=f"C{label}", linewidth=1.5)
-                    )
+            shown = axis.imshow(units, cmap="magma", vmin=0)
+            axis.set_title(f"{name}: units per position")
+            figure.colorbar(shown, ax=axis, fraction=0.035)
+            for box, label in zip(found.boxes.tolist(), found.labels.tolist(), strict=True):
+                corner, sides = box[:2], (box[2] - box[0], box[3] - box[1])
+                axis.add_patch(pyplot.Rectangle(corner, *sides, fill=False, edgecolor=f"C{label}", linewidth=1.2))
     for axis in axes.flat:
         axis.set_axis_off()
     figure.tight_layout()

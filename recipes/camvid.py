@@ -128,22 +128,20 @@ def as_static(cascade):
 
 @torch.no_grad()
 def picture(args, images=4):
-    """Test images, the exit at which every position left, the classes found and the true ones, side by side."""
+    """Of test images the exit at which every position left, and the classes found. `report` shows them with the images,
+    which are not ours to hand on."""
     run = opened("cascade", args)
     problem, (model, setting) = run.problem, run.explained()
     x, y = (torch.cat(each) for each in zip(*problem.test, strict=True))
     chosen = torch.linspace(0, len(x) - 1, images).long()
-    x, y = x[chosen], y[chosen]
+    x, size = x[chosen], y.shape[1:]
     with record(execute(model, sparse=True)) as trace:
         found = model(x).argmax(1)
     exits = len(model.thresholds)
-    left = torch.nn.functional.interpolate(left_at(trace)[:, None].float(), size=y.shape[1:], mode="nearest")[:, 0]
-    pixels = x * torch.tensor(problem.std)[:, None, None] + torch.tensor(problem.mean)[:, None, None]
-    pixels = (255 * pixels).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-    colours = np.concatenate([class_colours(len(problem.classes)), np.zeros((1, 3))]).astype(np.uint8)
-    stages = ramp(exits + 1)[left.long().numpy()].astype(np.uint8)
-    columns = [pixels, stages, colours[found.numpy()], colours[y.numpy()]]
-    whole = np.concatenate([np.concatenate(list(column), 0) for column in columns], 1)
+    left = torch.nn.functional.interpolate(left_at(trace)[:, None].float(), size=size, mode="nearest")[:, 0]
+    stages = ramp(exits + 1)[left.long().numpy()]
+    classes = class_colours(len(problem.classes))[found.numpy()]
+    whole = np.concatenate([np.concatenate(list(row), 1) for row in (stages, classes)], 0).astype(np.uint8)
     write_atomically(args.out, lambda file: file.write(png(np.ascontiguousarray(whole))))
     print(
         f"{args.out}: at {setting}; shares of the exits {[round(float((left == k).float().mean()), 3) for k in range(exits + 1)]}"
