@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils._pytree import tree_map
 
 from dynanet.core.rows import LEADING, Rows
@@ -38,7 +39,10 @@ class Packed(NamedTuple):
             return self.x.mean(0, keepdim=True)
         if self.counts.shape[0] == 0:
             return self.x[:0]
-        return torch.segment_reduce(self.x, "mean", lengths=self.counts, axis=0, unsafe=True)
+        rows = torch.arange(self.x.shape[0], device=self.x.device)
+        # Several times as fast as torch.segment_reduce, where there are several samples.
+        sums = functional.embedding_bag(rows, self.x, self.counts.cumsum(0) - self.counts, mode="sum")
+        return sums / self.counts[:, None]
 
 
 def pack(x: Tensor, counts: Tensor) -> Packed:

@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dynanet.core.rows import Rows, over_tensors
+from dynanet.ops.native.attention import attend_packed
+from dynanet.ops.native.library import fit
 
 
 class Tokens(NamedTuple):
@@ -120,7 +122,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, heads: int
         heads: D is split into so many.
 
     Returns:
-        As query. Equal lengths run as one rectangle, unequal ones sample by sample: nothing is padded.
+        As query. Packed tokens run in one native call (see `library.fit`); without it equal lengths run as one
+        rectangle, unequal ones sample by sample. Nothing is padded.
     """
     if tokens.lengths is None:
         if tokens.alive is not None and tokens.alive.requires_grad:
@@ -128,6 +131,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, heads: int
             return _weighted_attend(query, key, value, heads, weight)
         return _heads_attend(query, key, value, heads, _bias(tokens, query.dtype))
     bias = None if tokens.size is None else tokens.size.log().to(query.dtype)
+    if fit(query, key, value, bias):
+        return attend_packed(query, key, value, bias, tokens.lengths, heads)
     samples = len(tokens.lengths)
     if len(set(tokens.lengths)) == 1 and tokens.lengths[0] > 0:
         q, k, v = (z.unflatten(0, (samples, -1)) for z in (query, key, value))

@@ -24,6 +24,16 @@ def test_the_mean_is_over_the_tokens_of_a_sample():
     assert pack(x[:0], torch.zeros(0, dtype=torch.int64)).mean().shape == (0, 2)
 
 
+def test_the_mean_of_nothing_and_beside_strangers():
+    x = torch.randn(3, 5, 4)
+    x[1] = torch.nan
+    mean = pack(x, torch.tensor([2, 3, 0])).mean()
+    torch.testing.assert_close(mean[0], x[0, :2].mean(0))
+    assert mean[1:].isnan().all(), "of no numbers there is no mean"
+    double = x[::2].double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: pack(x, torch.tensor([4, 5])).mean(), double)
+
+
 def test_samples_leave_with_their_tokens_and_what_travels_with_them():
     x, p = packed(2, 5, 1)
     memory = torch.tensor([[7], [8], [9]])

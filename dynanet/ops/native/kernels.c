@@ -1,4 +1,5 @@
-/* Native kernels of dynanet: neuron blocks, experts, pixels and recurrent cells, in float32. Plain C behind a C ABI.
+/* Native kernels of dynanet: neuron blocks, experts, pixels, recurrent cells, attention, in float32. Plain C behind a C
+ * ABI.
  *
  * kernels.h holds them; here they are compiled once for every instruction set, and each gets its suffix. Which set a
  * processor has is asked at run time, so one library serves all processors of an architecture. */
@@ -114,6 +115,22 @@ static int over_rows(const struct sequences *s, long together, long threads,
   divided(s, s->batch, threads < s->batch / together ? threads : s->batch / together, some);
   return 1;
 }
+
+/* ---- attention within samples of packed rows: attention.h --------------------------------------------------------- */
+
+/* Sample s is the rows from starts[s] to starts[s + 1], of which there are `longest` at most. Every thread has room for
+ * `each` numbers, and takes the next head of a sample by counting `taken` up. attention.py says how much room. */
+struct attention {
+  long samples, heads, size;
+  const int64_t *starts;
+  const float *query, *key, *value;
+  long strides[3];
+  const float *bias; /* one number per key, added to its scores, or 0 */
+  long block;        /* keys that are looked at together, at most */
+  long longest, each;
+  float *room, *answer;
+  long *taken;
+};
 
 /* ------------------------------------------------------------------------------------------------------------------- */
 

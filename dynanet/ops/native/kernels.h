@@ -300,6 +300,8 @@ int ISA(dynanet_product)(long groups, const int64_t *counts, long n, long taps, 
 
 #include "recurrent.h"
 
+#include "attention.h"
+
 #undef VEC
 #undef AHEAD
 #undef LOAD

@@ -40,6 +40,7 @@ class Kernels:
         neighbours: which rows a convolution reads.
         update_skip: a recurrent cell over sequences, called with the address of a structure.
         skim: two of them.
+        attend: attention within samples of packed rows.
     """
 
     def __init__(self, library: ctypes.CDLL, name: str):
@@ -56,6 +57,8 @@ class Kernels:
         self.product = bound("product", *kinds, result=ctypes.c_int)
         self.update_skip = bound("update_skip", address, size, result=ctypes.c_int)
         self.skim = bound("skim", address, size, result=ctypes.c_int)
+        kinds = [size, address, size, size, *[address] * 3, *[size] * 3, address, address, *[size] * 3, address, size]
+        self.attend = bound("attend", *kinds)
         self.neighbours = library.dynanet_neighbours
         self.neighbours.argtypes, self.neighbours.restype = (
             (size, address, size, address, *[size] * 8, address),

@@ -1,0 +1,83 @@
+"""Attention within the samples of packed rows as one operator, whatever their lengths.
+
+Queries, keys and values are read where they lie, in the columns of one matrix say. Nothing is padded, and nothing is
+kept of the scores but those of a few rows.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from dynanet.ops.native.library import chosen, must
+
+_LIBRARY = torch.library.Library("dynanet", "FRAGMENT")
+_LIBRARY.define(
+    "attend_packed(Tensor query, Tensor key, Tensor value, Tensor? bias, int[] lengths, int heads) -> Tensor"
+)
+
+_BLOCK = 256
+"""Keys that are looked at together, at most: turned, they stay in a cache of the second level."""
+
+
+def attend_packed(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, lengths: Sequence[int], heads: int
+) -> Tensor:
+    """Multi-head attention, in which every row attends to the rows of its sample.
+
+    Args:
+        query: (N, D), sample after sample. All tensors are float32 on the CPU; see `library.fit`.
+        key: (N, D).
+        value: (N, D).
+        bias: (N,), what is added to the scores of a key, in all heads; or None.
+        lengths: rows of every sample, N together.
+        heads: D is split into so many.
+
+    Returns:
+        (N, D).
+    """
+    return torch.ops.dynanet.attend_packed(query, key, value, bias, lengths, heads)
+
+
+def _attend_packed(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, lengths: list[int], heads: int
+) -> Tensor:
+    kernels, (rows, width) = chosen(), query.shape
+    assert kernels is not None
+    there = (query, key, value) if bias is None else (query, key, value, bias)
+    must(all(t.dtype is torch.float32 and t.is_cpu for t in there), "tensors that are not float32 on the CPU")
+    must(key.shape == value.shape == query.shape, "queries, keys and values of different shapes")
+    must(heads > 0 and width % heads == 0, f"{heads} heads of {width} features")
+    must(sum(lengths) == rows and min(lengths, default=0) >= 0, "samples of other rows")
+    must(bias is None or bias.shape == (rows,), "a bias of another shape")
+    answer = query.new_empty(rows, width)
+    if answer.numel() == 0:
+        return answer
+    of = [t if t.stride(1) == 1 else t.contiguous() for t in (query, key, value)]
+    bias = None if bias is None else bias.contiguous()
+    size, longest, threads = width // heads, max(lengths), torch.get_num_threads()
+    block = min(_BLOCK, -(-longest // 32) * 32)
+    # Per key of a block its turned key, its value where that fills no vector, its bias, and a score in every row of a
+    # tile; per row two numbers. What a thread has begins at a line of the cache.
+    each = block * (size + (16 if size < 16 else 0) + 1 + 12) + -(-2 * longest // 16) * 16
+    room = query.new_empty(threads * each)
+    kernels.attend(
+        len(lengths), (ctypes.c_int64 * (len(lengths) + 1))(0, *accumulate(lengths)), heads, size,
+        *(t.data_ptr() for t in of), *(t.stride(0) for t in of), None if bias is None else bias.data_ptr(),
+        answer.data_ptr(), block, longest, each, room.data_ptr(), threads,
+    )  # fmt: skip
+    return answer
+
+
+_LIBRARY.impl("attend_packed", _attend_packed, "CPU")
+_LIBRARY.impl("attend_packed", lambda query, *rest: query.new_empty(query.shape), "Meta")
+
+
+@register_flop_formula(torch.ops.dynanet.attend_packed, get_raw=True)
+def _flops(query: Tensor, key: Tensor, value: Tensor, bias: Any, lengths: list[int], *_: Any, **__: Any) -> int:
+    """As torch counts: two for a multiply-accumulate, of scores and of values."""
+    return 4 * sum(n * n for n in lengths) * query.shape[1]
