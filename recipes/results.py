@@ -9,6 +9,7 @@ No figure there is typed by hand. A block lies between `<!-- results:NAME -->` a
 import sys
 
 import numpy as np
+from curve_tables import depths, points, short
 from generation_tables import generation, generation_targets
 from mechanism_tables import (
     break_even,
@@ -208,7 +209,7 @@ def blocks():
     yield ROOT / "results" / "README.md", "targets", targets()
     yield ROOT / "results" / "README.md", "parameters", mechanism("parameters")
     mine = {
-        "early_exit": several([*msdnet(), "", *cifar10()], exits(), sentences(), generation()),
+        "early_exit": several([*msdnet(), "", *cifar10()], short(), exits(), sentences(), generation()),
         "neuron_skip": several(mechanism("neuron_skip"), kernels("neuron_skip")),
         "experts": several(mechanism("experts"), kernels("experts")),
         "spatial_skip": several(mechanism("spatial_skip"), kernels("spatial_skip"), break_even()),
@@ -219,6 +220,8 @@ def blocks():
         "position_halting": detection("halting-0.05", "halting-0.02"),
         **{card: several(sequences(card), recurrent(card)) for card in ("update_skip", "skim")},
         "early_stop": sequences("early_stop"),
+        "point_refine": points(),
+        "mixture_of_depths": depths(),
     }
     for card in sorted(CARDS.glob("*.md")):
         yield card, card.stem, mine[card.stem] if card.stem in mine else mechanism(card.stem)
