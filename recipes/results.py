@@ -25,7 +25,7 @@ from mechanism_tables import (
     speed_targets,
 )
 from rows import ROOT, percent, quiet, rows, source, spread, times
-from sequence_tables import sequences
+from sequence_tables import FRAMES, films, sequences
 
 CARDS = ROOT / "dynanet" / "mechanisms" / "cards"
 END = "<!-- end of results -->"
@@ -219,7 +219,8 @@ def blocks():
         "layer_skip": several(mechanism("layer_skip"), detection("skip-0.65", "skip-rates-0.5")),
         "position_halting": detection("halting-0.05", "halting-0.02"),
         **{card: several(sequences(card), recurrent(card)) for card in ("update_skip", "skim")},
-        "early_stop": sequences("early_stop"),
+        **{card: sequences(card) for card in ("early_stop", "jump")},
+        **{card: films(card) for card in FRAMES},
         "point_refine": points(),
         "mixture_of_depths": depths(),
     }

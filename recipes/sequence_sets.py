@@ -57,6 +57,7 @@ class Task:
         every: frames between two decisions to stop.
         batch: sequences.
         epochs: of every network.
+        jumps: (R, K, N): frames read between jumps, the longest jump, and how many jumps there may be.
         seconds: between frames, and what the first takes; None where nobody says.
     """
 
@@ -66,12 +67,17 @@ class Task:
     every: int
     batch: int
     epochs: int
+    jumps: tuple[tuple[int, int, int], ...]
     seconds: tuple[float, float] | None = None
 
 
 SETS = {
-    "digits": Task("spoken digits", digits, (16, 32, 64, 96), 5, 64, 12, (HOP_S, SOUND_S)),
-    "vowels": Task("Japanese vowels", partial(archive, "JapaneseVowels", 54), (12, 24, 40, 64), 2, 32, 40),
-    "motions": Task("basic motions", partial(archive, "BasicMotions", 12), (12, 24, 40, 64), 5, 8, 60),
-    "gestures": Task("gesture tracks", gestures, (12, 24, 40, 64), 2, 128, 10),
+    "digits": Task("spoken digits", digits, (16, 32, 64, 96), 5, 64, 12, ((5, 10, 8), (2, 10, 8)), (HOP_S, SOUND_S)),
+    "vowels": Task(
+        "Japanese vowels", partial(archive, "JapaneseVowels", 54), (12, 24, 40, 64), 2, 32, 40, ((2, 4, 8), (1, 4, 8))
+    ),
+    "motions": Task(
+        "basic motions", partial(archive, "BasicMotions", 12), (12, 24, 40, 64), 5, 8, 60, ((5, 10, 12), (2, 10, 16))
+    ),
+    "gestures": Task("gesture tracks", gestures, (12, 24, 40, 64), 2, 128, 10, ((2, 4, 5), (1, 4, 7))),
 }

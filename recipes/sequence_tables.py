@@ -1,4 +1,4 @@
-"""Tables about what skips, skims or stops in time: rows of `sequences.py`."""
+"""Tables about what skips, skims, jumps, stops or selects in time: rows of `sequences.py` and `frames.py`."""
 
 import numpy as np
 from rows import percent, rows, source
@@ -7,12 +7,21 @@ NAMES = {  # card: the first words of its networks
     "update_skip": ("update_skip",),
     "skim": ("skim", "skim_hard"),
     "early_stop": ("early_stop", "earliest"),
+    "jump": ("jump",),
+}
+FRAMES = {  # card: its networks in `frames.py`, and the fixed policy beside them
+    "frame_select": (("frame_select", "frame_select_hard"), "every picture at one size, trained so"),
+    "frame_exit": (("frame_exit",), "all stop after the same number"),
+    "clip_sampling": (("clip_sampling",), "as many, evenly apart"),
 }
 OTHER = {"early_stop": "fixed"}  # the second policy that sees nothing; else `trained_random`
+COUNTED = {"early_stop": "heard", "jump": "read, and heard until the last of them"}
 
 
 def found(card):
     """Every row about a card."""
+    if card in FRAMES:
+        return [row for row in rows("frames.csv") if row["network"].split()[0] in FRAMES[card][0]]
     return [
         row
         for row in rows("sequences.csv")
@@ -35,25 +44,84 @@ def sequences(card):
     if not mine:
         return ["Not measured yet: no row in `results/`."]
     stops = card == "early_stop"
-    blind = "all stop at the same frame" if stops else "random updates, trained so"
+    what = "jumps" if card == "jump" else "updates"
+    blind = "all stop at the same frame" if stops else f"random {what}, trained so"
+    own = "jumps drawn as often as its own" if card == "jump" else "updates drawn at its own rate"
     lines = [
         "Recurrent networks (GRU) on sequences of different lengths, all of a set by the same recipe; accuracies on test "
         "sequences. Beside each, at the same MACs (interpolated): a smaller GRU; the full GRU that reads every second or fourth "
         + (
             "frame. Random: stops by lot, with the network's own odds at each decision. Thresholds are from held-out sequences."
             if stops
-            else "frame; the full GRU with random updates in training too. Random: this network, its updates drawn at its own rate."
+            else f"frame; the full GRU with random {what} in training too. Random: this network, its {own}."
         ),
         source(mine, "sequences.csv"),
         "",
-        f"| set | network | epochs | accuracy | MACs | frames {'heard' if stops else 'read'} | static, same MACs | every n-th "
+        f"| set | network | epochs | accuracy | MACs | frames {COUNTED.get(card, 'read')} | static, same MACs | every n-th "
         f"frame | full network | its MACs | random | {blind} |" + " itself, to the end |" * stops,
         "|---|---|---|---|---|---|---|---|---|---|---|---|" + "---|" * stops,
     ]  # fmt: skip
     for key in dict.fromkeys((row["data"], row["network"], row["setting"]) for row in mine):
         cell = [row for row in mine if (row["data"], row["network"], row["setting"]) == key]
         lines.append(f"| {' | '.join(_cells(card, key, cell))} |")
-    return [*lines, "", *_where(mine, stops)]
+    if card == "jump":
+        lines += ["", "jump R-K-N: R frames read between jumps of at most K, of which there are at most N."]
+    return [*lines, "", *_where(card, mine)]
+
+
+def films(card):
+    """The block of a card about pictures: rows of `frames.py`."""
+    mine = found(card)
+    if not mine:
+        return ["Not measured yet: no row in `results/`."]
+    own, select = card == "frame_exit", card == "frame_select"
+    lines = [
+        "Spoken digits as films of spectrogram pictures (no video): a picture is 40 mel bands x 0.1 s, the next one begins 0.05 s "
+        "later. All by the same recipe; accuracies on "
+        f"{mine[0]['test_films']} test recordings. Beside each, at the same MACs (interpolated): a narrower encoder that sees "
+        "every picture; the full encoder on 1, 2 or 4 pictures evenly apart, trained so. Random: "
+        + {
+            "frame_exit": "exits by lot, with the network's own odds after each picture. Thresholds are from held-out recordings.",
+            "frame_select": "this network, sizes and skips drawn as often as its own.",
+            "clip_sampling": "as many pictures by lot; no scorer is needed for these, and its MACs are counted all the same.",
+        }[card],
+        source(mine, "frames.csv"),
+        "",
+        "| network | epochs | accuracy | MACs | pictures seen | sound in them | static, same MACs | fewer pictures, trained so | full "
+        f"network | its MACs | random | {FRAMES[card][1]} | itself, all pictures{' as they are' * select} |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for key in dict.fromkeys((row["network"], row.get("setting", "")) for row in mine):
+        cell = [row for row in mine if (row["network"], row.get("setting", "")) == key]
+        lines.append(f"| {' | '.join(_film_cells(key, cell))} |")
+    if own:
+        lines += ["", "frame_exit with the beta of `ExitLabels`; at most 10 pictures are read, from coarse to fine."]
+    return [*lines, "", *_films_where(mine)]
+
+
+def _film_cells(key, cell):
+    noted = any("cannot be promised" in (row["note"] or "") for row in cell)
+    yield ", ".join(filter(None, [*key, "cannot be promised" if noted else ""]))
+    yield cell[0]["epochs"]
+    yield _share(cell, "accuracy")
+    yield _macs(_median(cell, "macs"))
+    yield f"{_median(cell, 'frames_seen'):.1f} of {_median(cell, 'frames'):.1f}"
+    yield f"{_median(cell, 'seconds_seen'):.2f} of {_median(cell, 'seconds'):.2f} s"
+    yield _share(cell, "static_accuracy")
+    yield _share(cell, "rarer_accuracy")
+    yield _share(cell, "full_accuracy")
+    yield _macs(_median(cell, "full_macs"))
+    for other in ("random", "fixed", "end"):
+        yield _share(cell, f"{other}_accuracy")
+
+
+def _films_where(mine):
+    seeds = len({row["seed"] for row in mine})
+    return [
+        f"{'One training each' if seeds == 1 else f'Medians over {seeds} trainings'}: differences of one or two points say "
+        "little. An empty cell: fewer MACs than the cheapest of those, or more than the dearest. The answer comes at the end of "
+        "a recording: what is saved is MACs, not time until the answer.",
+    ]  # fmt: skip
 
 
 def _cells(card, key, cell):
@@ -66,6 +134,8 @@ def _cells(card, key, cell):
     yield _share(cell, "accuracy")
     yield _macs(_median(cell, "macs"))
     heard = f"{_median(cell, 'frames_read'):.1f} of {_median(cell, 'frames'):.1f}"
+    if card == "jump":
+        heard += f", {_median(cell, 'frames_heard'):.1f}"
     yield heard + (
         f", {_median(cell, 'seconds_heard'):.2f} of {_median(cell, 'seconds'):.2f} s" if _timed(card, cell) else ""
     )
@@ -80,17 +150,17 @@ def _cells(card, key, cell):
 
 
 def _timed(card, cell):
-    return card in OTHER and cell[0]["seconds_heard"]
+    return card in COUNTED and cell[0]["seconds_heard"]
 
 
-def _where(mine, stops):
+def _where(card, mine):
     seeds = len({row["seed"] for row in mine})
     lines = [
         f"In brackets: test sequences. {'One training each' if seeds == 1 else f'Medians over up to {seeds} trainings'}: differences of one or two "
         "standard errors (a point with 300 sequences, five with 40) say little. An empty cell: fewer MACs than the cheapest of "
         "those, or more than the dearest.",
     ]
-    if not stops:
+    if card not in COUNTED:
         lines.append("The answer comes at the end of a sequence: skipping saves MACs, and no time until the answer.")
     return lines
 

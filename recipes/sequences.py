@@ -1,4 +1,4 @@
-"""Spoken digits, vowels, motions, gestures: recurrent networks that skip, skim or stop, beside static ones (`beside.py`).
+"""Spoken digits, vowels, motions, gestures: recurrent networks that skip, skim, jump or stop, beside static ones.
 
     python recipes/sequences.py train digits --data DIR       # names of sets in `sequence_sets.py`, and of networks; all if none
     python recipes/sequences.py measure --data DIR            # all sets whose runs are there, for this --seed
@@ -9,15 +9,16 @@ of a set are trained by the same recipe. Beside each mechanism `measure` writes
 - the full network and the static one of the same MACs: GRUs of several sizes that read every frame (interpolated);
 - the full GRU that reads every second or fourth frame only, at the same MACs (interpolated);
 - the random policy of the same rate: for skips, updates drawn at the network's own rate, in the network as it was trained,
-  and in networks that were trained with random updates (interpolated); for stops, a lot at every decision with the odds
-  at which the network stops there, in expectation; and, as another policy that sees nothing, one frame at which all stop.
+  and in networks that were trained with random updates (interpolated); for jumps, each drawn as often as the network
+  chose it, and in networks that were trained with random jumps; for stops, a lot at every decision with the odds at which
+  the network stops there, in expectation; and, as another policy that sees nothing, one frame at which all stop.
 
-Budgets (`BUDGETS`) and EARLIEST's weights (`EARLINESS`) were fixed beforehand; thresholds come from held-out sequences
-alone. MACs are those of each sequence without padding.
+Budgets (`BUDGETS`), EARLIEST's weights (`EARLINESS`) and the bounds of jumps (`Task.jumps`) were fixed beforehand;
+thresholds come from held-out sequences alone. MACs are those of each sequence without padding.
 """
 
 from argparse import Namespace
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from beside import Experiment, Recipe, arguments
 from sequence_sets import SETS
 from torch import nn
 
-from dynanet import Budget, CostModel, Gate, execute, forced, record
+from dynanet import Budget, CostModel, Decision, Gate, execute, forced, record
 from dynanet.bench.machine import append_rows
 from dynanet.core.dynamic import layers
 from dynanet.data.parts import Alike
@@ -37,6 +38,7 @@ from dynanet.infer import Frontier, tabulate
 from dynanet.infer.budgeted import leaving
 from dynanet.infer.calibrate import apply
 from dynanet.mechanisms.early_stop import Earliest, EarlyStop, steps_read
+from dynanet.mechanisms.jump import Jump, ReinforceJumps
 from dynanet.mechanisms.skim import Skim
 from dynanet.mechanisms.update_skip import UpdateSkip
 from dynanet.train import Batches, CrossEntropy, MultiExit, Within, adamw, anneal_temperature, exponential, linear
@@ -95,6 +97,37 @@ class Aside(nn.Module):
     def forward(self, x):
         """As the scorer."""
         return self.scorer(x.detach())
+
+
+def jumping(bounds, features, classes, hidden):
+    """A GRU that reads a few frames, jumps over others, and so on: `bounds` are the paper's R, K and N."""
+    read, reach, jumps = bounds
+    layer = Jump(nn.GRUCell(features, hidden), features, hidden, read=read, reach=reach, jumps=jumps)
+    return nn.Sequential(layer, nn.Linear(hidden, classes))
+
+
+def jumping_by_lot(bounds, features, classes, hidden):
+    """The same, each jump from 1 to the longest as likely as another, in training too."""
+    model = jumping(bounds, features, classes, hidden)
+    odds = torch.ones(bounds[1] + 1)
+    odds[0] = 0  # a stop
+    model[0].gate = Lot(odds)
+    return model
+
+
+class Lot(nn.Module):
+    """In the place of a gate: one of its units, drawn with these odds whatever it sees."""
+
+    def __init__(self, odds):
+        super().__init__()
+        self.register_buffer("odds", odds)
+
+    def forward(self, hidden):
+        """(rows, features) to one unit for every row."""
+        units = len(self.odds)
+        drawn = torch.multinomial(self.odds, max(hidden.shape[0], 1), replacement=True)[: hidden.shape[0]]
+        keep = nn.functional.one_hot(drawn, units).to(hidden)
+        return Decision(keep, self.odds.log().expand_as(keep).to(hidden))
 
 
 def stopping(longest, every, learned, features, classes, hidden):
@@ -166,6 +199,10 @@ def experiment(name, folder, args):
             dynamic[f"{kind} {share}"] = recipe(build, partial(within, share, frames))
             if build is not skimming_hard:  # by lot it is as the other
                 dynamic[f"{kind} {share}, by lot"] = Recipe(partial(by_lot, partial(build, *shape, hidden), share))
+    for bounds in task.jumps:
+        jump = "jump {}-{}-{}".format(*bounds)
+        dynamic[jump] = recipe(partial(jumping, bounds), lambda model, cost: (CrossEntropy() + ReinforceJumps(), ()))
+        dynamic[f"{jump}, by lot"] = recipe(partial(jumping_by_lot, bounds))
     return Experiment(
         "sequences", task.title, static=static, dynamic=dynamic,
         train=Batches(bunches, 1, shuffle=True, seed=args.seed, collate=bunches.collate),
@@ -206,7 +243,10 @@ def _frames(model, trace, x):
     heard = float(x.lengths.sum())
     if isinstance(model, Reading):
         return float(-(x.lengths.neg() // model.nth).sum()), heard
-    return float(torch.stack(trace["0"])[..., 0].sum()), heard
+    read = torch.stack(trace["0"], 1)[..., 0]
+    if isinstance(model[0], Jump):  # nothing behind the last frame that it reads changes its answer
+        heard = float((read * torch.arange(1, 1 + read.shape[1])).amax(1).sum())
+    return float(read.sum()), heard
 
 
 def measure(name, folder, args):
@@ -216,7 +256,8 @@ def measure(name, folder, args):
     for network in [*trained.static, *trained.dynamic]:
         if not trained.there(network, args):
             continue
-        model, cost = trained.trained(network, args)
+        model = trained.trained(network, args)
+        cost = CostModel(model, trained.samples)
         found = (
             stops(model, cost, trained, test)
             if isinstance(model, EarlyStop)
@@ -254,10 +295,28 @@ def reads(network, model, cost, trained):
     """The row of a network that answers at the end; if it decides, beside its own rate by lot."""
     row = evaluate(model, cost, trained)
     if layers(model) and not network.endswith("by lot"):
-        rate = row["frames_read"] / row["frames_heard"]
-        chance = [evaluate(model, cost, trained, drawn(rate)) for _ in range(DRAWS)]
+        if isinstance(model[0], Jump):
+            with drawn_as_often(model, cost, trained):
+                chance = [evaluate(model, cost, trained) for _ in range(DRAWS)]
+        else:
+            rate = row["frames_read"] / row["frames_heard"]
+            chance = [evaluate(model, cost, trained, drawn(rate)) for _ in range(DRAWS)]
         row |= {f"random_{k}": float(np.mean([c[k] for c in chance])) for k in ("accuracy", "macs", "frames_heard")}
     return row
+
+
+@contextmanager
+def drawn_as_often(model, cost, trained):
+    """Inside, every jump is drawn, as often as the network chooses it on test sequences."""
+    gate, chosen = model[0].gate, []
+    counting = gate.register_forward_hook(lambda module, given, decision: chosen.append(decision.keep.sum(0)))
+    evaluate(model, cost, trained)
+    counting.remove()
+    model[0].gate = Lot(torch.stack(chosen).sum(0))
+    try:
+        yield
+    finally:
+        model[0].gate = gate
 
 
 def stops(model, cost, trained, test):
