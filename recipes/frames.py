@@ -6,6 +6,8 @@
 No video: a recording of DIR/fsdd becomes a film. A picture is 40 mel bands x 10 steps (0.1 s), the next one begins 5 steps
 later; no picture holds sound of two recordings. A network looks at pictures one by one and pools what it finds, by the
 maximum of features (as FrameExit) or the mean of answers (as AR-Net and SCSampler). All are trained by the same recipe.
+AR-Net begins with trained networks and trains them twice more; what is beside it is trained three times as long, too.
+SCSampler's networks are trained on pictures drawn one by one ("clips"), or ("whole") on whole films as the others are.
 Beside each mechanism `measure` writes
 
 - the full network, and at the same MACs (interpolated) the static one that pools alike: encoders of several widths that
@@ -56,7 +58,14 @@ LONGEST = 45  # pictures of a recording
 READ = 10  # pictures at most, before an exit
 BETAS = (0.001, 0.01, 0.1)
 PRICES = {"frame_select": (0.1,), "frame_select_hard": (0.1, 0.3)}
-POOL = {"frame_exit": "max", "clip_sampling": "mean", "frame_select": "mean"}
+LONGER = ", longer"  # as FrameSelect's networks, which are trained before, with the policy, and once more
+BESIDE = {  # by the first word of a network: static ones beside it, and those that see fewer pictures
+    "frame_exit": ("max {}", "max {}, {} frames"),
+    "clip_sampling": ("clips {}", "mean {}, {} frames" + LONGER),
+    "clip_sampling_whole": ("mean {}", "mean {}, {} frames"),
+    "frame_select": ("mean {}" + LONGER, "mean {}, {} frames" + LONGER),
+    "frame_select_hard": ("mean {}" + LONGER, "mean {}, {} frames" + LONGER),
+}
 
 
 class Films(Dataset):
@@ -91,17 +100,20 @@ def encoder(channels, size=SIZES[-1]):
 
 
 class Static(nn.Module):
-    """Sees every picture, or so many evenly apart, at one size."""
+    """Sees every picture, or so many evenly apart, at one size; if `drawn`, one by lot in training, as clips are."""
 
-    def __init__(self, pool, channels, size=SIZES[-1], frames=LONGEST):
+    def __init__(self, pool, channels, size=SIZES[-1], frames=LONGEST, drawn=False):
         super().__init__()
         self.encode, self.head = encoder(channels, size), nn.Linear(4 * channels, CLASSES)
-        self.pool, self.frames = pool, frames
+        self.pool, self.frames, self.drawn = pool, frames, drawn
 
     def forward(self, x):
         """Films to (B, classes)."""
         x, lengths = with_lengths(x)
         sees = evenly(lengths, self.frames, x.shape[1])
+        if self.drawn and self.training:
+            one = torch.multinomial(sees.float(), 1)
+            sees = torch.zeros_like(sees).scatter(1, one, value=True)
         features = self.encode(x[sees])
         if self.pool == "max":
             padded = x.new_full((*sees.shape, features.shape[1]), -torch.inf).index_put((sees,), features)
@@ -166,19 +178,23 @@ def experiment(args):
     recordings = [load_spoken_digits(Path(args.data) / "fsdd", part) for part in ("train", "val", "test")]
     statistics = recordings[0].statistics()
     train, held_out, test = (Films(part.standardized(*statistics)) for part in recordings)
-    static = {f"{pool} {c}": Recipe(partial(Static, pool, c)) for pool in ("mean", "max") for c in CHANNELS}
-    full, smallest, coarse = f"mean {FULL}", f"mean {CHANNELS[0]}", named(SIZES[1])
-    for size in SIZES[:2]:
-        static[named(size)] = Recipe(partial(Static, "mean", FULL, size))
-    for pool in ("mean", "max"):
-        for k in FEWER:
-            static[f"{pool} {FULL}, {k} frames"] = Recipe(partial(Static, pool, FULL, frames=k))
-    dynamic = {
-        "clip_sampling rank": Recipe(
-            ranked, lambda model, cost: (SalienceRank(), ()), full, frozen=lambda model: [model.net]
-        ),
-        "clip_sampling class": Recipe(lambda net: by_class(found.finished(smallest, args), net), None, full),
-    }
+    static = {}
+    for pool, longer in (("mean", ""), ("max", ""), ("mean", LONGER)):
+        builds = {f"{pool} {c}": partial(Static, pool, c) for c in CHANNELS}
+        builds |= {f"{pool} {FULL}, {k} frames": partial(Static, pool, FULL, frames=k) for k in FEWER}
+        if pool == "mean":
+            builds |= {named(size): partial(Static, pool, FULL, size) for size in SIZES[:2]}
+        epochs = 3 * args.epochs if longer else None
+        static |= {name + longer: Recipe(build, epochs=epochs) for name, build in builds.items()}
+    full, coarse, dynamic = f"mean {FULL}", named(SIZES[1]), {}
+    for c in CHANNELS:
+        static[f"clips {c}"] = Recipe(partial(Static, "mean", c, drawn=True), epochs=3 * args.epochs)
+    for kind, trained in (("clip_sampling", "clips"), ("clip_sampling_whole", "mean")):
+        small = lambda net, name=f"{trained} {CHANNELS[0]}": by_class(found.finished(name, args), net)  # noqa: E731
+        ranks = lambda model, cost: (SalienceRank(), ())  # noqa: E731
+        large = f"{trained} {FULL}"
+        dynamic[f"{kind} rank"] = Recipe(ranked, ranks, large, frozen=lambda model: [model.net])
+        dynamic[f"{kind} class"] = Recipe(small, None, large)
     for beta in BETAS:
         exits = lambda model, cost, beta=beta: (MultiExit([1 / READ] * READ) + ExitLabels(beta), ())  # noqa: E731
         dynamic[f"frame_exit {beta}"] = Recipe(exiting, exits)
@@ -260,15 +276,15 @@ def measure(args):
             print(rows[-1], flush=True)
     points = {row["network"]: row for row in rows if row["network"] in trained.static}
     for row in rows:
-        pool = POOL.get(row["network"].split()[0].removesuffix("_hard"))
-        if pool is None:
+        if (kind := row["network"].split()[0]) not in BESIDE:
             continue
-        full = points[f"{pool} {FULL}"]
+        static, fewer = BESIDE[kind]
+        full = points[static.format(FULL)]
         row |= {"full_macs": full["macs"], "full_accuracy": full["accuracy"]}
-        row["static_accuracy"] = at_same_macs(row, [points[f"{pool} {c}"] for c in CHANNELS])
-        row["rarer_accuracy"] = at_same_macs(row, [full, *(points[f"{pool} {FULL}, {k} frames"] for k in FEWER)])
-        if row["network"].startswith("frame_select"):
-            row["fixed_accuracy"] = at_same_macs(row, [full, *(points[named(size)] for size in SIZES[:2])])
+        row["static_accuracy"] = at_same_macs(row, [points[static.format(c)] for c in CHANNELS])
+        row["rarer_accuracy"] = at_same_macs(row, [full, *(points[fewer.format(FULL, k)] for k in FEWER)])
+        if kind.startswith("frame_select"):
+            row["fixed_accuracy"] = at_same_macs(row, [full, *(points[named(size) + LONGER] for size in SIZES[:2])])
     return rows
 
 

@@ -258,7 +258,7 @@ OTHERWISE = {  # cards whose rows are of another kind
     "scene_exit": scenes,
     "position_halting": boxes,
     "pixel_cascade": labels,
-    **{card: partial(worth, card) for card in ("update_skip", "skim", "early_stop")},
+    **{card: partial(worth, card) for card in ("update_skip", "skim", "early_stop", "jump", "frame_select", "frame_exit", "clip_sampling")},
 }
 
 

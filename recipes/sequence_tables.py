@@ -12,10 +12,10 @@ NAMES = {  # card: the first words of its networks
 FRAMES = {  # card: its networks in `frames.py`, and the fixed policy beside them
     "frame_select": (("frame_select", "frame_select_hard"), "every picture at one size, trained so"),
     "frame_exit": (("frame_exit",), "all stop after the same number"),
-    "clip_sampling": (("clip_sampling",), "as many, evenly apart"),
+    "clip_sampling": (("clip_sampling", "clip_sampling_whole"), "as many, evenly apart"),
 }
 OTHER = {"early_stop": "fixed"}  # the second policy that sees nothing; else `trained_random`
-COUNTED = {"early_stop": "heard", "jump": "read, and heard until the last of them"}
+COUNTED = {"early_stop": "heard", "jump": "read; heard until the last of them"}
 
 
 def found(card):
@@ -135,7 +135,7 @@ def _cells(card, key, cell):
     yield _macs(_median(cell, "macs"))
     heard = f"{_median(cell, 'frames_read'):.1f} of {_median(cell, 'frames'):.1f}"
     if card == "jump":
-        heard += f", {_median(cell, 'frames_heard'):.1f}"
+        heard += f"; {_median(cell, 'frames_heard'):.1f}"
     yield heard + (
         f", {_median(cell, 'seconds_heard'):.2f} of {_median(cell, 'seconds'):.2f} s" if _timed(card, cell) else ""
     )
