@@ -1,6 +1,6 @@
 """What the native kernels are worth: neuron blocks, experts and pixels. Weights and inputs are random.
 
-    python recipes/kernel_speed.py --repeats 3 --results results     # neurons, experts, pixels, tiles; all if none is named
+    python recipes/kernel_speed.py --repeats 3 --results results     # all sets (`SETS`) if none is named
 
 Every network is a few layers of one kind, run by one session call, so that layers find their weights cold where these
 are larger than the cache. Gates are real ones; their cost is in the times and in the MACs. Answers are compared with the
@@ -32,6 +32,7 @@ from dynanet import CostModel, Gate, execute, forced, record
 from dynanet.bench.compare import dense_engines
 from dynanet.bench.machine import append_rows
 from dynanet.bench.paired import paired, ratio
+from dynanet.core.decision import Decision
 from dynanet.core.dynamic import everything
 from dynanet.gates.rules import Threshold, TopK
 from dynanet.gates.scorers import ContextScorer
@@ -118,6 +119,32 @@ def pixels(branch, channels, side, layers=2, tile=1, dilate=True):
             yield f"{what}, {branch.__name__}, {channels} channels of {side} x {side}, {layers} layers", keep, model, x
 
 
+class MaskGiven(nn.Module):
+    """A gate that looks at nothing: one mask (1, H, W, 1) for all images."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.register_buffer("keep", keep)
+
+    def forward(self, x):
+        """As of a gate."""
+        keep = self.keep.expand(x.shape[0], -1, -1, -1)
+        return Decision(keep, keep)
+
+
+@torch.no_grad()
+def pixels_alone(branch, channels, side):
+    """As `pixels`, but without mask units: the first image's masks are given, and x is laid out channels last."""
+    for name, keep, model, x in pixels(branch, channels, side):
+        share(model, [layer.gate for layer in model], x[:1], keep)
+        with record(model) as trace:
+            model(x[:1])
+        for layer, name_of in zip(model, trace.keys(), strict=True):
+            layer.gate = MaskGiven(trace[name_of][0][..., -1:])
+        last = x.contiguous(memory_format=torch.channels_last)
+        yield name.replace("pixels, ", "pixels, mask given, ", 1), keep, model, last
+
+
 @torch.no_grad()
 def share(model, gates, x, keep):
     """Thresholds one after the other, so that every gate keeps this share of these inputs."""
@@ -134,6 +161,10 @@ SETS = {
         lambda: pixels(three, 256, 14),
         lambda: pixels(bottleneck, 256, 56),
         lambda: pixels(bottleneck, 512, 28),
+    ],
+    "pixels_alone": [
+        partial(pixels_alone, *network)
+        for network in ((three, 64, 56), (three, 256, 14), (bottleneck, 256, 56), (bottleneck, 512, 28))
     ],
     "tiles": [
         partial(pixels, *network, tile=tile, dilate=dilate)
@@ -179,10 +210,12 @@ def measured(name, keep, model, x, cache, rounds):
     execute(model, sparse=False)
     if isinstance(model[0], NeuronSkip) and batch == 1:
         dense["torch mv"] = lambda inputs: by_vectors(model, inputs[0])
+    # Nobody pays for a layout that he would not have chosen.
+    given = {engine: x if engine == "eager channels_last" else x.contiguous() for engine in dense}
     with torch.no_grad(), forced(model, everything):
         expected = model(x)
-        for engine in dense.values():
-            torch.testing.assert_close(engine([x])[0], expected, rtol=1e-3, atol=1e-3)
+        for engine, run in dense.items():
+            torch.testing.assert_close(run([given[engine]])[0], expected, rtol=1e-3, atol=1e-3)
     with torch.no_grad(), record(model) as kept:
         answer = model(x)
     for ours in (session, without.session):
@@ -203,7 +236,7 @@ def measured(name, keep, model, x, cache, rounds):
         "same": lambda: [all_kept() for _ in range(calls)],
         "stream": lambda: stream.sum(),
         "square": lambda: square @ square,
-        **{engine: lambda run=run: [run([x]) for _ in range(calls)] for engine, run in dense.items()},
+        **{engine: lambda run=run, x=given[engine]: [run([x]) for _ in range(calls)] for engine, run in dense.items()},
     }
     with torch.no_grad():
         seconds = paired(contestants, rounds=rounds)

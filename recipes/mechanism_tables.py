@@ -198,7 +198,8 @@ def _speed_rows(card):
     if card == "early_exit":
         return [row for row in quiet(rows("msdnet_speed.csv")) if row["threads"] == "1"]
     if card in KERNELS:
-        return [row for row in quiet(rows("kernel_speed.csv")) if row["network"].startswith(KERNELS[card])]
+        mine = [row for row in quiet(rows("kernel_speed.csv")) if row["network"].startswith(KERNELS[card])]
+        return [row for row in mine if "mask given" not in row["network"]]
     return [row for row in quiet(rows("skipping_speed.csv")) if row["network"] in SPEEDS.get(card, ())]
 
 
@@ -381,7 +382,8 @@ def recurrent(card):
 
 def break_even():
     """The share of tiles below which skipping pays: rows of `recipes/kernel_speed.py`, a straight line through them."""
-    found = [row for row in quiet(rows("kernel_speed.csv")) if row["network"].startswith(("pixels", "tiles"))]
+    ours = ("pixels, three", "pixels, bottleneck", "tiles")
+    found = [row for row in quiet(rows("kernel_speed.csv")) if row["network"].startswith(ours)]
     tiled = {row["network"].split(", ", 2)[2] for row in found if row["network"].startswith("tiles")}
     if not tiled:
         return NOTHING
@@ -496,8 +498,10 @@ def speed_targets():
     for batch in (8, 64, 256):
         yield f"tokens over the FLOP ratio, batch {batch}", 0.95, cells("token_drop", batch)
     for batch, asked in ((1, 0.9), (8, 0.8)):
-        yield f"pixel convolution over the FLOP ratio, batch {batch}", asked, of("pixels, three", batch)
-        yield f"whole bottleneck by pixels over the FLOP ratio, batch {batch}", 0.8, of("pixels, bottleneck", batch)
+        for rows_of, how in (("pixels, ", " with its mask unit"), ("pixels, mask given, ", ", mask given")):
+            what = f"{how}, over the FLOP ratio, batch {batch}"
+            yield f"pixel convolution{what}", asked, of(f"{rows_of}three", batch)
+            yield f"whole bottleneck by pixels{what}", 0.8, of(f"{rows_of}bottleneck", batch)
 
 
 def detection(*names):

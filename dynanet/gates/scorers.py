@@ -3,6 +3,8 @@
 from torch import Tensor, nn
 
 from dynanet.core.errors import check_sizes
+from dynanet.ops.native.library import fit
+from dynanet.ops.native.pixels import scores
 
 
 class PooledScorer(nn.Module):
@@ -83,6 +85,11 @@ class ContextScorer(nn.Module):
         self.norm: nn.Module = nn.BatchNorm2d(channels) if norm else nn.Identity()
         self.context, self.tile = nn.Conv2d(channels, 1, 1, bias=False), tile
 
+    @property
+    def native(self) -> bool:
+        """Native kernels can score: there is no norm, and no gradient is wanted."""
+        return len(self.local) == 1 and fit(*self.parameters())
+
     def overall(self, x_BCHW: Tensor) -> Tensor:
         """What the whole image adds to every score, (B, 1, 1, 1)."""
         return self.context(self.norm(x_BCHW.mean((2, 3), keepdim=True)))
@@ -91,6 +98,8 @@ class ContextScorer(nn.Module):
         """Scores (B, tiles down, tiles across, 1)."""
         *before, conv = self.local
         assert isinstance(conv, nn.Conv2d) and conv.bias is not None
+        if not before and (native := scores(x_BCHW, conv, self.context, self.tile)) is not None:
+            return native
         x = before[0](x_BCHW) if before else x_BCHW
         # A 3x3 convolution to one channel reads x nine times. So: nine products per position, then shifted sums. As a
         # matrix product, which is several times quicker than a convolution to nine channels, in both memory layouts.

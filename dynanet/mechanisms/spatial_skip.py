@@ -11,9 +11,11 @@ from dynanet.core.cost import CostModel
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import ConfigError, StructureError
+from dynanet.core.gate import Gate
 from dynanet.core.objective import Objective
 from dynanet.core.trace import Trace
 from dynanet.gates.scorers import ContextScorer, TileScorer
+from dynanet.ops.native.pixels import channels_last
 from dynanet.ops.tiles import Compact, Tiles
 
 
@@ -47,13 +49,21 @@ class SpatialSkip(Dynamic):
         self.compact = Compact(branch) if dilate else None
         self.branch, self.gate, self.tiles = branch, gate, tiles
 
+    @property
+    def runs_whole(self) -> bool:
+        """Gate and branch are a native call each: a session has nothing to gain from engines for parts."""
+        scorer = self.gate.scorer if isinstance(self.gate, Gate) else None
+        return isinstance(scorer, ContextScorer) and scorer.native and self.compact is not None and self.compact.native
+
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B, C, H, W) to the same shape.
 
         Raises:
             StructureError: the gate's mask is not of one keep for every tile.
         """
-        own = self.gate(x_BCHW)
+        # In the sparse form gate and branch read positions as rows.
+        x = channels_last(x_BCHW) if self.compact is not None and self.gathers else x_BCHW
+        own = self.gate(x)
         self.tiles.check_mask(own.keep, x_BCHW)
         if self.compact is None:
             keep = self.tap(own).keep[..., 0]
@@ -63,7 +73,8 @@ class SpatialSkip(Dynamic):
         if self.trace is not None:
             score = self.tiles.spread(decision.score[..., 0], x_BCHW)[:, 0, :, :, None]
             self.tell(Decision(torch.stack(self.compact.sets(mask), -1), score))
-        return self.compact.add(self, range(len(self.compact.reach)), mask, x_BCHW)
+        owned = x is not x_BCHW and self.trace is None  # a score in the trace might be a part of x
+        return self.compact.add(self, range(len(self.compact.reach)), mask, x, owned=owned)
 
 
 class SpatialBudget(Objective):

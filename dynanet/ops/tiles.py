@@ -1,6 +1,7 @@
 """Rows are square tiles of an image of any size; a unit may read a halo around them."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from math import ceil
 from typing import Any
 
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import StructureError
 from dynanet.core.rows import Rows, over_tensors
-from dynanet.ops.native.chains import Chain, Ready, fused, row_of
-from dynanet.ops.native.products import neighbours, product, product_add_
+from dynanet.ops.native.chains import Chain, Ready, Run, fused, runs
+from dynanet.ops.native.pixels import channels_last, convolutions, copied
 
 
 class Tiles(Rows):
@@ -147,7 +148,8 @@ class Tiles(Rows):
         """(B, tiles down, tiles across) to (B, 1, H, W): every position gets its tile's value."""
         if self.tile == 1:
             return per_tile[:, None].to(like.dtype)
-        wide = per_tile[:, None].repeat_interleave(self.tile, 2).repeat_interleave(self.tile, 3)
+        wide = per_tile[:, None, :, None, :, None].expand(-1, -1, -1, self.tile, -1, self.tile)
+        wide = wide.flatten(4, 5).flatten(2, 3)
         return wide[..., : like.shape[2], : like.shape[3]].to(like.dtype)
 
 
@@ -170,18 +172,24 @@ class Compact:
         Tiles(1, 2**30).check(unit)
         self._unit = unit
         self._layers: list[nn.Module] = []
-        self._parts: list[list[nn.Module]] = []
+        self._runs: dict[bool, list[Run]] = {}
         self._native = Chain()
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """See the unit's layers as they are now: a session folds batch norms into the convolutions before them."""
+        layers = _chain(self._unit)
+        if layers == self._layers:
+            return
+        self._layers, self._runs, self.parts = layers, {}, _parts(layers)
         reads = [_padding(part[0])[0] if part and isinstance(part[0], nn.Conv2d) else 0 for part in self.parts]
         self.reach = [sum(reads[j + 1 :]) for j in range(len(reads))]
 
     @property
-    def parts(self) -> list[list[nn.Module]]:
-        """The unit's layers as they are now: a session folds batch norms into the convolutions before them."""
-        layers = _chain(self._unit)
-        if layers != self._layers:
-            self._layers, self._parts = layers, _parts(layers)
-        return self._parts
+    def native(self) -> bool:
+        """Native kernels can run the chain."""
+        self._refresh()
+        return self._native.ready(self._layers) is not None
 
     def sets(self, keep_B1HW: Tensor) -> list[Tensor]:
         """Where each part runs, (B, H, W): the last at the kept positions."""
@@ -199,42 +207,47 @@ class Compact:
         """
         if not layer.gathers:
             return keep_B1HW * self._dense(x) + (1 - keep_B1HW) * otherwise
-        rows, index = self._sparse(layer, units, keep_B1HW, _flat(x))
+        rows, index = self._sparse(layer, units, keep_B1HW, *self._ready(x))
         return otherwise if rows is None else _image(_flat(otherwise).index_copy(0, index, rows), otherwise)
 
-    def add(self, layer: Dynamic, units: Sequence[int], keep_B1HW: Tensor, x: Tensor) -> Tensor:
-        """x plus the chain's answer at the kept positions, x elsewhere; arguments as of `run`.
+    def add(self, layer: Dynamic, units: Sequence[int], keep_B1HW: Tensor, x: Tensor, *, owned: bool = False) -> Tensor:
+        """x plus the chain's answer at the kept positions, x elsewhere; arguments as of `run`. What is `owned` may be
+        overwritten.
 
         The sparse answer is laid out channels last: what gathers from it next need not copy the image.
         """
         if not layer.gathers:
             return x + keep_B1HW * self._dense(x)
-        flat = _flat(x)
-        parts = self.parts
-        packed = self._native.ready(self._layers, flat)
-        if packed is not None and fused(parts[-1])[-1][0] in packed:
+        flat, packed = self._ready(x)
+        if packed is not None and isinstance(fused(self.parts[-1])[-1][0], nn.Conv2d):
             # The last convolution may add to the very rows that the first has read, if nobody else has these.
-            ours = flat.data_ptr() != x.data_ptr() and len(packed) > 1
-            answer = flat if ours else flat.clone()
-            self._rows(layer, units, keep_B1HW, flat, parts, packed, answer)
+            ours = (owned or flat.data_ptr() != x.data_ptr()) and len(packed) > 1
+            answer = flat if ours else copied(flat)
+            self._rows(layer, units, keep_B1HW, flat, packed, answer)
             return _image(answer, x)
-        rows, index = self._sparse(layer, units, keep_B1HW, flat)
+        rows, index = self._sparse(layer, units, keep_B1HW, flat, packed)
         return x if rows is None else _image(flat.index_add(0, index, rows), x)
 
+    def _ready(self, x: Tensor) -> tuple[Tensor, Ready | None]:
+        """x as rows, and the packed weights if native kernels can run the chain as it is now."""
+        self._refresh()
+        flat = _flat(x)
+        return flat, self._native.ready(self._layers, flat)
+
     def _sparse(
-        self, layer: Dynamic, units: Sequence[int], keep_B1HW: Tensor, flat: Tensor
+        self, layer: Dynamic, units: Sequence[int], keep_B1HW: Tensor, flat: Tensor, packed: Ready | None
     ) -> tuple[Tensor | None, Tensor]:
         """The chain's answer (n, C) at the kept positions, and which these are; None if there are none."""
-        parts = self.parts
-        packed = self._native.ready(self._layers, flat)
         if packed is not None:
-            return self._rows(layer, units, keep_B1HW, flat, parts, packed)
+            last = layer.kept(keep_B1HW[:, 0])
+            assert last.index is not None
+            return None if last.empty else self._rows(layer, units, keep_B1HW, flat, packed), last.index
         kept = [layer.kept(at) for at in self.sets(keep_B1HW)]
         places = [k.index for k in kept if k.index is not None]
         if kept[-1].empty:
             return None, places[-1]
         rows = flat.index_select(0, places[0])
-        for j, part in enumerate(parts):
+        for j, part in enumerate(self.parts):
             with layer.within(kept[j].frame(layer, units[j])):
                 for i, step in enumerate(part):
                     if isinstance(step, nn.Conv2d):
@@ -251,51 +264,36 @@ class Compact:
         units: Sequence[int],
         keep_B1HW: Tensor,
         flat: Tensor,
-        parts: list[list[nn.Module]],
         packed: Ready,
         into: Tensor | None = None,
-    ) -> tuple[Tensor | None, Tensor]:
-        """As `_sparse`, natively: rows are read through indices, never gathered or laid side by side. With `into`, the
-        last convolution adds its answer to these rows of images, and nothing is answered."""
-        kept = [
-            layer.kept(_dilate(keep_B1HW, reach)[:, 0]) if part else None
-            for part, reach in zip(parts, self.reach, strict=True)
-        ]
-        last = kept[-1]
-        assert last is not None and last.index is not None
-        if last.empty:
-            return None, last.index
-        rows = flat
-        where: Tensor | None = None  # the positions of `rows`; None: every one, the images as they are
-        for j, part in enumerate(parts):
-            here = kept[j]
-            if here is None:
-                continue
-            assert here.index is not None
-            with layer.within(here.frame(layer, units[j])):
-                for i, (step, relu) in enumerate(steps := fused(part)):
-                    if isinstance(step, nn.Conv2d):
-                        counts, around = [here.index.shape[0]], None
-                        if j > 0 and i == 0:
-                            rows_at = None if where is None else row_of(where, keep_B1HW.numel())
-                            around = neighbours(
-                                here.index, rows_at, keep_B1HW, step.kernel_size, step.dilation, _padding(step)
-                            )
-                        elif where is None:
-                            around = here.index[:, None]
-                        if into is not None and i + 1 == len(steps) and j + 1 == len(kept):
-                            product_add_(
-                                into, rows, *packed[step], counts=counts, to=here.index, around=around, relu=relu
-                            )
-                            return None, here.index
-                        rows = product(rows, *packed[step], step.out_channels, counts=counts, around=around, relu=relu)
-                    else:
-                        rows = flat.index_select(0, here.index) if where is None else rows
-                        rows = step(rows[:, :, None, None])[:, :, 0, 0]
-                    where = here.index
-        return rows, last.index
+    ) -> Tensor:
+        """The chain's answer (n, C) at the kept positions, natively: rows are read where they lie, never gathered or
+        laid side by side. With `into`, the last convolution adds its answer to these rows of images."""
+        before: int | None = None  # `rows` are those within so many positions of a kept one; None: all
+        rows, apart = flat, layer.trace is not None
+        if apart not in self._runs:
+            self._runs[apart] = runs(self.parts, self.reach, apart=apart)
+        for run in self._runs[apart]:
+            with self._within(layer, units[run.part], keep_B1HW, self.reach[run.part]):
+                if run.convolutions:
+                    answer = into if run is self._runs[apart][-1] else None
+                    rows = convolutions(rows, run.convolutions, packed, keep_B1HW, before, answer)
+                else:
+                    assert run.other is not None
+                    if before is None:
+                        rows = flat[_dilate(keep_B1HW, run.reach).flatten() != 0]
+                    rows = run.other(rows[:, :, None, None])[:, :, 0, 0]
+            before = run.reach
+        return rows
+
+    def _within(self, layer: Dynamic, unit: int, keep_B1HW: Tensor, reach: int) -> AbstractContextManager[None]:
+        """The frame of a part, for the trace; where there is none, nobody asks which rows these are."""
+        if layer.trace is None:
+            return nullcontext()
+        return layer.within(layer.kept(_dilate(keep_B1HW, reach)[:, 0]).frame(layer, unit))
 
     def _dense(self, x: Tensor) -> Tensor:
+        self._refresh()
         for part in self.parts:
             for step in part:
                 x = step(x)
@@ -347,7 +345,7 @@ def _parts(layers: list[nn.Module]) -> list[list[nn.Module]]:
 
 def _flat(x_BCHW: Tensor) -> Tensor:
     """(B * H * W, C), in one piece: a view where x is laid out channels last, else a copy."""
-    return x_BCHW.permute(0, 2, 3, 1).flatten(0, 2).contiguous()
+    return channels_last(x_BCHW).permute(0, 2, 3, 1).flatten(0, 2).contiguous()
 
 
 def _image(flat: Tensor, like_BCHW: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ class Ran:
     def __init__(self, monkeypatch):
         self.names = []
         chosen = library.chosen()
-        for name in ("neurons_up", "neurons_down", "product"):
+        for name in ("neurons_up", "neurons_down", "product", "convolutions"):
             kernel = getattr(chosen, name)
             monkeypatch.setattr(chosen, name, self._told(name, kernel))
 
@@ -198,3 +198,34 @@ def test_many_rows_that_agree_take_slices_of_the_weights(ran):
     assert not ran.names
     model(x)
     assert ran.names == ["neurons_up", "neurons_down"]
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith("pixels")])
+def test_images_and_scores_are_not_overwritten(name, kernels):
+    model, x = made(name)
+    execute(model, sparse=True)
+    for given in (x.clone(), x.contiguous(memory_format=torch.channels_last)):
+        model(given)
+        assert torch.equal(given, x)
+
+    class First(nn.Module):
+        """Scores that are a part of what was scored."""
+
+        def forward(self, x_BCHW):
+            return x_BCHW.permute(0, 2, 3, 1)[..., :1]
+
+    if model.tiles.tile == 1:
+        model.gate = Gate(First(), StraightThrough())
+        with record(model) as trace:
+            answer = model(x)
+        assert torch.equal(trace.calls[0].decision.score[..., 0], x[:, 0])
+        torch.testing.assert_close(model(x), answer)
+
+
+def test_a_session_leaves_gates_of_pixels_to_the_kernels(kernels):
+    model, x = made("pixels, bottleneck")
+    assert model.runs_whole and not Session(model, x, engines="eager", batches=(1,)).engines()
+    with library.using(""):
+        assert not model.runs_whole and Session(model, x, engines="eager", batches=(1,)).engines()
+    model.gate = Gate(ContextScorer(6, norm=True), StraightThrough())
+    assert not model.runs_whole

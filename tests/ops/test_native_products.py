@@ -1,8 +1,6 @@
 """Native kernels answer what torch answers, whatever the shapes, and touch nothing outside their arrays."""
 
 import copy
-import ctypes
-import mmap
 
 import hypothesis
 import pytest
@@ -15,7 +13,7 @@ from dynanet.core.macs import CountMacs
 from dynanet.ops.native import library
 from dynanet.ops.native.chains import fused
 from dynanet.ops.native.neurons import neurons_down, neurons_up
-from dynanet.ops.native.products import Packed, neighbours, product, product_add_
+from dynanet.ops.native.products import Packed, product, product_add_
 
 quick = hypothesis.settings(
     deadline=None, max_examples=25, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
@@ -95,23 +93,6 @@ def test_products(kernels, n, counts, relu):
     close(total, start.index_add(0, to, expected * scale[:, None]))
 
 
-@quick
-@hypothesis.given(
-    numbers(("height", 1, 7), ("width", 1, 7), ("down", 1, 5), ("across", 1, 5), ("step", 1, 2), ("seed", 0, 99))
-)
-def test_a_convolution_at_places(kernels, n):
-    kernel, pad = (n["down"], n["across"]), (n["down"] // 2 * n["step"], n["across"] // 2 * n["step"])
-    image, weight = drawn(1, 2, 5, n["height"], n["width"]), drawn(2, 6, 5, *kernel)
-    flat = image.permute(0, 2, 3, 1).flatten(0, 2)
-    places = (drawn(n["seed"], flat.shape[0]) > 0).nonzero()[:, 0]
-    padded = functional.pad(image, (pad[1], n["across"] * n["step"], pad[0], n["down"] * n["step"]))
-    dense = functional.conv2d(padded, weight, dilation=n["step"])[:, :, : n["height"], : n["width"]]
-    packed, _ = Packed().of([weight], [None])
-    around = neighbours(places, None, image, kernel, (n["step"], n["step"]), pad)
-    answer = product(flat, packed, None, 6, counts=[len(places)], around=around)
-    close(answer, dense.permute(0, 2, 3, 1).flatten(0, 2)[places])
-
-
 def test_threads_share_the_columns(kernels):
     weight, x = drawn(1, 300, 128), drawn(2, 400, 128)
     packed, _ = Packed().of([weight], [None])
@@ -141,32 +122,11 @@ def test_indices_that_point_outside_are_refused(kernels):
     for place in (2, -1):
         with pytest.raises(ValueError, match="outside"):
             product_add_(answer, x, packed, None, counts=[1], to=torch.tensor([place]))
-    with pytest.raises(ValueError, match="outside"):
-        neighbours(torch.tensor([9]), None, torch.ones(1, 1, 3, 3), (3, 3), (1, 1), (1, 1))
     assert torch.equal(answer, torch.ones(2, 4))
 
 
-class Fenced:
-    """Tensors that end where memory that must not be touched begins: a read beyond them ends the process."""
-
-    def __init__(self):
-        self.libc, self.maps = ctypes.CDLL(None, use_errno=True), []
-
-    def __call__(self, values):
-        pages = -(-values.numel() * values.element_size() // mmap.PAGESIZE)
-        memory = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
-        begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        assert self.libc.mprotect(ctypes.c_void_p(begin + pages * mmap.PAGESIZE), mmap.PAGESIZE, 0) == 0
-        self.maps.append((memory, begin))
-        offset = pages * mmap.PAGESIZE - values.numel() * values.element_size()
-        fenced = torch.frombuffer(memory, dtype=values.dtype, count=values.numel(), offset=offset).view(values.shape)
-        return fenced.copy_(values)
-
-
-@pytest.mark.skipif(not hasattr(mmap, "MAP_PRIVATE"), reason="pages cannot be fenced here")
 @pytest.mark.parametrize("size", [1, 7, 16, 33, 64])
-def test_nothing_is_read_beyond_the_arrays(kernels, size):
-    fence = Fenced()
+def test_nothing_is_read_beyond_the_arrays(kernels, fence, size):
     x, keep = fence(drawn(1, 5, size)), fence(torch.ones(5, 3))
     weight, bias = fence(drawn(2, 15, size)), fence(drawn(3, 15))
     hidden = neurons_up(x, weight, bias, keep, relu=False)
@@ -224,8 +184,6 @@ def test_operators_know_their_shapes_without_values():
         hidden = neurons_up(x, torch.ones(6, 8), None, keep, relu=True)
         assert neurons_down(hidden, torch.ones(6, 5), None, keep).shape == (3, 5)
         assert product(x, torch.ones(2, 1, 8, 32), None, 7, counts=[2, 1]).shape == (3, 7)
-        places = torch.ones(4, dtype=torch.int64)
-        assert neighbours(places, None, torch.ones(1, 8, 3, 3), (3, 3), (1, 1), (1, 1)).shape == (4, 9)
 
 
 def test_a_relu_joins_the_convolution_before_it():

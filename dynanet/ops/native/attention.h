@@ -106,7 +106,7 @@ INLINE void ISA(outer)(const int rows, const int count, long depth, const float 
 }
 
 /* The scores of `count` strips of keys. */
-INLINE void ISA(scores)(const int rows, const int count, const ISA(among) * g, const float *query, long strip) {
+INLINE void ISA(strips)(const int rows, const int count, const ISA(among) * g, const float *query, long strip) {
   VEC acc[ROWS][2];
 #pragma GCC unroll 16
   for (int r = 0; r < rows; r++)
@@ -122,8 +122,8 @@ INLINE void ISA(scores)(const int rows, const int count, const ISA(among) * g, c
 
 TARGET static void ISA(all_scores)(int rows, const ISA(among) * g, const float *query) {
   long strips = (g->keys + LANES - 1) / LANES, s = 0;
-#define TWO(R) ISA(scores)(R, 2, g, query, s)
-#define ONE(R) ISA(scores)(R, 1, g, query, s)
+#define TWO(R) ISA(strips)(R, 2, g, query, s)
+#define ONE(R) ISA(strips)(R, 1, g, query, s)
   for (; s + 1 < strips; s += 2) { EACH_TILE(TWO, rows) }
   if (s < strips) { EACH_TILE(ONE, rows) }
 #undef TWO

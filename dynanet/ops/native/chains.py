@@ -1,11 +1,12 @@
-"""Chains of convolutions as the native kernels take them: packed weights, fused ReLUs, rows found by position."""
+"""Chains of convolutions as the native kernels take them: packed weights, fused ReLUs."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from dynanet.ops.native.library import fit
+from dynanet.ops.native.pixels import Convolution
 from dynanet.ops.native.products import TAPS, Packed
 
 Ready = dict[nn.Module, tuple[Tensor, Tensor | None]]
@@ -17,9 +18,9 @@ class Chain:
     def __init__(self) -> None:
         self._packed: dict[nn.Module, Packed] = {}
 
-    def ready(self, layers: Sequence[nn.Module], rows: Tensor) -> Ready | None:
+    def ready(self, layers: Sequence[nn.Module], rows: Tensor | None = None) -> Ready | None:
         """Every convolution's (packed weights, bias); None where native kernels cannot run the layers on these rows:
-        there are none, weights are not frozen, or a convolution has groups or a very large kernel."""
+        there are none, weights are not frozen, or a convolution has groups or a very large kernel, or there is none."""
         if not fit(rows):
             return None
         ready: Ready = {}
@@ -31,7 +32,7 @@ class Chain:
                 if packed is None:
                     return None
                 ready[layer] = packed
-        return ready
+        return ready or None
 
 
 def fused(layers: Sequence[nn.Module]) -> list[tuple[nn.Module, bool]]:
@@ -45,8 +46,34 @@ def fused(layers: Sequence[nn.Module]) -> list[tuple[nn.Module, bool]]:
     return steps
 
 
-def row_of(places: Tensor, positions: int) -> Tensor:
-    """(positions,): which of the places a position is, -1 if none."""
-    rows = torch.full((positions,), -1, device=places.device)
-    rows[places] = torch.arange(places.shape[0], device=places.device)
-    return rows
+class Run(NamedTuple):
+    """Layers of a chain of parts that run together: convolutions in one call, or one other layer.
+
+    Attributes:
+        part: the first one's.
+        reach: of the last one; see `pixels.Convolution`.
+        convolutions: in order; none for another layer.
+        other: it.
+    """
+
+    part: int
+    reach: int
+    convolutions: list[Convolution]
+    other: nn.Module | None
+
+
+def runs(parts: Sequence[Sequence[nn.Module]], reach: Sequence[int], *, apart: bool) -> list[Run]:
+    """The layers of a chain in as few runs as possible; `apart`: none that spans two parts."""
+    found: list[Run] = []
+    for j, part in enumerate(parts):
+        for layer, relu in fused(part):
+            if not isinstance(layer, nn.Conv2d):
+                found.append(Run(j, reach[j], [], layer))
+                continue
+            step = Convolution(layer, relu, reach[j])
+            if found and found[-1].convolutions and not (apart and found[-1].part != j):
+                before = found.pop()
+                found.append(Run(before.part, reach[j], [*before.convolutions, step], None))
+            else:
+                found.append(Run(j, reach[j], [step], None))
+    return found

@@ -188,27 +188,6 @@ static int has_avx2(void) { return 0; }
 /* Bit 0: generic, 1: avx2, 2: avx512. */
 int dynanet_sets(void) { return 1 | has_avx2() << 1 | has_avx512() << 2; }
 
-/* around (n, down * across): for every place in `after`, the rows that a kernel of a convolution reads there, and -1
- * beyond the image's edge. `row_of` says which row a place of the images is, below 0 for none; without it, the place
- * itself. Answers whether all places are within `places`; if not, nothing is done. */
-int dynanet_neighbours(long n, const int64_t *after, long places, const int64_t *row_of, long height, long width,
-                       long down, long across, long step_down, long step_across, long pad_down, long pad_across,
-                       int64_t *around) {
-  for (long i = 0; i < n; i++)
-    if (after[i] < 0 || after[i] >= places) return 0;
-  for (long i = 0; i < n; i++) {
-    long image = after[i] / (height * width), inside = after[i] % (height * width);
-    long top = inside / width - pad_down, left = inside % width - pad_across;
-    for (long y = top; y < top + down * step_down; y += step_down)
-      for (long x = left; x < left + across * step_across; x += step_across) {
-        int out = y < 0 || y >= height || x < 0 || x >= width;
-        int64_t place = (image * height + y) * width + x;
-        *around++ = out ? -1 : row_of ? row_of[place] : place;
-      }
-  }
-  return 1;
-}
-
 /* Asks for large pages: weights are read from end to end, and looking up small pages takes half of that time. */
 void dynanet_large_pages(void *begin, long bytes) {
 #ifdef MADV_HUGEPAGE

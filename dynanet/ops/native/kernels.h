@@ -299,6 +299,7 @@ int ISA(dynanet_product)(long groups, const int64_t *counts, long n, long taps, 
 }
 
 #include "recurrent.h"
+#include "pixels.h"
 
 #include "attention.h"
 

@@ -37,7 +37,9 @@ class Kernels:
         neurons_up: see kernels.h, as for the others.
         neurons_down: the second product of neuron blocks.
         product: gathered rows times packed weights.
-        neighbours: which rows a convolution reads.
+        rows: images laid out as rows; see pixels.h, as for the next two.
+        scores: of positions or tiles, from what lies around them and the image's mean.
+        convolutions: at chosen positions.
         update_skip: a recurrent cell over sequences, called with the address of a structure.
         skim: two of them.
         attend: attention within samples of packed rows.
@@ -55,20 +57,19 @@ class Kernels:
         self.neurons_down = bound("neurons_down", *[size] * 4, *[address] * 5)
         kinds = [size, address, *[size] * 4, *[address] * 6, size, address, size, size, address, size]
         self.product = bound("product", *kinds, result=ctypes.c_int)
+        self.rows = bound("rows", *[size] * 3, address, address, size)
+        self.scores = bound("scores", *[size] * 5, *[address] * 3, ctypes.c_float, address, address, size)
+        kinds = [*[size] * 3, address, *[size] * 3, address, size, *[address] * 7, size, address, size]
+        self.convolutions = bound("convolutions", *kinds, result=size)
         self.update_skip = bound("update_skip", address, size, result=ctypes.c_int)
         self.skim = bound("skim", address, size, result=ctypes.c_int)
         kinds = [size, address, size, size, *[address] * 3, *[size] * 3, address, address, *[size] * 3, address, size]
         self.attend = bound("attend", *kinds)
-        self.neighbours = library.dynanet_neighbours
-        self.neighbours.argtypes, self.neighbours.restype = (
-            (size, address, size, address, *[size] * 8, address),
-            ctypes.c_int,
-        )
         self._large_pages = library.dynanet_large_pages
         self._large_pages.argtypes, self._large_pages.restype = (address, size), None
 
     def room(self, *shape: int) -> Tensor:
-        """Memory for weights that are read from end to end, in large pages where the system has them."""
+        """Memory for what is read or written from end to end, in large pages where the system has them."""
         numbers = math.prod(shape)
         if 4 * numbers < 2 * _LARGE:
             return torch.empty(shape)

@@ -29,10 +29,6 @@ _LIBRARY.define(
     "product_add_(Tensor(a!) answer, Tensor rows, Tensor packed, Tensor? bias, int[] counts, Tensor? around, "
     "bool relu, Tensor to, Tensor? scale) -> ()"
 )
-_LIBRARY.define(
-    "neighbours(Tensor places, Tensor? row_of, int images, int[] size, int[] kernel, int[] dilation, int[] padding) "
-    "-> Tensor"
-)
 
 
 class Packed:
@@ -136,28 +132,6 @@ def product_add_(
     torch.ops.dynanet.product_add_(answer, rows, packed, bias, counts, around, relu, to, scale)
 
 
-def neighbours(
-    places: Tensor,
-    row_of: Tensor | None,
-    image_BCHW: Tensor,
-    kernel: Sequence[int],
-    dilation: Sequence[int],
-    padding: Sequence[int],
-) -> Tensor:
-    """(n, taps) int64: for every place, the rows that a convolution of stride 1 reads there, -1 beyond the edge.
-
-    Args:
-        places: (n,), flat positions in the images.
-        row_of: (B * H * W,), the row of every position, -1 for none; None: its own position.
-        image_BCHW: whose size counts.
-        kernel: of the convolution, as the next two.
-        dilation: see above.
-        padding: see above.
-    """
-    size = (image_BCHW.shape[2], image_BCHW.shape[3])
-    return torch.ops.dynanet.neighbours(places, row_of, image_BCHW.shape[0], size, kernel, dilation, padding)
-
-
 def _product(
     rows: Tensor,
     packed: Tensor,
@@ -224,24 +198,6 @@ def _call(
     must(inside, "an index outside the rows, or outside the places")
 
 
-def _neighbours(
-    places: Tensor, row_of: Tensor | None, images: int, size: list[int], kernel: list[int], dilation: list[int],
-    padding: list[int],
-) -> Tensor:  # fmt: skip
-    kernels, (height, width) = chosen(), size
-    around = places.new_empty(places.shape[0], math.prod(kernel))
-    assert kernels is not None
-    must(places.dtype is torch.int64 and places.is_contiguous(), "places that are not int64, in one piece")
-    fit = row_of is None or (row_of.dtype is torch.int64 and row_of.shape == (images * height * width,))
-    must(fit and (row_of is None or row_of.is_contiguous()), "rows of places that are not int64, one each")
-    inside = kernels.neighbours(
-        places.shape[0], places.data_ptr(), images * height * width, _address(row_of), height, width, *kernel,
-        *dilation, *padding, around.data_ptr(),
-    )  # fmt: skip
-    must(inside, "a place outside the images")
-    return around
-
-
 def _address(t: Tensor | None) -> int | None:
     return None if t is None else t.data_ptr()
 
@@ -272,14 +228,8 @@ def _meta(
 
 _LIBRARY.impl("product", _product, "CPU")
 _LIBRARY.impl("product_add_", _product_add_, "CPU")
-_LIBRARY.impl("neighbours", _neighbours, "CPU")
 _LIBRARY.impl("product", _meta, "Meta")
 _LIBRARY.impl("product_add_", lambda answer, *rest: None, "Meta")
-_LIBRARY.impl(
-    "neighbours",
-    lambda places, row_of, images, size, kernel, *rest: places.new_empty(places.shape[0], math.prod(kernel)),
-    "Meta",
-)
 
 
 @register_flop_formula(torch.ops.dynanet.product, get_raw=True)
