@@ -78,15 +78,15 @@ def train(
     experiment = Experiment(data, model, recipe)
     if resume and experiment == Experiment() and (out / "config.yaml").exists():
         experiment = Experiment.read(out / "config.yaml")  # nothing was said: as it was
-    metrics = Run(out, experiment).train(resume=resume, progress=not json)
+    run = Run(out, experiment)
+    metrics = run.train(resume=resume, progress=not json)
     exits = [f"{value:.2%}" for name, value in metrics.items() if name.startswith("val/accuracy/")]
     by_exit = f"; by exit: {', '.join(exits)}" if exits else ""
     figures = [f"{what} {metrics[name]:{form}}" for name, what, form in HELD_OUT if name in metrics]
     reached = f"{figures[0]}{by_exit}" if figures else "this run had come to its end"
     lines = [reached, f"saved in {out}/model"]
-    if "val/accuracy" not in metrics and metrics:
-        lines.append(f"next: dynanet evaluate {out}")
-    _say(json, metrics, lines if metrics and not exits else [*lines, f"next: dynanet calibrate {out}"])
+    lines.append(f"next: dynanet {'calibrate' if run.has_exits() else 'evaluate'} {out}")
+    _say(json, metrics, lines)
 
 
 def calibrate(
@@ -121,10 +121,10 @@ def calibrate(
 
 
 def evaluate(run: Path, json: bool = False) -> None:
-    """Measure every exit and every calibrated budget on test data.
+    """Measure every exit and every calibrated budget on test data; a network without exits as it was trained.
 
     Args:
-        run: a calibrated run.
+        run: a calibrated run; of a network without exits any trained one.
         json: print the result as JSON.
     """
     from dynanet.runs import Run
@@ -136,10 +136,11 @@ def evaluate(run: Path, json: bool = False) -> None:
 def _reached(results: dict[str, Any]) -> list[str]:
     lines = [f"{results['data']}: {results['test_samples']} test samples"]
     if "points" in results:
+        width = max(len(point["name"]) for point in results["points"])
         for point in results["points"]:
             figures = ", ".join(f"{k} {v:.3f}" for k, v in point.items() if isinstance(v, float) and k != "macs")
             share = point["macs"] / results["full_macs"]
-            lines.append(f"  {point['name']}  {point['macs']:14,.0f} MACs ({share:4.0%})  {figures}")
+            lines.append(f"  {point['name']:{width}}  {point['macs']:14,.0f} MACs ({share:4.0%})  {figures}")
         return lines
     width = max(len(row["asked"]) for row in [*results["choices"], {"asked": "all at exit 1"}])
     for k, (macs, right) in enumerate(zip(results["macs_per_exit"], results["accuracy_per_exit"], strict=True)):
@@ -160,7 +161,7 @@ def _lost(share: float) -> str:
 def bench(
     run: Path,
     share: float = 0.5,
-    batches: list[int] = [1, 8, 64, 256],  # noqa: B006
+    batches: list[int] | None = None,
     threads: list[int] | None = None,
     rounds: int = 7,
     json: bool = False,
@@ -168,9 +169,9 @@ def bench(
     """Time a model at a budget against the same weights without skipping, equivalence asserted first.
 
     Args:
-        run: a calibrated run.
-        share: the budget, as a share of the full model's MACs.
-        batches: samples per call.
+        run: a calibrated run; of a network without exits any trained one.
+        share: the budget, as a share of the full model's MACs. Not of a network without exits.
+        batches: samples per call; 1, 8, 64 and 256, as far as there are so many test samples, if not given.
         threads: how many threads to try; 1 and all of them, if not given.
         rounds: interleaved repetitions; figures are medians.
         json: print the result as JSON.
@@ -213,7 +214,7 @@ def report(run: Path, out: Path | None = None, static: list[Path] | None = None,
     """Write the report: one HTML file that shows where the compute went.
 
     Args:
-        run: a calibrated run.
+        run: a calibrated run; of a network without exits any trained one.
         out: the file; report.html in the run folder, if not given.
         static: runs of networks without exits on the same data, to show beside it.
         json: print the result as JSON.

@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from dynanet.data.indian_pines import IndianPines
 from dynanet.data.parts import Alike, Parts, sentences
-from dynanet.data.ragged import SequenceSet
-from dynanet.data.text import UNKNOWN, Sentences, Vocabulary
+from dynanet.data.ragged import Sequences, SequenceSet, pad, trimmed
+from dynanet.data.text import PADDING, UNKNOWN, Sentences, Vocabulary
 from dynanet.tasks import Classification, Task
 from dynanet.train.batches import Batches
 
@@ -68,6 +68,26 @@ class Problem:
         if self.kind == "sequences":
             return torch.randn(rows, *self.size, generator=torch.Generator().manual_seed(0))
         return torch.randn(rows, self.channels, *self.size, generator=torch.Generator().manual_seed(0))
+
+    def test_samples(self, count: int) -> Any:
+        """The first test inputs, as many or all, in one batch that a session takes: padded to the longest there are."""
+        taken: list[Any] = []
+        for x, _ in self.test:
+            taken += [s[:n] for s, n in zip(*x, strict=True)] if isinstance(x, Sequences) else [x]
+            if (len(taken) if self.kind == "sequences" else sum(len(x) for x in taken)) >= count:
+                break
+        if self.kind == "sequences":
+            return pad(taken[:count], steps=self.size[0])
+        return torch.cat(taken)[:count].contiguous()
+
+    def cut(self, x: Any) -> Any:
+        """A batch without the steps or words that none of its samples has; of images as it is."""
+        if self.kind == "sequences":
+            return trimmed(x)
+        if self.kind == "sentences":
+            # Graphs of any length are of two or more.
+            return x[:, : max(2, int((x != PADDING).sum(1).max()))].contiguous()
+        return x
 
 
 def of_sequences(found: Parts[SequenceSet], batch: int, seed: int) -> Problem:

@@ -21,7 +21,7 @@ from dynanet.infer.detect import decode
 from dynanet.infer.session import Session
 from dynanet.runs import Run
 from dynanet.scenes import PRICED
-from dynanet.tasks import Detection, Segmentation
+from dynanet.tasks import Classification, Detection, Segmentation
 
 BATCH = 64  # at which milliseconds are measured
 SHOWN = 6  # images in the report of a task whose answers lie in the image
@@ -29,7 +29,7 @@ SHOWN = 6  # images in the report of a task whose answers lie in the image
 
 def report(run: Run, path: Path | None = None, *, static: Sequence[inspect.Point] = ()) -> Path:
     """Write report.html, with other networks to compare with."""
-    if not run.problem.task.tabulated or run.problem.task.figures:
+    if not run.has_exits() or run.problem.task.figures:
         return _of_images(run, path, static)
     frontier, table, problem = run.frontier(), run.test_table(), run.problem
     model = frontier.model
@@ -107,7 +107,7 @@ def point(run: Run) -> inspect.Point:
 
 @torch.no_grad()
 def _of_images(run: Run, path: Path | None, static: Sequence[inspect.Point]) -> Path:
-    """The report of a task whose answers lie in the image."""
+    """The report of a task whose answers lie in the image, or of a network without exits."""
     results, problem, (model, setting) = run.results(), run.problem, run.explained()
     cost = CostModel(execute(model, sparse=True), problem.example())
     shown: list[inspect.Shown] = []
@@ -118,17 +118,21 @@ def _of_images(run: Run, path: Path | None, static: Sequence[inspect.Point]) -> 
             answer = model(x)
         spent = cost.spent(trace).tolist() if trace.calls else [cost.full] * len(x)
         units = None
-        if any(call.keep.dim() == 4 for call in trace.calls):
+        if problem.kind == "images" and inspect.places(trace, problem.size):
             units = inspect.units_per_position(trace, problem.size)
             maps.append(units)
         truth = [each.boxes for each in unpadded(y)] if isinstance(problem.task, Detection) else []
         boxes += truth
-        for k in range(min(len(x), SHOWN - len(shown))):
+        pictured = problem.kind == "images" and problem.channels in (1, 3)
+        for k in range(min(len(x), SHOWN - len(shown)) if pictured else 0):
             found, wanted = _boxes(answer[k : k + 1], y[k : k + 1], problem)
             picture = _pictures(problem, x[k : k + 1])[0]
             one = None if units is None else units[k].numpy()
             labels, known = _labels(answer[k], y[k], problem)
             name = f"image {len(shown) + 1}"
+            if isinstance(problem.task, Classification):
+                told, really = int(answer[k].argmax()), int(y[k])
+                name += f", {problem.classes[told]}" + ("" if told == really else f" (is {problem.classes[really]})")
             shown.append(inspect.Shown(name, picture, spent[k], one, found, wanted, labels, known))
     beside = {}
     if maps and boxes:

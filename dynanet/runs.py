@@ -21,15 +21,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dynanet import inspect, zoo
 from dynanet.bench.compare import Row, compare
 from dynanet.bench.machine import append_rows, facts
 from dynanet.core.budget import Budget
 from dynanet.core.cost import CostModel
-from dynanet.core.dynamic import execute, layers
-from dynanet.core.errors import BudgetError, CheckpointError, ConfigError, DynanetError, InputError
+from dynanet.core.dynamic import execute
+from dynanet.core.errors import BudgetError, CheckpointError, ConfigError, DynanetError, InputError, StructureError
 from dynanet.core.files import write_atomically
 from dynanet.experiment import Experiment, Problem, build, open_problem
 from dynanet.export.bundle import bundle
@@ -39,7 +39,7 @@ from dynanet.infer.anytime import at_random
 from dynanet.infer.budgeted import outcome
 from dynanet.infer.calibrate import Frontier, apply, calibrate, with_thresholds
 from dynanet.infer.choice import Choice
-from dynanet.infer.table import Table, tabulate
+from dynanet.infer.table import Table, exits_of, halt_of, tabulate
 from dynanet.inspect import words
 from dynanet.loading import load
 from dynanet.mechanisms.early_exit import EarlyExit
@@ -51,6 +51,7 @@ from dynanet.train.optimizers import adamw, one_cycle, sgd
 
 Tell = Callable[[str], None]
 SHARES = (0.75, 0.5, 0.25)
+BATCHES = (1, 8, 64, 256)
 AS_TRAINED = "as trained"
 
 
@@ -179,7 +180,7 @@ class Run:
         Raises:
             ConfigError: nothing is calibrated for this task, or training has not come to its end.
         """
-        self._check_tabulated()
+        self._check_exits()
         model, problem = self.model(), self.problem
         cost = CostModel(model, problem.example())
         frontier = calibrate(model, problem.held_out, cost, ignore=problem.task.ignore)
@@ -209,7 +210,7 @@ class Run:
 
     def frontier(self) -> Frontier:
         """The table of the last calibration, with the model."""
-        self._check_tabulated()
+        self._check_exits()
         if not (self.folder / "frontier").is_dir():
             self.model()
             raise ConfigError(f"{self.folder} was not calibrated yet; run: dynanet calibrate {self.folder}")
@@ -219,12 +220,12 @@ class Run:
         """Test accuracy of every exit and every choice, beside random exits of the same rates.
 
         Where a sample's answer has many rows (segmentation), whole answers are scored, and `points` are their figures.
-        Of a task that is not tabulated: its figures and MACs, as `points`.
+        Of a task that is not tabulated, and of a network without exits: its figures and MACs, as `points`.
         """
-        if not self.problem.task.tabulated:
+        if not self.has_exits():
             return self._scored()
         if self.problem.task.figures:
-            return self._scored_at_choices() if layers(self.model()) else self._scored()
+            return self._scored_at_choices()
         frontier, table = self.frontier(), self.test_table()
         full = table.accuracy[-1]
         rows = []
@@ -266,18 +267,31 @@ class Run:
     def explained(self) -> tuple[nn.Module, str]:
         """The model to look at in detail, and the name of its point: at the choice nearest to half of the MACs, as it
         was trained where there are no choices."""
-        if not self.problem.task.tabulated or not layers(self.model()):
+        if not self.has_exits():
             return self.model(), AS_TRAINED
         frontier, full = self.frontier(), self.full_macs()
         choice = min(self.choices(), key=lambda each: abs(each.macs / full - 0.5))
         return apply(frontier.model, choice), in_words(choice.asked, full)
 
-    def _check_tabulated(self) -> None:
+    def has_exits(self) -> bool:
+        """There are thresholds to calibrate; what decides by what it has learnt, or not at all, has none."""
         if not self.problem.task.tabulated:
-            raise ConfigError(
-                f"{self.folder} is a run of {type(self.problem.task).__name__.lower()}, whose networks decide by what "
-                f"they have learnt: there are no thresholds to calibrate; run: dynanet evaluate {self.folder}"
-            )
+            return False
+        try:
+            return exits_of(halt_of(self.model())[1]) > 1
+        except StructureError:
+            return False
+
+    def _check_exits(self) -> None:
+        if self.has_exits():
+            return
+        if not self.problem.task.tabulated:
+            what = f"is a run of {type(self.problem.task).__name__.lower()}"
+        else:
+            what = f"holds a {type(self.model()).__name__}, which has no layer that halts"
+        raise ConfigError(
+            f"{self.folder} {what}: there are no thresholds to calibrate; run: dynanet evaluate {self.folder}"
+        )
 
     def _scored(self) -> dict[str, Any]:
         """What the model as it is reaches on test data, run sparsely."""
@@ -331,26 +345,24 @@ class Run:
         return self._as_used(Frontier(model, table)).table
 
     def bench(
-        self, *, share: float = 0.5, batches: Sequence[int] = (1, 8, 64, 256), threads: Sequence[int] = (1,),
+        self, *, share: float = 0.5, batches: Sequence[int] | None = None, threads: Sequence[int] = (1,),
         rounds: int = 7, tell: Tell = print,
     ) -> list[Row]:  # fmt: skip
         """Time the model at a budget, on test samples; rows go to bench.csv.
 
-        Raises:
-            ConfigError: the samples have different lengths.
+        Batches are `BATCHES`, as far as there are so many test samples, if None. Of samples of different lengths what
+        skips nothing gets the same batches, each padded to its own longest sample.
         """
-        if self.problem.kind == "sequences":
-            raise ConfigError(
-                f"{self.problem.title} are sequences of different lengths, and bench times samples of one size; what "
-                f"stopping early saves is said by: dynanet evaluate {self.folder}"
-            )
-        if self.problem.task.tabulated:
+        if self.has_exits():
             frontier = self.frontier()
             model, budget = frontier.at(_budget(frontier, share)), f"{share:.0%} of the MACs"
         else:
             model, budget = self.model(), "as trained"
-        samples = _some(self.problem.test, max(256, *batches))
-        rows = compare(model, samples, batches=batches, threads=threads, rounds=rounds, tell=tell)
+        if batches is None:
+            batches = [batch for batch in BATCHES if batch <= self.problem.test.samples]
+        samples = self.problem.test_samples(max(256, *batches))
+        cut = None if self.problem.kind == "images" else self.problem.cut
+        rows = compare(model, samples, batches=batches, threads=threads, rounds=rounds, cut=cut, tell=tell)
         about = {"data": self.problem.title, "budget": budget}
         append_rows(self.folder / "bench.csv", [asdict(row) for row in rows], about)
         return rows
@@ -457,15 +469,6 @@ def _lines(epochs: int, monitor: str) -> Any:
             print(f"  epoch {trainer.current_epoch + 1}/{epochs}  {'  '.join(shown)}", file=sys.stderr, flush=True)
 
     return Lines()
-
-
-def _some(batches: Any, count: int) -> Tensor:
-    taken: list[Tensor] = []
-    for x, _ in batches:
-        taken.append(x)
-        if sum(len(t) for t in taken) >= count:
-            break
-    return torch.cat(taken)[:count].contiguous()
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from dynanet.core.errors import ConfigError, DataError
 from dynanet.core.objective import Objective
 from dynanet.core.trace import Trace
 from dynanet.data.boxed import unpadded
+from dynanet.data.camvid import check_labels
 from dynanet.data.voc import Boxes
 from dynanet.gates.confidence import Confidence
 from dynanet.infer.average_precision import average_precision
@@ -110,7 +111,7 @@ class Task(ABC):
 
 
 class Classification(Task):
-    """A class for every sample: scored from the table of exits."""
+    """A class for every sample: scored from the table of exits; by `score` where there are none."""
 
     def objective(self, model: nn.Module, asked: Training) -> Objective:
         """Cross-entropy, of every exit if there are several."""
@@ -119,6 +120,37 @@ class Classification(Task):
         weights = asked.exit_weights if asked.exit_weights is not None else [1 / model.steps] * model.steps
         exits = MultiExit(weights, distill=asked.distill, label_smoothing=asked.label_smoothing)
         return _rated(exits, model, asked.rate)
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, batches: Iterable[tuple[Any, Tensor]], cost: CostModel) -> Score:
+        """Of a model without exits, in eval mode.
+
+        Args:
+            model: to logits (B, classes).
+            batches: (x, y), y (B,).
+            cost: of this model.
+
+        Raises:
+            DataError: no samples, or a label that is no class.
+        """
+        spent, counted = 0.0, []
+        for x, y in batches:
+            with record(model) as trace:
+                answer = model(x)
+            classes = answer.shape[1]
+            if y.numel() and not 0 <= int(y.min()) <= int(y.max()) < classes:
+                raise DataError(
+                    f"labels from {int(y.min())} to {int(y.max())} for a model of {classes} classes; give indices from "
+                    f"0 to {classes - 1}"
+                )
+            right = y[answer.argmax(1) == y]
+            counted.append(torch.stack([torch.bincount(each, minlength=classes) for each in (right, y)]))
+            spent += float(cost.spent(trace).sum()) if trace.calls else cost.full * len(y)
+        if not sum(int(each[1].sum()) for each in counted):
+            raise DataError("no samples to score; give batches (x, y)")
+        right, met = torch.stack(counted).sum(0).double()
+        figures = {"accuracy": float(right.sum() / met.sum())}
+        return Score(figures, spent / float(met.sum()), {"accuracy": (right / met).tolist()})
 
 
 @dataclass(frozen=True)
@@ -168,7 +200,8 @@ class Segmentation(Task):
             cost: of this model.
 
         Raises:
-            DataError: no labelled pixel in all of the data, or labels of another size than the answers.
+            DataError: no labelled pixel in all of the data, labels of another size than the answers, or ones that are
+                neither a class nor void.
         """
         from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex  # seconds to import
 
@@ -184,6 +217,7 @@ class Segmentation(Task):
                     f"labels of shape {tuple(y.shape)} for answers of shape {tuple(answer.shape)}; give a label per "
                     f"pixel"
                 )
+            check_labels(y, self.classes, self.void, "a batch of labels")
             found = answer.argmax(1)
             jaccard.update(found, y)
             accuracy.update(found, y)
@@ -302,12 +336,14 @@ class PixelCrossEntropy(Objective):
 
         Raises:
             ConfigError: labels of another size.
+            DataError: a label that is neither a class nor void.
         """
         if answer.shape[:1] + answer.shape[2:] != y.shape:
             raise ConfigError(
                 f"labels of shape {tuple(y.shape)} came for an answer of shape {tuple(answer.shape)}; give one label "
                 f"per pixel, (B, H, W)"
             )
+        check_labels(y, answer.shape[1], self.ignore, "a batch of labels")
         total = functional.cross_entropy(answer, y, ignore_index=self.ignore, reduction="sum")
         return total / (y != self.ignore).sum().clamp(min=1)
 

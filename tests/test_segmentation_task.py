@@ -11,6 +11,7 @@ from dynanet import CostModel, execute, record
 from dynanet.core.errors import ConfigError, DataError
 from dynanet.core.trace import Trace
 from dynanet.mechanisms.pixel_cascade import PixelCascade, PixelCascadeLoss, left_at, roaming_thresholds
+from dynanet.mechanisms.point_refine import PointHead, PointLoss, PointRefine
 from dynanet.tasks import PixelCrossEntropy, Segmentation, Training, by_lot
 
 VOID = 7
@@ -62,6 +63,40 @@ def test_masks_of_another_size_are_told():
         TASK.score(Says(), [(torch.zeros(1, 1, 4, 4), torch.zeros(1, 4, 3).long())], None)
     with pytest.raises(ConfigError, match="one label per pixel"):
         PixelCrossEntropy(VOID)(torch.zeros(1, 3, 4, 4), torch.zeros(1, 4, 3).long(), Trace({}))
+
+
+@pytest.mark.parametrize("void", [-1, 3, VOID, 255])
+@pytest.mark.parametrize("strange", [-2, 3, 6, 300])
+def test_labels_beyond_the_classes_are_named(void, strange):
+    y = torch.tensor([[[0, 1], [void, 2]]])
+    refine = PointRefine(Fine(), PointHead(4, 3, hidden=4), points=2).eval()
+    losses = [
+        (nn.Conv2d(3, 3, 1), PixelCrossEntropy(void)),
+        (cascade(), PixelCascadeLoss(void)),
+        (refine, PointLoss(void)),
+    ]
+    x = torch.randn(1, 3, 2, 2)
+    for model, loss in losses:
+        with record(model) as trace:
+            answer = model(x)
+        assert loss(answer, y, trace).isfinite()
+        if strange == void:
+            continue
+        with pytest.raises(DataError, match=f"of labels holds {strange}; expected classes from 0 to 2, or {void}"):
+            loss(answer, y.where(y != 1, strange), trace)
+    task, x = Segmentation(3, void), torch.zeros(1, 1, 2, 2)
+    cost = CostModel(Says(), x)
+    assert task.score(Says(), [(x, y)], cost).figures["pixel_accuracy"] == pytest.approx(1 / 3)
+    if strange != void:
+        with pytest.raises(DataError, match=f"holds {strange}; expected"):
+            task.score(Says(), [(x, y.where(y != 1, strange))], cost)
+
+
+class Fine(nn.Module):
+    """Fine features and coarse logits."""
+
+    def forward(self, x):
+        return x.repeat(1, 2, 1, 1)[:, :4], x[:, :, ::2, ::2]
 
 
 def test_objectives():

@@ -13,13 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
+from dynanet.bench.dense import check_dense, dense_engines, rectangle_engines
 from dynanet.bench.paired import paired, ratio
 from dynanet.core.cost import CostModel
-from dynanet.core.dynamic import everything, execute, forced, record
+from dynanet.core.decision import Decision
+from dynanet.core.dynamic import execute, layers, record
 from dynanet.core.errors import ConfigError, InputError
-from dynanet.core.halt import Halt
-from dynanet.infer.engines import Eager, Engine, OnnxRuntime, folded, onnx_runtime
+from dynanet.core.halt import Halt, highest_score
+from dynanet.data.ragged import Sequences, trimmed
+from dynanet.infer.engines import Engine, folded
 from dynanet.infer.session import Session
 
 log = logging.getLogger(__name__)
@@ -37,10 +41,12 @@ class Row:
         session_ms: of the session, per sample.
         stream_ms: of `session.stream` with this batch, per sample; NaN for a model without steps.
         reference_ms: of the untouched model in eager torch: everything computed, thresholds applied afterwards.
-        best_dense_ms: of the quickest engine for the full network (last answer only).
+        best_dense_ms: of the quickest engine for the full network (last answer only). Of samples of different lengths
+            it gets the same batches, each padded to its own longest sample.
         best_dense: which engine that is.
         over_reference: reference_ms / session_ms.
         over_same_engine: the session on its dearest path (`CostModel.dearest`) / session_ms. First of the four numbers.
+            No path is longer than its sample.
         over_best_dense: best_dense_ms / session_ms. Second.
         over_flop_ratio: over_same_engine / macs_ratio. Third.
         over_latency_theory: the engines' own time for the same calls / session_ms. Fourth: 1 means that deciding,
@@ -71,12 +77,13 @@ class Row:
 
 def compare(
     model: nn.Module,
-    samples: Tensor,
+    samples: Any,
     *,
     batches: Sequence[int] = (1, 8, 64, 256),
     threads: Sequence[int] = (1,),
     rounds: int = 7,
     full: nn.Module | None = None,
+    cut: Callable[[Any], Any] | None = None,
     cache: Path | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
@@ -84,12 +91,14 @@ def compare(
 
     Args:
         model: as deployed: with the thresholds (or gates) that decide.
-        samples: real inputs; at least as many as the largest batch.
+        samples: real inputs; at least as many as the largest batch. A tensor, or `data.ragged.Sequences`.
         batches: samples per call.
         threads: how many threads to try.
         rounds: interleaved repetitions.
         full: the network to beat in `over_best_dense`; the model itself, with everything kept, if None. Give one where
             units exclude each other (widths, branches): the dense form of such a model computes more than any row runs.
+        cut: of samples of different lengths, from a batch to the rectangle that its longest sample needs: what engines
+            that skip nothing are given. `Sequences` need not say; None for samples of one size.
         cache: of exported graphs.
         tell: gets a line per cell as it is done.
 
@@ -100,13 +109,17 @@ def compare(
         ConfigError: batches, threads or rounds below 1.
         InputError: fewer samples than the largest batch, or answers that are not those of the dense model.
     """
+    if cut is None and isinstance(samples, Sequences):
+        cut = trimmed
     if not batches or min(batches) < 1:
         raise ConfigError(f"batches is {list(batches)}; expected samples per call, 1 or more each")
     if not threads or min(threads) < 1 or rounds < 1:
         raise ConfigError(f"threads is {list(threads)} and rounds is {rounds}; expected 1 or more of each")
-    if len(samples) < max(batches):
-        raise InputError(f"{len(samples)} samples for a batch of {max(batches)}; give more samples or smaller batches")
+    count = tree_leaves(samples)[0].shape[0]
+    if count < max(batches):
+        raise InputError(f"{count} samples for a batch of {max(batches)}; give more samples or smaller batches")
     model = copy.deepcopy(model).eval()
+    example = _longest(samples, cut)
     before, rows = torch.get_num_threads(), []
     try:
         for n in threads:
@@ -114,10 +127,12 @@ def compare(
             busy = os.getloadavg()[0]
             if n > 1 and busy > (os.cpu_count() or 1) - n + 0.5:
                 log.warning("other programs run (load %.1f): they inflate times and ratios on %d threads", busy, n)
-            session = Session(model, samples[:1], threads=n, batches=sorted({*batches, 1, 4, 16}), cache=cache)
+            session = Session(model, example, threads=n, batches=sorted({*batches, 1, 4, 16}), cache=cache)
             check_equivalent(model, session, samples)
+            rivals = _rivals(model if full is None else copy.deepcopy(full).eval(), samples, cut, cache, tell)
+            job = _Job(model, session, samples, cut, CostModel(model, example), rivals)
             for batch in batches:
-                rows.append(_row(model, full, session, samples, batch, rounds, cache))
+                rows.append(_row(job, batch, rounds))
                 tell(line(rows[-1]))
     finally:
         torch.set_num_threads(before)
@@ -134,7 +149,7 @@ def line(row: Row) -> str:
     return told + (stream if math.isfinite(row.stream_ms) else "")
 
 
-def check_equivalent(model: nn.Module, session: Session, samples: Tensor, margin: float = 1e-3) -> None:
+def check_equivalent(model: nn.Module, session: Session, samples: Any, margin: float = 1e-3) -> None:
     """The session answers what the dense model answers, decisions within `margin` of a threshold aside.
 
     Raises:
@@ -150,45 +165,77 @@ def check_equivalent(model: nn.Module, session: Session, samples: Tensor, margin
     for name in sparse.keys():  # a sparse run may stop before the last decisions: nobody was left
         for ours, theirs in zip(sparse[name], dense[name], strict=False):
             decided_alike &= (ours == theirs).flatten(1).all(1)
-    allowed = max(1, round(margin * len(samples)))
+    allowed = max(1, round(margin * len(differs)))
     if bool((differs & decided_alike).any()) or int(differs.sum()) > allowed:
         raise InputError(
-            f"{int(differs.sum())} of {len(samples)} answers of the session differ from the dense model's, "
+            f"{int(differs.sum())} of {len(differs)} answers of the session differ from the dense model's, "
             f"{int((differs & decided_alike).sum())} of them after the same decisions; nothing is timed"
         )
 
 
-def _row(
-    model: nn.Module,
-    full: nn.Module | None,
-    session: Session,
-    samples: Tensor,
-    batch: int,
-    rounds: int,
-    cache: Path | None,
-) -> Row:
+@dataclass(frozen=True)
+class _Job:
+    """What is compared on so many threads.
+
+    Attributes:
+        model: as deployed.
+        session: of it.
+        samples: all of them.
+        cut: a batch to its rectangle; None for samples of one size.
+        cost: of the model.
+        rivals: engines of the full network.
+    """
+
+    model: nn.Module
+    session: Session
+    samples: Any
+    cut: Callable[[Any], Any] | None
+    cost: CostModel
+    rivals: dict[str, Engine]
+
+
+def _rivals(
+    full: nn.Module, samples: Any, cut: Callable[[Any], Any] | None, cache: Path | None, tell: Callable[[str], None]
+) -> dict[str, Engine]:
+    """Engines of the full network. Those that take rectangles have answered as the model does."""
+    if cut is None:
+        return dense_engines(full, samples, cache, tell)
+    groups = _groups(samples, 64)
+    engines = rectangle_engines(full, groups[0], tell)
+    check_dense(engines, full, groups, [cut(x) for x in groups])
+    return engines
+
+
+def _row(job: _Job, batch: int, rounds: int) -> Row:
     # Enough samples for a stable mean of where they exit, few enough that a round stays short.
-    count = max(batch, min(len(samples), 64 if batch == 1 else 256) // batch * batch)
-    groups = samples[:count].split(batch)
-    engines = dense_engines(model if full is None else copy.deepcopy(full).eval(), groups[0], cache)
-    cost = CostModel(model, samples[:1])
+    model, session, cost = job.model, job.session, job.cost
+    count = max(batch, min(_count(job.samples), 64 if batch == 1 else 256) // batch * batch)
+    samples = _rows(job.samples, slice(0, count))
+    groups = _groups(samples, batch)
+    rectangles = groups if job.cut is None else [job.cut(x) for x in groups]
+    flat = [tree_leaves(x) for x in rectangles]
     calls = _engine_calls(session, groups)
+    lengths_differ = job.cut is not None
     contestants: dict[str, Callable[[], object]] = {
         "session": lambda: [session(x) for x in groups],
         "theory": lambda: [engine(inputs) for engine, inputs in calls],
-        "same": lambda: _dearest(session, cost, groups),
-        "reference": lambda: [_reference(model, x) for x in groups],
-        **{name: lambda engine=engine: [engine([x]) for x in groups] for name, engine in engines.items()},
+        "same": lambda: _run_dearest(session, cost, groups, lengths_differ),
+        "reference": lambda: [_reference(model, x) for x in rectangles],
+        **{name: lambda engine=engine: [engine(x) for x in flat] for name, engine in job.rivals.items()},
     }
     if isinstance(session.model, Halt):
-        contestants["stream"] = lambda: list(session.stream(samples[:count], batch=batch))
+        singles = [_rows(samples, i) for i in range(count)]
+        contestants["stream"] = lambda: list(session.stream(singles, batch=batch))
     with torch.no_grad():
         seconds = paired(contestants, rounds=rounds)
-    best = min(engines, key=lambda name: np.median(seconds[name]))
+    best = min(job.rivals, key=lambda name: np.median(seconds[name]))
     ms = {name: 1e3 * float(np.median(s)) / count for name, s in seconds.items()}
     over_reference, low, high = ratio(seconds["reference"], seconds["session"])
     over_same = ratio(seconds["same"], seconds["session"])[0]
-    kept, spent = cost.worst, _spent(session, cost, samples[:count])
+    spent, kept = _spent(session, cost, samples), cost.worst
+    if lengths_differ:  # the dearest path of these samples is not that of the longest one
+        with _on_dearest(session, cost, lengths_differ):
+            kept = _spent(session, cost, samples)
     streamed = "stream" in seconds
     return Row(
         batch=batch, threads=torch.get_num_threads(), samples=count, rounds=rounds,
@@ -203,7 +250,27 @@ def _row(
     )  # fmt: skip
 
 
-def _reference(model: nn.Module, x: Tensor) -> object:
+def _count(x: Any) -> int:
+    return tree_leaves(x)[0].shape[0]
+
+
+def _rows(x: Any, rows: slice | int) -> Any:
+    return tree_map(lambda t: t[rows], x)
+
+
+def _groups(x: Any, batch: int) -> list[Any]:
+    return [_rows(x, slice(first, first + batch)) for first in range(0, _count(x), batch)]
+
+
+def _longest(samples: Any, cut: Callable[[Any], Any] | None) -> Any:
+    """One sample, as it comes: the first; of different lengths the longest, in which every unit runs."""
+    if cut is None:
+        return _rows(samples, slice(0, 1))
+    ones = _groups(samples, 1)
+    return max(ones, key=lambda x: tree_leaves(cut(x))[0].shape[1])
+
+
+def _reference(model: nn.Module, x: Any) -> object:
     """What published code does: compute everything, then look where it would have stopped."""
     if not isinstance(model, Halt):
         return execute(model, sparse=False)(x)
@@ -212,58 +279,34 @@ def _reference(model: nn.Module, x: Tensor) -> object:
     return torch.stack(answers), sure
 
 
-def _dearest(session: Session, cost: CostModel, groups: Sequence[Tensor]) -> None:
+@contextmanager
+def _on_dearest(session: Session, cost: CostModel, lengths_differ: bool) -> Iterator[None]:
     with cost.dearest(session):
+        for layer in layers(session).values() if lengths_differ else ():
+            if isinstance(layer, Halt):
+                layer.force = _to_the_end
+        yield
+
+
+def _to_the_end(decision: Decision) -> Tensor:
+    """Nobody leaves who has something left to do."""
+    return (decision.score < highest_score(decision.score.dtype)).to(decision.keep)
+
+
+def _run_dearest(session: Session, cost: CostModel, groups: Sequence[Any], lengths_differ: bool) -> None:
+    with _on_dearest(session, cost, lengths_differ):
         for x in groups:
             session(x)
 
 
-def _spent(session: Session, cost: CostModel, samples: Tensor) -> float:
+def _spent(session: Session, cost: CostModel, samples: Any) -> float:
     """MACs per sample."""
     with record(session) as trace:
         session(samples)
     return float(cost.spent(trace).mean()) if trace.calls else cost.always
 
 
-class _Last(nn.Module):
-    """The full network: every step, the last answer. What it does not need (earlier exits) drops out of the graph."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> tuple[Tensor]:
-        return (self.model.answers(x)[-1] if isinstance(self.model, Halt) else self.model(x),)
-
-
-def dense_engines(model: nn.Module, x: Tensor, cache: Path | None = None) -> dict[str, Engine]:
-    """The ways to run a full network without skipping: eager in both memory formats, ONNX Runtime."""
-    model = execute(folded(model), sparse=False)
-    example = x[:1].repeat(2, *[1] * (x.dim() - 1))
-    with torch.no_grad(), forced(model, everything):
-        batch = torch.export.Dim("batch")
-        graph = torch.export.export(_Last(model), (example,), dynamic_shapes=({0: batch},)).module()
-        engines: dict[str, Engine] = {"eager": Eager(graph)}
-        if x.dim() == 4:
-            engines["eager channels_last"] = _ChannelsLast(graph)
-        if onnx_runtime() is not None:
-            engines["onnxruntime"] = OnnxRuntime(
-                graph, [example], threads=torch.get_num_threads(), workspaces=True, cache=cache
-            )
-    return engines
-
-
-class _ChannelsLast(Eager):
-    """Eager on channels-last images; the weights follow the input."""
-
-    name = "eager channels_last"
-
-    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The unit's outputs."""
-        return super().__call__([t.contiguous(memory_format=torch.channels_last) for t in inputs])
-
-
-def _engine_calls(session: Session, groups: Sequence[Tensor]) -> list[tuple[Any, list[Tensor]]]:
+def _engine_calls(session: Session, groups: Sequence[Any]) -> list[tuple[Any, list[Tensor]]]:
     """Every engine call that the session makes for these batches, in order, with its inputs."""
     calls: list[tuple[Any, list[Tensor]]] = []
     with _listening(session, calls):

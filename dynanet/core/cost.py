@@ -120,7 +120,7 @@ class CostModel:
             if call.name == name:
                 arrived = call.first + 1
             else:
-                arrived = 1 + max((unit for layer, unit in call.within if layer == name), default=-1)
+                arrived = 1 + call.around.get(name, -1)
             spent[arrived] = spent[arrived] + self._call(call)
         return self.always + torch.stack(spent, 1).cumsum(1)
 
@@ -190,7 +190,7 @@ def _dearest(trace: Trace, macs: Counter[tuple[str, range] | None], most: dict[s
     """Of all MACs those that one path can take, where a layer runs only its `most` dearest units."""
     above: dict[str, set[tuple[str, int] | None]] = {}
     for call in trace.calls:
-        above.setdefault(call.name, set()).add(call.within[-1] if call.within else None)
+        above.setdefault(call.name, set()).add(call.innermost)
     for frame in filter(None, macs):
         above.setdefault(frame[0], {None})
     # A layer that several units share counts beside them: more than a path takes, never less.

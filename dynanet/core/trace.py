@@ -1,6 +1,7 @@
 """A Trace remembers every decision of a forward pass, each placed in the whole batch."""
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -46,6 +47,20 @@ class Frame(NamedTuple):
         mask = self.keep.to(keep.dtype).reshape(*self.lead, *[1] * len(inner))
         return keep.reshape(*self.lead, *inner) * mask
 
+    def with_inner(self, inner: "Frame") -> "Frame | None":
+        """One frame that takes home what this one does after `inner`, so that a stack of frames costs what one does.
+
+        None where they are of two kinds, or dense ones of rows with several axes: those stay two.
+        """
+        if self.taken is not None and inner.taken is not None and inner.lead[:1] == self.taken.shape:
+            taken, each = self.taken, math.prod(inner.lead[1:])
+            if len(inner.lead) > 1:  # every row that this one took has rows of its own
+                taken = (taken[:, None] * each + torch.arange(each, device=taken.device)).flatten()
+            return inner._replace(lead=(*self.lead, *inner.lead[1:]), taken=taken[inner.taken])
+        if self.keep is None or inner.keep is None or self.lead != inner.lead or len(self.lead) != 1:
+            return None
+        return inner._replace(keep=self.keep * inner.keep) if self.keep.dtype == inner.keep.dtype else None
+
 
 class Call(NamedTuple):
     """One decision of one layer.
@@ -55,14 +70,52 @@ class Call(NamedTuple):
         first: the unit that keep's first column speaks of.
         decision: as the layer made it, for the rows it saw.
         keep: (B, ..., units) in the whole batch: 0 for rows that never arrived.
-        within: the units that were running around it, outermost first, as (layer's name, unit).
+        place: which units were running around it.
     """
 
     name: str
     first: int
     decision: Decision
     keep: Tensor
-    within: tuple[tuple[str, int], ...]
+    place: "Place"
+
+    @property
+    def within(self) -> tuple[tuple[str, int], ...]:
+        """The units that were running around it, outermost first, as (layer's name, unit). For a Halt of many steps
+        that is long: `around` and `innermost` tell the most of it at once."""
+        units, place = [], self.place
+        while place.outer is not None:
+            units.append((place.layer, place.unit))
+            place = place.outer
+        return tuple(reversed(units))
+
+    @property
+    def around(self) -> Mapping[str, int]:
+        """Of every layer that was running around it, by name, the highest unit."""
+        return self.place.highest
+
+    @property
+    def innermost(self) -> tuple[str, int] | None:
+        """The last of `within`; None outside of all units."""
+        return None if self.place.outer is None else (self.place.layer, self.place.unit)
+
+
+class Place:
+    """Inside which units something happens: the innermost one, and the place it lies in itself.
+
+    Args:
+        layer: the name of the innermost unit's layer.
+        unit: the innermost unit.
+        outer: where that layer runs; None of the place outside of all units.
+    """
+
+    __slots__ = ("highest", "layer", "outer", "unit")
+
+    def __init__(self, layer: str = "", unit: int = -1, outer: "Place | None" = None):
+        self.layer, self.unit, self.outer = layer, unit, outer
+        self.highest: dict[str, int] = {}
+        if outer is not None:
+            self.highest = {**outer.highest, layer: max(unit, outer.highest.get(layer, unit))}
 
 
 class Trace:
@@ -78,14 +131,14 @@ class Trace:
         self.frames: list[Frame] = []
         self.calls: list[Call] = []
         self.answers: dict[str, list[Any]] = {}
+        self._opened: list[_Opened] = []
 
     def hear(self, layer: "Dynamic", decision: Decision, first: int) -> None:
         """Remember a decision, placed in the whole batch through the open frames."""
-        keep = decision.keep
-        for frame in reversed(self.frames):
+        keep, here = decision.keep, self._here()
+        for frame in reversed(here.home):
             keep = frame.home(keep)
-        within = tuple((self.names[f.layer], f.units.start) for f in self.frames)
-        self.calls.append(Call(self.names[layer], first, decision, keep, within))
+        self.calls.append(Call(self.names[layer], first, decision, keep, here.place))
 
     def hear_answer(self, layer: "Dynamic", answer: Any) -> None:
         """Remember the answer of a Halt's step."""
@@ -136,6 +189,35 @@ class Trace:
         """The names of the layers that decided, in the order of their first call."""
         return list(dict.fromkeys(call.name for call in self.calls))
 
+    def _here(self) -> "_Opened":
+        """What the open frames come to. Made once for each: a Halt of n steps has n of them open at its end."""
+        opened = self._opened
+        while opened and (len(opened) > len(self.frames) or opened[-1].frame is not self.frames[len(opened) - 1]):
+            opened.pop()
+        for frame in self.frames[len(opened) :]:
+            below = opened[-1] if opened else _OUTSIDE
+            both = below.home[-1].with_inner(frame) if below.home else None
+            home = (*below.home, frame) if both is None else (*below.home[:-1], both)
+            opened.append(_Opened(frame, home, Place(self.names[frame.layer], frame.units.start, below.place)))
+        return opened[-1] if opened else _OUTSIDE
+
     def __repr__(self) -> str:
         kept = {name: round(sum(k.mean().item() for k in self[name]) / len(self[name]), 3) for name in self.keys()}
         return f"Trace({len(self.calls)} decisions; mean keep {kept})"
+
+
+class _Opened(NamedTuple):
+    """A frame that is open with all that are open around it.
+
+    Attributes:
+        frame: the innermost; None where none is open.
+        home: the frames that take a keep home, outermost first: all of them, those that can be made one made one.
+        place: inside it.
+    """
+
+    frame: Frame | None
+    home: tuple[Frame, ...]
+    place: Place
+
+
+_OUTSIDE = _Opened(None, (), Place())

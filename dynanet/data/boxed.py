@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from dynanet.core.errors import ConfigError, DataError
 from dynanet.data.augment import normalise
 from dynanet.data.images import to_float
-from dynanet.data.voc import BoxedImages, Boxes
+from dynanet.data.voc import BoxedImages, Boxes, reversed_corners
 
 
 class BoxedTensors(Dataset[tuple[Tensor, Boxes]]):
@@ -26,7 +26,8 @@ class BoxedTensors(Dataset[tuple[Tensor, Boxes]]):
         classes: the classes' names.
 
     Raises:
-        DataError: images and boxes do not fit together, there are no images, or a label is no class.
+        DataError: images and boxes do not fit together, there are no images, a label is no class, or a box has its
+            corners the wrong way round.
     """
 
     def __init__(self, images: Tensor, boxes: Sequence[Boxes], classes: Sequence[str]):
@@ -41,6 +42,9 @@ class BoxedTensors(Dataset[tuple[Tensor, Boxes]]):
                     f"image {k} has labels from {int(each.labels.min())} to {int(each.labels.max())}; expected 0 to "
                     f"{len(classes) - 1}, of the classes {', '.join(classes)}"
                 )
+            if bool((backwards := reversed_corners(each.boxes)).any()):
+                corners = each.boxes[backwards][0].tolist()
+                raise DataError(f"image {k} has the box {corners}; expected left, top, right, bottom in this order")
         self.images, self.boxes, self.classes = images, tuple(boxes), tuple(classes)
 
     def __len__(self) -> int:

@@ -130,6 +130,31 @@ def load_camvid(
     return LabelMaps(files, labels, classes, void, transform)
 
 
+def check_labels(labels: Tensor, classes: int, void: int, what: str) -> None:
+    """Refuse labels that are neither a class nor void.
+
+    Args:
+        labels: whole numbers, of any shape.
+        classes: how many there are.
+        void: the label of pixels that belong to none.
+        what: holds them, for the message.
+
+    Raises:
+        DataError: naming the least that is neither.
+    """
+    if not labels.numel():
+        return
+    outside = {int(label) for label in labels.aminmax() if not 0 <= label < classes}
+    if not outside or (outside == {void} and void in (-1, classes)):  # between such a void and the classes is nothing
+        return
+    labels = labels.long()  # one byte would be compared with -1 as with 255
+    strange = labels[((labels < 0) | (labels >= classes)) & (labels != void)]
+    if strange.numel():
+        raise DataError(
+            f"{what} holds {int(strange.min())}; expected classes from 0 to {classes - 1}, or {void} for void"
+        )
+
+
 class Paths:
     """Encoded images by path."""
 
@@ -185,12 +210,7 @@ def _labels(path: Path, image: Path, classes: int, void: int, size: tuple[int, i
         raise DataError(f"cannot decode the label map {path} ({type(error).__name__}); mend it or remove it") from error
     if kind not in ("L", "P"):
         raise DataError(f"the label map {path} has mode {kind}; expected one byte per pixel, grey (L) or palette (P)")
-    met = np.unique(np.asarray(map_))
-    strange = [int(label) for label in met if label >= classes and label != void]
-    if strange:
-        raise DataError(
-            f"the label map {path} holds {strange[0]}; expected classes from 0 to {classes - 1}, or {void} for void"
-        )
+    check_labels(torch.from_numpy(np.asarray(map_).copy()), classes, void, f"the label map {path}")
     expected = decoded_size(image)
     if expected is not None and expected != map_.size:
         (w, h), (map_w, map_h) = expected, map_.size

@@ -104,6 +104,12 @@ def pad(sequences: Sequence[Tensor], *, steps: int | None = None) -> Sequences:
     return Sequences(x, lengths)
 
 
+def trimmed(x: Sequences) -> Sequences:
+    """A batch without the steps that none of its rows has."""
+    longest = int(x.lengths.max()) if x.lengths.numel() else 0
+    return Sequences(x.x[:, :longest].contiguous(), x.lengths)
+
+
 def check(sequence: Tensor, name: str) -> None:
     """Refuse what no recurrent layer can read.
 

@@ -41,6 +41,11 @@ class Boxes(NamedTuple):
     difficult: Tensor
 
 
+def reversed_corners(boxes: Tensor) -> Tensor:
+    """Which boxes have their corners the wrong way round, or are not numbers: (..., 4) to bool (...)."""
+    return ~(boxes[..., :2] <= boxes[..., 2:]).all(-1)
+
+
 BoxTransform = Callable[[Tensor, Boxes], Any]
 
 
@@ -229,15 +234,16 @@ def _checked(notes: _Notes, image: Path, classes: Sequence[str], clipped: dict[s
             f"{image} is {decoded[0]} x {decoded[1]} and {notes.path} says {notes.size[0]} x {notes.size[1]}; "
             f"expected boxes for this very image"
         )
+    if bool((backwards := reversed_corners(torch.tensor(notes.corners).reshape(-1, 4))).any()):
+        xmin, ymin, xmax, ymax = notes.corners[int(backwards.nonzero()[0])]
+        raise DataError(
+            f"{notes.path} has a box from {xmin:g}, {ymin:g} to {xmax:g}, {ymax:g}; expected the least corner first"
+        )
     size = decoded or notes.size  # a corrupt image is reported when it is read
     kept: list[tuple[list[float], int, bool]] = []
     for name, (xmin, ymin, xmax, ymax), difficult in zip(notes.names, notes.corners, notes.difficult, strict=True):
         if name not in classes:
             raise DataError(f"{notes.path} has an object {name!r}; expected one of {', '.join(classes)}")
-        if xmax < xmin or ymax < ymin:
-            raise DataError(
-                f"{notes.path} has a box from {xmin:g}, {ymin:g} to {xmax:g}, {ymax:g}; expected the least corner first"
-            )
         box = [xmin - 1, ymin - 1, xmax, ymax]
         if size is not None:
             inside = [min(max(edge, 0.0), float(size[i % 2])) for i, edge in enumerate(box)]

@@ -227,7 +227,7 @@ def tabulate(
             with record(model) as trace:
                 answer = model(x)
             calls = [call for call in trace.calls if call.name == name]
-            if any(layer != name for call in calls for layer, _ in call.within):
+            if any(call.around.keys() - {name} for call in calls):
                 raise StructureError(f"the layer {name!r} runs only where another says so; its exits cannot be chosen")
             rows = _rows(trace.answers[name], [call.decision.score for call in calls], answer, y, ignore)
             answers = rows.logits.argmax(-1)

@@ -7,7 +7,7 @@ write_report(findings, "report.html")
 from dynanet.inspect.findings import Findings, Origin, Point, Timing, find
 from dynanet.inspect.images import Box, ImageFindings, Shown
 from dynanet.inspect.page import page, write_report
-from dynanet.inspect.positions import BesideBoxes, beside_boxes, units_per_position
+from dynanet.inspect.positions import BesideBoxes, beside_boxes, places, units_per_position
 from dynanet.inspect.samples import Samples
 from dynanet.inspect.scene import Scene
 
@@ -25,6 +25,7 @@ __all__ = [
     "beside_boxes",
     "find",
     "page",
+    "places",
     "units_per_position",
     "write_report",
 ]

@@ -32,7 +32,7 @@ class Shown:
         name: of the image.
         picture: (H, W) or (H, W, 3) uint8.
         macs: spent on it.
-        units: (H, W), how many units ran for every pixel; None where nothing decided about positions.
+        units: (H, W), how many units ran for every pixel; None where nothing decided about positions or patches.
         found: boxes.
         truth: boxes.
         labels: (H, W) int, the class found for every pixel; None where none was asked.
@@ -150,7 +150,7 @@ def _images(f: ImageFindings) -> Markup | None:
     return join([
         tag("h2", "Where in the images the compute went" if maps else "Images"),
         tag("p", "The first test images, not chosen by what they show."),
-        tag("ul.key", *keys),
+        tag("ul.key", *keys) if any(s.found or s.truth or s.labels is not None for s in f.shown) else None,
         _colour_bar(most) if maps else None,
         tag("div.maps.beside", *figures, at={"style": f"--columns:{columns}"}),
     ])  # fmt: skip

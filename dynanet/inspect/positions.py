@@ -1,5 +1,6 @@
 """Where in an image the compute went, and whether it went where the boxes are."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,11 +12,18 @@ from dynanet.core.errors import InputError, StructureError
 from dynanet.core.trace import Trace
 
 
+def places(trace: Trace, size: tuple[int, int]) -> list[str]:
+    """The layers that decided about places of an image of this size: positions, tiles, or tokens that are patches."""
+    found = [call.name for call in trace.calls if _units(call.keep, size) is not None]
+    return list(dict.fromkeys(found))
+
+
 def units_per_position(trace: Trace, size: tuple[int, int]) -> Tensor:
-    """How many of the units that positions or tiles may skip ran for every pixel, summed over the layers.
+    """How many of the units that positions, tiles or tokens may skip ran for every pixel, summed over the layers.
 
     Pixels take the number of the position they lie in; a unit that is computed on several sets of positions counts
-    where its answer was wanted.
+    where its answer was wanted. Tokens are places where they are the patches of the image, row by row, with or without
+    a token of no place in front of them.
 
     Args:
         trace: of one pass, dense or sparse.
@@ -29,14 +37,28 @@ def units_per_position(trace: Trace, size: tuple[int, int]) -> Tensor:
     """
     total = None
     for call in trace.calls:
-        if call.keep.dim() != 4:  # (B, down, across, units): others decide about samples, tokens, steps
+        units = _units(call.keep.detach(), size)
+        if units is None:  # others decide about samples or steps
             continue
-        keep = call.keep.detach()[..., -1].float()
-        wide = functional.interpolate(keep[:, None], size=size, mode="nearest-exact")[:, 0]
+        wide = functional.interpolate(units.float()[:, None], size=size, mode="nearest-exact")[:, 0]
         total = wide if total is None else total + wide
     if total is None:
         raise StructureError(f"no layer of this trace decided about positions; heard were {trace.keys()}")
     return total
+
+
+def _units(keep: Tensor, size: tuple[int, int]) -> Tensor | None:
+    """(B, down, across), how many units a call ran at every place; None of a call about something else."""
+    if keep.dim() == 4:  # (B, down, across, units)
+        return keep[..., -1]
+    if keep.dim() != 3:
+        return None
+    for first in (1, 0):  # (B, tokens, units), a class token first or not
+        patches = keep.shape[1] - first
+        down = math.isqrt(patches * size[0] // size[1])
+        if down and patches % down == 0 and down * size[1] == patches // down * size[0]:
+            return keep[:, first:].sum(-1).unflatten(1, (down, patches // down))
+    return None
 
 
 class BesideBoxes(NamedTuple):

@@ -11,6 +11,7 @@ from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import ConfigError, StructureError
 from dynanet.core.objective import Objective
 from dynanet.core.trace import Trace
+from dynanet.data.camvid import check_labels
 from dynanet.gates.confidence import Confidence, MaxProbability
 from dynanet.ops.region import Region, RegionChain, flat_image
 
@@ -136,6 +137,7 @@ class PixelCascadeLoss(Objective):
         Raises:
             StructureError: no PixelCascade, or several and none named, or stages that only some samples reached.
             ConfigError: not one weight per exit, or labels of another size than the answer.
+            DataError: a label that is neither a class nor void.
         """
         name = self._find(trace)
         exits, keeps = trace.answers.get(name, []), trace[name]
@@ -152,6 +154,7 @@ class PixelCascadeLoss(Objective):
                 f"the loss of {name!r} needs one pass that every sample reached; this trace has {len(exits)} answers "
                 f"of {[e.shape[0] for e in exits]} samples and {len(keeps)} decisions: use train mode or the dense form"
             )
+        check_labels(y, answer.shape[1], self.ignore, "a batch of labels")
         total = torch.zeros((), device=y.device, dtype=answer.dtype)
         for k, (weight, logits) in enumerate(zip(weights, exits, strict=True)):
             wide = functional.interpolate(logits, size=y.shape[1:], mode="bilinear", align_corners=False)

@@ -12,6 +12,7 @@ from dynanet.core.errors import ConfigError, StructureError
 from dynanet.core.objective import Objective
 from dynanet.core.rows import Leading
 from dynanet.core.trace import Trace
+from dynanet.data.camvid import check_labels
 from dynanet.gates.confidence import Confidence, Margin
 
 
@@ -167,6 +168,7 @@ class PointLoss(Objective):
         Raises:
             StructureError: no PointRefine, or several and none named, or one that was called more than once.
             ConfigError: labels of another size than the answer.
+            DataError: a label that is neither a class nor void.
         """
         found = {name: layer for layer, name in trace.names.items() if isinstance(layer, PointRefine)}
         name = next(iter(found)) if self.name is None and len(found) == 1 else self.name
@@ -180,6 +182,7 @@ class PointLoss(Objective):
                 f"labels of shape {tuple(y.shape)} came for an answer of shape {tuple(answer.shape)}; give one label "
                 f"per pixel, (B, H, W)"
             )
+        check_labels(y, answer.shape[1], self.ignore, "a batch of labels")
         if not found[name].training:
             return self._mean(answer, y)
         points, logits = trace.answers[name][0]

@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dynanet.core.errors import ConfigError, DataError
+from dynanet.core.errors import ConfigError, DataError, InputError
 from dynanet.core.objective import Objective
 from dynanet.core.trace import Trace
+from dynanet.data.voc import reversed_corners
 from dynanet.ops.boxes import area, from_sides, generalized_overlap, places, sides
 
 
@@ -40,6 +41,7 @@ class DetectionLoss(Objective):
 
         Raises:
             DataError: boxes of another shape, or a label that is no class.
+            InputError: a box whose right is left of its left, or its bottom above its top.
         """
         height, width, classes = *answer.shape[2:], answer.shape[1] - 5
         _check(y, classes, answer.shape[0])
@@ -118,4 +120,11 @@ def _check(y: Tensor, classes: int, batch: int) -> None:
         raise DataError(
             f"a box has the label {int(y[..., 0].max())} and the detector has {classes} classes; expected labels from "
             f"0 to {classes - 1} (-1 for padding)"
+        )
+    backwards = reversed_corners(y[..., 1:]) & (y[..., 0] >= 0)
+    if bool(backwards.any()):
+        image, box = backwards.nonzero()[0].tolist()
+        raise InputError(
+            f"box {box} of image {image} of the batch is {y[image, box, 1:].tolist()}; expected left, top, right, "
+            f"bottom in this order: right at least left, bottom at least top"
         )

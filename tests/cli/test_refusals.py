@@ -143,8 +143,9 @@ def test_a_network_of_one_exit(call, refused, tmp_path):
     """It is trained, handed on and asked; there is nothing to calibrate."""
     arguments = "--data.name digits --model.name static_resnet --recipe.epochs 1 --model.arguments".split()
     code, out, _ = call("train", tmp_path / "static", *arguments, "{widths: [4], depths: [1]}")
-    assert code == 0 and "by exit" not in out
-    assert "no layer that halts" in refused("calibrate", tmp_path / "static")
+    assert code == 0 and "by exit" not in out and f"next: dynanet evaluate {tmp_path / 'static'}" in out
+    said = refused("calibrate", tmp_path / "static")
+    assert "no layer that halts: there are no thresholds to calibrate; run: dynanet evaluate" in said
     np.save(tmp_path / "x.npy", np.zeros((2, 1, 8, 8)))
     answers = json.loads(call("predict", tmp_path / "static", tmp_path / "x.npy", "--json")[1])["answers"]
     assert [row["exit"] for row in answers] == [1, 1] and answers[0]["macs"] > 0

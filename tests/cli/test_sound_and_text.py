@@ -65,7 +65,10 @@ def test_sounds_from_nothing_to_answers(place, call, refused, tmp_path):
     (row,) = answered(call, "predict", run, place / "fsdd" / "1_some_0.wav")["answers"]
     assert row["class"] == "1"
     assert "report.html" in answered(call, "report", run)["report"]
-    assert "sequences of different lengths, and bench times samples of one size" in refused("bench", run)
+    rows = answered(call, "bench", run, "--share", "0.75", "--batches", "[1, 4]", "--threads", "[1]", "--rounds", "1")
+    assert [row["best_dense"] in ("torch GRU", "onnxruntime") for row in rows["rows"]] == [True, True]
+    assert all(row["macs_ratio"] > 1 for row in rows["rows"]) and (run / "bench.csv").exists()
+    assert "6 samples for a batch of 8" in refused("bench", run, "--share", "0.75", "--batches", "[8]")
     long = sound(tmp_path / "long.wav", 500, 3.0)
     assert "frames for a layer made for" in refused("predict", run, long)
     assert "is a sound, and the model does not take any" in refused("predict", digits_like(call, tmp_path), long)
@@ -100,6 +103,10 @@ def test_sentences_from_nothing_to_answers(place, call, refused, tmp_path):
     assert "text(s) [2] have more than 6 words, which is the limit here" in err
     assert rows[2]["macs"] > rows[0]["macs"], "padding costs nothing"
     assert "report.html" in answered(call, "report", run)["report"]
+    (row,) = answered(call, "bench", run, "--share", "0.8", "--batches", "[4]", "--threads", "[1]", "--rounds", "1")[
+        "rows"
+    ]
+    assert row["best_dense"] in ("eager", "onnxruntime") and row["samples"] == 8
     answered(call, "export-bundle", run, tmp_path / "bundle")
     assert "only a run that was trained on sentences knows the words" in refused("predict", tmp_path / "bundle", texts)
     (run / "words.txt").write_text("two words\n")

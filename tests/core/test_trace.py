@@ -7,6 +7,7 @@ from torch import nn
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic, execute, record
 from dynanet.core.gate import Gate
+from dynanet.core.halt import Halt
 from dynanet.core.rows import Leading
 from dynanet.core.trace import Frame
 from dynanet.gates.rules import Soft, Threshold
@@ -188,3 +189,53 @@ def test_the_repr_tells_the_mean_keep():
     with record(model) as trace:
         model(torch.randn(2, 4))
     assert repr(trace) == "Trace(1 decisions; mean keep {'': 1.0})"
+
+
+@given(st.integers(0, 5), st.lists(st.integers(0, 3), max_size=2), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_two_frames_made_one_take_home_what_both_do(rows, rest, seed):
+    outer = keeps((rows,), seed)
+    taken = outer.nonzero().squeeze(1)
+    lead = (len(taken), *rest)
+    inner = keeps(lead, seed + 1).flatten()
+    first = Frame(None, range(1), (rows,), taken, None, True)
+    second = Frame(None, range(1), lead, inner.nonzero().squeeze(1), None, True)
+    seen = torch.rand(len(second.taken), 2)
+    assert torch.equal(first.with_inner(second).home(seen), first.home(second.home(seen)))
+
+
+class Steps(Halt):
+    """So many steps, of which rows leave one after another; a layer in each."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.steps, self.inside = steps, skip(nn.Linear(4, 4))
+
+    def start(self, x):
+        return x
+
+    def step(self, k, state):
+        return state + 1, self.inside(state)
+
+    def score(self, k, state, answer):
+        return state[:, :1]
+
+    def goes_on(self, k, score):
+        return (score < self.steps).to(score)
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_halt_of_many_steps_is_heard_in_time_linear_in_them(sparse, monkeypatch):
+    count, home = [], Frame.home
+    monkeypatch.setattr(Frame, "home", lambda frame, keep: count.append(1) or home(frame, keep))
+    model, steps = execute(Steps(40).eval(), sparse=sparse), 40
+    x = torch.arange(0.0, 8.0)[:, None] * torch.ones(4) * 5
+    with torch.no_grad(), record(model) as trace:
+        model(x)
+    assert len(trace.calls) == 2 * steps - 1 >= len(count), "a keep goes home once, however deep it was made"
+    for k, keep in enumerate(trace["inside"][1:], start=1):
+        arrived = (x[:, :1] + k < steps).double()
+        assert torch.equal(keep.double(), arrived * keep) and keep.shape == (8, 1)
+    last = trace.calls[-1]
+    assert last.within == tuple(("", k) for k in range(steps - 1)) and last.innermost == ("", steps - 2)
+    assert last.around == {"": steps - 2} and trace.calls[0].within == () and trace.calls[0].innermost is None

@@ -5,11 +5,14 @@ import pytest
 import torch
 from torch import nn
 
-from dynanet.core.dynamic import execute, record
+from dynanet import zoo
+from dynanet.core.decision import Decision
+from dynanet.core.dynamic import Dynamic, execute, record
 from dynanet.core.errors import InputError, StructureError
 from dynanet.gates.scorers import ContextScorer
-from dynanet.inspect.positions import beside_boxes, cover, units_per_position
+from dynanet.inspect.positions import beside_boxes, cover, places, units_per_position
 from dynanet.mechanisms.position_halting import PositionHalting, steps_taken
+from dynanet.mechanisms.token_drop import TokenPredictor
 from dynanet.ops.tiles import Tiles
 
 
@@ -73,3 +76,39 @@ def test_where_there_is_nothing_to_compare():
     assert all(math.isnan(v) for v in beside_boxes(torch.zeros(0, 4, 4), []))
     with pytest.raises(InputError, match="boxes of 0"):
         beside_boxes(flat, [])
+
+
+TOKENS = {"num_classes": 3, "size": 8, "patch": 2, "width": 12, "depth": 3, "heads": 2}
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("build", [zoo.dynamic_vit, zoo.evit, zoo.a_vit])
+def test_tokens_lie_where_their_patches_lie(build, sparse):
+    torch.manual_seed(0)
+    more = {"shift": -1.0} if build is zoo.a_vit else {"drops": (1, 2)}
+    model, x = execute(build(**TOKENS, **more).eval(), sparse=sparse), 5 * torch.randn(2, 3, 8, 8)
+    for layer in model.modules():
+        if isinstance(layer, TokenPredictor):
+            layer.decide[-1].bias.data.zero_()
+    with torch.no_grad(), record(model) as trace:
+        model(x)
+    assert places(trace, (8, 8)) == trace.keys()
+    units = units_per_position(trace, (8, 8))
+    assert len(units.unique()) > 1
+    kept = sum(sum(trace[name]) for name in trace.keys())[:, 1:, 0]  # the class token has no place
+    assert torch.equal(units[:, ::2, ::2].flatten(1), kept)
+    assert torch.equal(units[:, ::2, ::2], units[:, 1::2, 1::2])
+
+
+def test_patches_of_an_image_that_is_no_square():
+    for first in (0, 1):
+        keep = torch.arange(8.0).expand(1, 8)[..., None]
+        keep = torch.cat([torch.full((1, first, 1), 9.0), keep], 1)
+        with record(Says()) as trace:
+            next(iter(trace.names)).tap(Decision(keep, keep))
+        assert torch.equal(units_per_position(trace, (4, 8))[0, ::2, ::2], torch.arange(8.0).reshape(2, 4))
+        assert places(trace, (5, 8)) == [], "tokens that are no patches"
+
+
+class Says(Dynamic):
+    pass

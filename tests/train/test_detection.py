@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dynanet.core.errors import ConfigError, DataError
+from dynanet.core.errors import ConfigError, DataError, InputError
 from dynanet.infer.detect import decode
 from dynanet.ops.boxes import places
 from dynanet.train.detection import DetectionLoss, assign, centreness
@@ -95,3 +95,19 @@ def test_what_cannot_be_learnt_from():
     with pytest.raises(ConfigError, match="stride"):
         DetectionLoss(0)
     assert repr(DetectionLoss(4)) == "DetectionLoss(4, alpha=0.25, gamma=2, reach=1.5)"
+
+
+def test_the_first_box_with_its_corners_the_wrong_way_round_is_named():
+    answer, loss = torch.zeros(2, 7, 4, 6), DetectionLoss()
+    boxes = torch.tensor([[0.0, 8, 8, 24, 24], [-1, 9, 9, 0, 0]]).repeat(2, 1, 1)
+    loss(answer, boxes, None)  # what fills up may be anything
+    boxes[1, 0, 1:] = torch.tensor([24.0, 8, 8, 24])
+    boxes[1, 1] = torch.tensor([0.0, 8, 24, 24, 8])
+    with pytest.raises(InputError, match=r"box 0 of image 1 .* \[24.0, 8.0, 8.0, 24.0\]; expected left, top, right"):
+        loss(answer, boxes, None)
+    boxes[1, 0, 1:] = torch.tensor([8.0, 8, 8, 8])  # without an inside: a point, but not reversed
+    with pytest.raises(InputError, match="box 1 of image 1"):
+        loss(answer, boxes, None)
+    boxes[1, 1, 1] = torch.nan
+    with pytest.raises(InputError, match="nan"):
+        loss(answer, boxes, None)
