@@ -189,7 +189,7 @@ def _labels(answer: Tensor, y: Tensor, problem: Problem) -> tuple[np.ndarray | N
 
 
 def _measured(session: Session) -> list[dict[int, dict[str, float]]]:
-    return list(session.units.values())
+    return [unit for unit in session.units.values() if not unit or BATCH in unit]  # not what runs one row at a time
 
 
 def _threads() -> str:
