@@ -34,8 +34,8 @@ def report(run: Run, path: Path | None = None, *, static: Sequence[inspect.Point
     frontier, table, problem = run.frontier(), run.test_table(), run.problem
     model = frontier.model
     session = Session(model, problem.example(), batches=(BATCH,))
-    ms = np.cumsum([min(unit[BATCH].values()) / BATCH if unit else np.nan for unit in _measured(session)])
-    if len(ms) == table.exits and np.isfinite(ms).all():
+    ms = np.cumsum([min(unit[BATCH].values()) / BATCH if unit else np.nan for unit in _measured(session, table.exits)])
+    if np.isfinite(ms).all():
         table, frontier = replace(table, ms=ms), frontier.timed(ms)
     versions = facts()
     origin = inspect.Origin(
@@ -100,7 +100,7 @@ def point(run: Run) -> inspect.Point:
     else:  # as those with exits are priced: the stem once per pixel
         stem, rest, pixels = model[0], model[1:], problem.scene.cube[None, :, :PRICED, :PRICED]
         macs = CostModel(stem, pixels).full / PRICED**2 + CostModel(rest, stem(problem.example())).full
-    (measured,) = _measured(Session(model, problem.example(), batches=(BATCH,))) or [{}]
+    measured = Session(model, problem.example(), batches=(BATCH,)).units.get("", {})  # the whole is one unit
     ms = min(measured[BATCH].values()) / BATCH if measured else None
     return inspect.Point(run.folder.name, macs, right / problem.test.samples, ms)
 
@@ -188,8 +188,10 @@ def _labels(answer: Tensor, y: Tensor, problem: Problem) -> tuple[np.ndarray | N
     return answer.argmax(0).numpy(), torch.where(y == problem.task.void, -1, y).numpy()
 
 
-def _measured(session: Session) -> list[dict[int, dict[str, float]]]:
-    return [unit for unit in session.units.values() if not unit or BATCH in unit]  # not what runs one row at a time
+def _measured(session: Session, steps: int) -> list[dict[int, dict[str, float]]]:
+    """Of every step of the Halt; empty where a step is no engine, but its parts are."""
+    units = {name.rpartition(".")[2]: unit for name, unit in session.units.items()}
+    return [units.get(f"step{k}", {}) for k in range(steps)]
 
 
 def _threads() -> str:

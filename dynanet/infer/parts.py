@@ -103,7 +103,7 @@ class StagedHalt(Halt):
 
 class OneRow:
     """A Halt whose rows are made of parts, run by one engine per step where there is only one row. Nobody may look on:
-    what is recorded or forced takes the usual way.
+    what is recorded or forced takes the usual way. Its graphs hold the weights of the steps a second time.
 
     Attributes:
         engines: per step.
