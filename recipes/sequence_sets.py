@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from text_sets import agnews, sst2, trec
 
 from dynanet.data.ragged import SequenceSet
 from dynanet.data.speech import HOP_S, load_spoken_digits
 from dynanet.data.splits import stratified
 from dynanet.data.timeseries import load_time_series
+from dynanet.zoo.pretrained_text import TextTokenizer, packaged_minilm, pretrained_text_exits
 
 SOUND_S = 0.032  # that the first frame takes: its window, filled up for the spectrum
 
@@ -40,6 +42,22 @@ def gestures(folder):
         yield _taken(
             whole, torch.cat([p[round(first * len(p)) : round(end * len(p)) - 16 * (end < 1)] for p in places])
         )
+
+
+def sentences(parts, longest, folder):
+    """A set of `text_sets.py`: a step is a word, or a part of one, as the 384 numbers that MiniLM knows it by. They come
+    from its pretraining and stay as they are; nothing else of MiniLM is here. What is behind the `longest` is cut off."""
+    model = pretrained_text_exits(packaged_minilm(), num_classes=2, depth=1)
+    known, tokenize = (
+        model.get_submodule("stages.0.0.words").weight.detach(),
+        TextTokenizer(packaged_minilm(), longest=512),
+    )
+    for texts, labels in parts(folder / "text").values():
+        ids = tokenize(texts)
+        inner = [
+            row[1:n][: min(longest, n - 2)] for row, n in zip(ids, (ids != 0).sum(1).tolist(), strict=True)
+        ]  # no end marks
+        yield SequenceSet([known[row] for row in inner], labels, [str(k) for k in range(int(labels.max()) + 1)])
 
 
 def _taken(whole, rows):
@@ -80,4 +98,9 @@ SETS = {
         "basic motions", partial(archive, "BasicMotions", 12), (12, 24, 40, 64), 5, 8, 60, ((5, 10, 12), (2, 10, 16))
     ),
     "gestures": Task("gesture tracks", gestures, (12, 24, 40, 64), 2, 128, 10, ((2, 4, 5), (1, 4, 7))),
+    "sst2": Task("SST-2, words", partial(sentences, sst2, 72), (16, 32, 64, 96), 4, 32, 4, ((4, 6, 5), (2, 6, 8))),
+    "trec": Task("TREC, words", partial(sentences, trec, 40), (16, 32, 64, 96), 2, 32, 8, ((3, 4, 3), (2, 4, 4))),
+    "agnews": Task(
+        "AG News, words", partial(sentences, agnews, 100), (16, 32, 64, 96), 8, 32, 4, ((10, 20, 4), (5, 15, 6))
+    ),
 }

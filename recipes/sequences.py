@@ -1,10 +1,11 @@
-"""Spoken digits, vowels, motions, gestures: recurrent networks that skip, skim, jump or stop, beside static ones.
+"""Spoken digits, vowels, motions, gestures, words: recurrent networks that skip, skim, jump or stop, beside static ones.
 
     python recipes/sequences.py train digits --data DIR       # names of sets in `sequence_sets.py`, and of networks; all if none
     python recipes/sequences.py measure --data DIR            # all sets whose runs are there, for this --seed
 
-DIR holds `fsdd/recordings/*.wav`, and `timeseries/` with JapaneseVowels, BasicMotions and the gesture tracks. All networks
-of a set are trained by the same recipe. Beside each mechanism `measure` writes
+DIR holds `fsdd/recordings/*.wav`, `timeseries/` with JapaneseVowels, BasicMotions and the gesture tracks, and `text/` with
+SST-2, TREC and AG News; frames of a text are its words. All networks of a set are trained by the same recipe. Beside each
+mechanism `measure` writes
 
 - the full network and the static one of the same MACs: GRUs of several sizes that read every frame (interpolated);
 - the full GRU that reads every second or fourth frame only, at the same MACs (interpolated);

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 from beside import Experiment, Recipe, arguments
+from text_sets import trec
 from torch import nn
 
 from dynanet import Budget, Gate, convert, zoo
-from dynanet.data.splits import stratified
-from dynanet.data.text import Sentences, Vocabulary, load_labelled_lines
+from dynanet.data.text import Sentences, Vocabulary
 from dynanet.gates.rules import Gumbel
 from dynanet.mechanisms.neuron_skip import LowRankScorer, NeuronSkip, moefy
 from dynanet.train import Batches, CrossEntropy, LoadBalance, RouterZ, Within, adamw, tighten_budget
@@ -85,17 +85,16 @@ def balanced(model, cost):
 if __name__ == "__main__":
     args = arguments(__doc__.split("\n")[0], "text_mechanisms", epochs=8)
     torch.manual_seed(0)
-    texts, labels = load_labelled_lines(Path(args.data) / "TREC.train.all")
-    test_texts, test_labels = load_labelled_lines(Path(args.data) / "TREC.test.all")
-    kept, aside = stratified(labels, [len(labels) - len(labels) // 10, len(labels) // 10], seed=0)
-    vocabulary = Vocabulary([texts[i] for i in kept], least=2)
-    classes = int(labels.max()) + 1
+    parts = trec(Path(args.data))
+    vocabulary = Vocabulary(parts["train"][0], least=2)
+    classes = int(parts["train"][1].max()) + 1
 
-    def part(rows, **more):
-        data = Sentences([texts[i] for i in rows], labels[rows], vocabulary, longest=LONGEST)
-        return Batches(data, 32, collate=Sentences.collate, **more)
+    def sentences(part):
+        return Sentences(*parts[part], vocabulary, longest=LONGEST)
 
-    test = Sentences(test_texts, test_labels, vocabulary, longest=LONGEST)
+    def batches(part, **more):
+        return Batches(sentences(part), 32, collate=Sentences.collate, **more)
+
     sized = partial(encoder, len(vocabulary), classes)
     Experiment(
         "text_mechanisms", "TREC, 6 classes",
@@ -103,10 +102,10 @@ if __name__ == "__main__":
         dynamic={
             "experts": Recipe(partial(sized, experts=EXPERTS), balanced),
             "neuron_skip": Recipe(partial(neurons, len(vocabulary), classes), quarter),
-            "moefied": Recipe(partial(converted, part(kept)), None, start="hidden x 4"),
+            "moefied": Recipe(partial(converted, batches("train")), None, start="hidden x 4"),
         },
-        train=part(kept, shuffle=True, drop_last=True, seed=args.seed), held_out=part(aside),
-        test=Batches(test, 32, collate=Sentences.collate),
-        samples=torch.stack([ids[:6] for ids in test.ids if len(ids) >= 6]), optimizer=adamw(1e-3, weight_decay=0.1),
+        train=batches("train", shuffle=True, drop_last=True, seed=args.seed), held_out=batches("held_out"),
+        test=batches("test"),
+        samples=torch.stack([ids[:6] for ids in sentences("test").ids if len(ids) >= 6]), optimizer=adamw(1e-3, weight_decay=0.1),
         sample=lambda ids: ids[(ids != 0).sum(1).argmax()][None],
     ).run(args)  # fmt: skip

@@ -50,6 +50,11 @@ class Halt(Dynamic):
         Apart from `score`, so that an engine may compute step and score in one graph while thresholds stay free.
         """
 
+    def goes_on_alone(self, k: int, score: float) -> bool:
+        """`goes_on` for a row by itself, in eval mode, whose score was rounded to float32. For rules that need no tensors:
+        beside one row these cost."""
+        return bool(self.goes_on(k, torch.tensor([[score]])).item())
+
     def forward(self, x: Any) -> Any:
         """Every row's answer from the step at which it left.
 

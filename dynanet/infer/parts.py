@@ -74,7 +74,7 @@ class StagedHalt(Halt):
         last = (self.steps if self.limit is None else min(self.limit, self.steps)) - 1
         for k in range(last):
             state, answer = self.step(k, state)
-            if not self.source.goes_on(k, self.score(k, state, answer)).item():
+            if not self.source.goes_on_alone(k, self.score(k, state, answer).float().tolist()[0][0]):
                 return answer
         return self.step(last, state)[1]
 
@@ -116,7 +116,12 @@ class OneRow:
 
     def serves(self, x: Any) -> bool:
         """One row, and nobody looks on."""
-        return x.shape[0] == 1 and all(layer.trace is None and layer.force is None for layer in self._layers)
+        if x.shape[0] != 1:
+            return False
+        for layer in self._layers:  # a generator would cost more: beside one row that counts
+            if layer.trace is not None or layer.force is not None:
+                return False
+        return True
 
     def __call__(self, x: Any) -> Any:
         """The answer for one row."""
@@ -127,7 +132,7 @@ class OneRow:
             if k == last:
                 break
             score, parts = rest
-            if not halt.goes_on(k, score[:1]).item():
+            if not halt.goes_on_alone(k, score.float().tolist()[0][0]):
                 break
         return answer[:1].clone()
 

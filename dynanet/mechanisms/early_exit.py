@@ -110,6 +110,10 @@ class EarlyExit(Halt):
         # Compared in float32: a half-precision score would round the threshold and let out who is tied with it.
         return (score.float() < self.thresholds[self._active[k]].float()).to(score.dtype)
 
+    def goes_on_alone(self, k: int, score: float) -> bool:
+        """As `goes_on`."""
+        return score < self.thresholds.float().tolist()[self._active[k]]
+
     @torch.no_grad()
     def exit_macs(self, x: Any) -> list[float]:
         """MACs per sample of every exit's own classifier and confidence, the last included: what switching it off

@@ -8,6 +8,8 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map
 
 from dynanet.core.rows import LEADING, Rows
+from dynanet.ops.native.attention import mean_packed
+from dynanet.ops.native.library import fit
 from dynanet.ops.tokens import Tokens
 
 
@@ -39,6 +41,8 @@ class Packed(NamedTuple):
             return self.x.mean(0, keepdim=True)
         if self.counts.shape[0] == 0:
             return self.x[:0]
+        if fit(self.x):
+            return mean_packed(self.x, self.counts.tolist())
         rows = torch.arange(self.x.shape[0], device=self.x.device)
         # Several times as fast as torch.segment_reduce, where there are several samples.
         sums = functional.embedding_bag(rows, self.x, self.counts.cumsum(0) - self.counts, mode="sum")

@@ -23,7 +23,7 @@ from dynanet.core.halt import PartByPart
 from dynanet.core.trace import Frame
 from dynanet.gates.confidence import Confidence
 from dynanet.mechanisms.early_exit import EarlyExit
-from dynanet.ops.packed import PACKED_ROWS, Packed, pack
+from dynanet.ops.packed import PACKED_ROWS, Packed
 from dynanet.ops.tokens import TOKEN_ROWS, Tokens, attend
 
 
@@ -126,20 +126,20 @@ class TextExits(EarlyExit, PartByPart):
     rows = PACKED_ROWS
 
     def parts(self, x: Tensor) -> Tensor:
-        """Token ids (1, T) to embedded tokens (n, D)."""
-        embedded = self.stages[0][0](x)
-        return embedded.x if isinstance(embedded, Packed) else embedded.x[0, embedded.alive[0] > 0]
+        """Token ids (1, T) to embedded tokens (n, D), before their norm."""
+        return self.stages[0][0].sum(x)
 
     def one_row(self, k: int) -> nn.Module | None:
         """The layers up to active exit k, that exit, and its confidence."""
         number, first = self.active[k], self.active[k - 1] + 1 if k else 0
-        inside = [m for stage in self.stages[first : number + 1] for m in stage.children()]
-        layers = [m for m in inside if not isinstance(m, TextInput)]
+        layers = [m for stage in self.stages[first : number + 1] for m in stage.children()]
+        if k == 0:
+            layers[0] = layers[0].norm
         confidence = self.confidence.at(number) if k + 1 < self.steps else None
         remembers = confidence is not None and type(confidence).remember is not Confidence.remember
         step = TextStep(layers, self.exits[number], confidence)
         decisions = [m for m in step.modules() if isinstance(m, Dynamic) and not isinstance(m, TextLayer)]
-        plain = all(isinstance(layer, TextLayer) for layer in layers) and not decisions
+        plain = all(isinstance(layer, TextLayer | nn.LayerNorm) for layer in layers) and not decisions
         return step if plain and not remembers else None
 
 
@@ -153,7 +153,7 @@ class TextStep(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Tokens (n, D) to (logits (n, classes), score (n, 1), tokens), or to the logits alone; see `PartByPart`."""
         for layer in self.layers:
-            x = layer.whole(Tokens(x[None]))[0]
+            x = layer.whole(Tokens(x[None]))[0] if isinstance(layer, TextLayer) else layer(x)
         logits = self.head.classify(x.mean(0, keepdim=True))
         if self.confidence is None:
             return (logits.expand(x.shape[0], -1),)
@@ -182,15 +182,31 @@ class TextInput(Dynamic):
             InputError: another shape or dtype, more than `longest` columns, ids that do not exist, sentences without
                 a token, or padding in front of a token.
         """
-        there = ids != self.padding
-        self._check(ids, there)
+        if self.gathers and ids.shape[0] == 1:
+            x = self.norm(self.sum(ids))
+            return Packed(x, torch.tensor(x.shape[:1], device=ids.device), ids.shape[1])
+        there, counts = self._there(ids)
         columns = torch.arange(ids.shape[1], device=ids.device)
-        if not self.gathers:
-            x = self.dropout(self.norm(self._words(ids) + self._positions(columns)))
-            return Tokens(x, there.to(x.dtype))
-        packed = pack(ids, there.sum(1))
-        position = columns.expand_as(ids)[there]
-        return packed._replace(x=self.norm(self._words(packed.x) + self._positions(position)))
+        if self.gathers:
+            x = self._words(ids[there]).add_(self._positions(columns.expand_as(ids)[there]))
+            return Packed(self.norm(x), counts, ids.shape[1])
+        x = self.dropout(self.norm(self._words(ids) + self._positions(columns)))
+        return Tokens(x, there.to(x.dtype))
+
+    def sum(self, ids: Tensor) -> Tensor:
+        """The vectors of words and positions of one sentence (1, T), added: (n, D).
+
+        In few calls of torch: beside one sentence, each of them counts.
+
+        Raises:
+            InputError: as `forward`.
+        """
+        self._check_shape(ids)
+        row = ids[0].tolist()
+        n = row.index(self.padding) if self.padding in row else len(row)
+        if not n or row.count(self.padding) != len(row) - n or min(row) < 0 or max(row) >= self.words.num_embeddings:
+            self._there(ids)  # says what is wrong
+        return self._words(ids[0, :n]).add_(self.positions.weight[:n])
 
     def _words(self, ids: Tensor) -> Tensor:
         # Not through the modules: a session would make engines that hold a copy of the table.
@@ -199,26 +215,35 @@ class TextInput(Dynamic):
     def _positions(self, columns: Tensor) -> Tensor:
         return nn.functional.embedding(columns, self.positions.weight)
 
-    def _check(self, ids: Tensor, there: Tensor) -> None:
+    def _check_shape(self, ids: Tensor) -> None:
         if ids.dim() != 2 or ids.dtype != torch.int64 or not 1 <= ids.shape[1] <= self.longest:
             raise InputError(
                 f"token ids of shape {tuple(ids.shape)} and {ids.dtype}; expected (sentences, at most {self.longest} "
                 f"tokens) of torch.int64: cut longer ones, or tokenise with zoo.TextTokenizer, which does"
             )
+
+    def _there(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Where a token is, bool (B, T), and how many there are in each sentence, (B,), if all is well with them."""
+        self._check_shape(ids)
+        there = ids != self.padding
+        counts = there.sum(1)
         if torch.compiler.is_compiling() or not ids.numel():
-            return
+            return there, counts
         least, most = (int(n) for n in ids.aminmax())
         if least < 0 or most >= self.words.num_embeddings:
             raise InputError(
                 f"token ids from {least} to {most} for {self.words.num_embeddings} words; this is another encoder's "
                 f"tokenizer"
             )
-        broken = (~there[:, 0]) | (there[:, 1:] & ~there[:, :-1]).any(1)
+        # None is missing in between where as many are there as its last one's place says.
+        ends = (there * torch.arange(1, 1 + ids.shape[1], device=ids.device)).amax(1)
+        broken = (ends != counts) | (counts == 0)
         if bool(broken.any()):
             rows = broken.nonzero().flatten().tolist()[:5]
             raise InputError(
                 f"sentence(s) {rows} have no token, or padding ({self.padding}) in front of one; pad at the end only"
             )
+        return there, counts
 
 
 class TextLayer(Dynamic):
@@ -296,6 +321,8 @@ class TextRest(nn.Module):
 
 class TextHead(nn.Module):
     """An exit: the mean of a sentence's tokens, one hidden layer, logits."""
+
+    called_in_parts = True  # an engine takes rows, and sentences are none
 
     def __init__(self, width: int, num_classes: int):
         super().__init__()

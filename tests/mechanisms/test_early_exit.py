@@ -102,6 +102,19 @@ def test_switching_on_again_and_what_is_no_choice_of_exits():
     assert model.active == (0, 1, 2, 3, 4), "a refused choice changes nothing"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_row_alone_goes_on_where_it_would_in_a_batch(dtype):
+    model = network().to(dtype)
+    model.active = (0, 2, 4)
+    model.thresholds.copy_(torch.tensor([0.3, torch.inf, -0.7, torch.inf]))
+    for k in (0, 1):
+        threshold = model.thresholds[model.active[k]]
+        near = [torch.nextafter(threshold, torch.full_like(threshold, to)) for to in (-torch.inf, torch.inf)]
+        scores = torch.stack([threshold, *near, -threshold, *torch.tensor([torch.nan, torch.inf]).to(dtype)])
+        alone = [model.goes_on_alone(k, score) for score in scores.float().tolist()]
+        assert alone == model.goes_on(k, scores[:, None])[:, 0].bool().tolist()
+
+
 def test_a_state_dict_loads_whichever_exits_are_on():
     model, x = network(), torch.randn(40, D)
     model.active = (2, 4)

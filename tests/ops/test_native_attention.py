@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from dynanet.core.macs import CountMacs
 from dynanet.ops.native import library
-from dynanet.ops.native.attention import attend_packed
+from dynanet.ops.native.attention import attend_packed, mean_packed
 from dynanet.ops.tokens import Tokens, attend
 
 inf, nan = torch.inf, torch.nan
@@ -163,3 +163,19 @@ def test_packed_tokens_take_one_call(kernels, lengths, monkeypatch):
         close(attend(wanted, k, v, tokens, 2), expected)
         close(attend(*(t.double() for t in (q, k, v)), tokens, 2).float(), expected)
         assert len(calls) == 1, "gradients and other dtypes stay with torch"
+
+
+@quick
+@hypothesis.given(st.lists(st.integers(0, 40), max_size=5), st.integers(1, 70), st.booleans())
+def test_the_mean_is_that_of_every_sample(kernels, lengths, width, apart):
+    x = drawn(1, width, sum(lengths)).t() if apart else drawn(1, sum(lengths), width)
+    means = mean_packed(x, lengths)
+    assert means.shape == (len(lengths), width)
+    if lengths:
+        close(means, torch.stack([part.double().mean(0) for part in x.split(lengths)]))
+
+
+def test_a_mean_of_other_rows_is_refused(kernels):
+    for x, lengths in ((drawn(1, 4, 3), [2, 1]), (drawn(1, 4, 3), [5, -1]), (drawn(1, 4, 3).double(), [4])):
+        with pytest.raises(ValueError, match="a native kernel got"):
+            mean_packed(x, lengths)

@@ -100,11 +100,11 @@ def test_a_sentence_alone_is_one_engine_per_step(active, limit):
     calls = listened(session)
     answers = torch.cat([session(one) for one in ids.split(1)])
     torch.testing.assert_close(answers, expected, rtol=1e-3, atol=1e-3)
-    assert calls.count(None) <= 13, "besides whole steps no more than the embedding's norm"
+    assert calls.count(None) == 0, "nothing but whole steps"
     with record(execute(model, sparse=True)) as trace:
         model(ids)
     went_on = sum(int(call.decision.keep.sum()) for call in trace.calls if call.name == "")
-    assert len(calls) - calls.count(None) == 13 + went_on
+    assert len(calls) == 13 + went_on
 
 
 def listened(session):

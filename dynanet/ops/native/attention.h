@@ -1,4 +1,4 @@
-/* Attention within samples of packed rows, included by kernels.h once per instruction set. Keys are turned, a block of
+/* Attention within samples of packed rows, and their means, included by kernels.h once per instruction set. Keys are turned, a block of
  * them at a time, so that a vector holds scores of neighbouring keys; queries, values and answers are read and written
  * where they lie. Scores are logarithms to the base 2. The structure is in kernels.c. */
 
@@ -261,6 +261,17 @@ void ISA(dynanet_attend)(long samples, const int64_t *starts, long heads, long s
   worth *= 2.0 * (double)(heads * size) / WORTH;
   if ((double)threads > worth) threads = worth < 1 ? 1 : (long)worth;
   divided(&a, threads, threads, ISA(attending));
+}
+
+/* The mean of every sample's rows, `width` numbers each. */
+TARGET void ISA(dynanet_means)(long samples, const int64_t *starts, long width, const float *x, float *answer) {
+  for (long s = 0; s < samples; s++, answer += width) {
+    long rows = starts[s + 1] - starts[s];
+    for (long c = 0; c < width; c++) answer[c] = 0;
+    for (long r = 0; r < rows; r++, x += width)
+      for (long c = 0; c < width; c++) answer[c] += x[c];
+    for (long c = 0; c < width; c++) answer[c] /= (float)rows;
+  }
 }
 
 #undef LOW

@@ -1,4 +1,4 @@
-"""Attention within the samples of packed rows as one operator, whatever their lengths.
+"""Attention within the samples of packed rows as one operator, whatever their lengths; and the samples' means.
 
 Queries, keys and values are read where they lie, in the columns of one matrix say. Nothing is padded, and nothing is
 kept of the scores but those of a few rows.
@@ -19,6 +19,7 @@ _LIBRARY = torch.library.Library("dynanet", "FRAGMENT")
 _LIBRARY.define(
     "attend_packed(Tensor query, Tensor key, Tensor value, Tensor? bias, int[] lengths, int heads) -> Tensor"
 )
+_LIBRARY.define("mean_packed(Tensor x, int[] lengths) -> Tensor")
 
 _BLOCK = 256
 """Keys that are looked at together, at most: turned, they stay in a cache of the second level."""
@@ -66,14 +67,41 @@ def _attend_packed(
     each = block * (size + (16 if size < 16 else 0) + 1 + 12) + -(-2 * longest // 16) * 16
     room = query.new_empty(threads * each)
     kernels.attend(
-        len(lengths), (ctypes.c_int64 * (len(lengths) + 1))(0, *accumulate(lengths)), heads, size,
+        len(lengths), _starts(lengths), heads, size,
         *(t.data_ptr() for t in of), *(t.stride(0) for t in of), None if bias is None else bias.data_ptr(),
         answer.data_ptr(), block, longest, each, room.data_ptr(), threads,
     )  # fmt: skip
     return answer
 
 
+def mean_packed(x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The mean of every sample's rows, (samples, D); NaN where a sample has none.
+
+    Args:
+        x: (N, D), sample after sample, float32 on the CPU; see `library.fit`.
+        lengths: rows of every sample, N together.
+    """
+    return torch.ops.dynanet.mean_packed(x, lengths)
+
+
+def _mean_packed(x: Tensor, lengths: list[int]) -> Tensor:
+    kernels, (rows, width), x = chosen(), x.shape, x.contiguous()
+    assert kernels is not None
+    must(x.dtype is torch.float32 and x.is_cpu, "a tensor that is not float32 on the CPU")
+    must(sum(lengths) == rows and min(lengths, default=0) >= 0, "samples of other rows")
+    answer = x.new_empty(len(lengths), width)
+    kernels.means(len(lengths), _starts(lengths), width, x.data_ptr(), answer.data_ptr())
+    return answer
+
+
+def _starts(lengths: Sequence[int]) -> Any:
+    """Where samples begin, and where the last one ends."""
+    return (ctypes.c_int64 * (len(lengths) + 1))(0, *accumulate(lengths))
+
+
 _LIBRARY.impl("attend_packed", _attend_packed, "CPU")
+_LIBRARY.impl("mean_packed", _mean_packed, "CPU")
+_LIBRARY.impl("mean_packed", lambda x, lengths: x.new_empty(len(lengths), x.shape[1]), "Meta")
 _LIBRARY.impl("attend_packed", lambda query, *rest: query.new_empty(query.shape), "Meta")
 
 

@@ -43,6 +43,7 @@ class Kernels:
         update_skip: a recurrent cell over sequences, called with the address of a structure.
         skim: two of them.
         attend: attention within samples of packed rows.
+        means: of the rows of every sample.
     """
 
     def __init__(self, library: ctypes.CDLL, name: str):
@@ -65,6 +66,7 @@ class Kernels:
         self.skim = bound("skim", address, size, result=ctypes.c_int)
         kinds = [size, address, size, size, *[address] * 3, *[size] * 3, address, address, *[size] * 3, address, size]
         self.attend = bound("attend", *kinds)
+        self.means = bound("means", size, address, size, address, address)
         self._large_pages = library.dynanet_large_pages
         self._large_pages.argtypes, self._large_pages.restype = (address, size), None
 

@@ -1,12 +1,13 @@
-"""SST-2: MiniLM with an exit after each of its 6 layers, beside static encoders of fewer layers and random exits.
+"""SST-2 or TREC: MiniLM with an exit after each of its 6 layers, beside static encoders of fewer layers and random exits.
 
-    python recipes/sst2_exits.py train --data DIR            # stsa.binary.*; or names: joint static_6 static_2 ...
-    python recipes/sst2_exits.py measure --data DIR
-    python recipes/sst2_exits.py speed --data DIR
+    python recipes/text_exits.py train sst2 --data DIR       # stsa.binary.*, TREC.*.all; or names: joint static_6 ...
+    python recipes/text_exits.py measure trec --data DIR
+    python recipes/text_exits.py speed sst2 --data DIR
 
 Three ways to train exits: `joint` (all at once, the last exit teaching the others), `two_stage` (DeeBERT: the encoder
 first, then frozen), `self_distilled` (FastBERT: frozen too, and the last exit is the only teacher). Thresholds and
-budgets come from the official development set; the test set is looked at once. `speed` is sentences per second of the
+budgets come from held-out sentences: SST-2's development set, a tenth of TREC's training part. The test part is looked at
+once. `static_accuracy` is that of the cut encoders at the same MACs (interpolated in their logarithm). `speed` is sentences per second of the
 session against the static encoder in its best engine: packed or padded to the longest of a batch, eager or ONNX Runtime.
 """
 
@@ -19,7 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from text_sets import sst2, trec
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
 from dynanet import Budget, CostModel, execute, forced, infer, record
@@ -28,7 +31,6 @@ from dynanet.bench.machine import append_rows
 from dynanet.bench.paired import paired, ratio
 from dynanet.core.dynamic import everything
 from dynanet.core.errors import require
-from dynanet.data.text import load_labelled_lines
 from dynanet.gates.confidence import Patience
 from dynanet.infer.calibrate import paying
 from dynanet.train import Batches, MultiExit, adamw, fit, load_weights, newest, one_cycle
@@ -61,8 +63,12 @@ class Bunches(Dataset):
         return Batches(self, 1, collate=lambda items: items[0], **more)
 
 
-def load(folder, part):
-    texts, labels = load_labelled_lines(folder / f"stsa.binary.{part}")
+SETS = {"sst2": ("SST-2 (stsa.binary)", sst2, 2, 2), "trec": ("TREC", trec, 6, 4)}  # title, parts, classes, epochs
+
+
+def load(args, part):
+    """(ids, labels)"""
+    texts, labels = SETS[args.set][1](args.data)[part]
     return TextTokenizer(packaged_minilm(), longest=LONGEST)(texts, width=LONGEST), labels
 
 
@@ -76,13 +82,13 @@ class OnlyTeacher(MultiExit):
         return torch.stack([self._taught(e, teacher) for e in exits[:-1]]).sum()
 
 
-def build(name, runs=None):
+def build(name, classes, runs=None):
     """The network; those with a frozen encoder start from `static_6`, once that is trained."""
     depth = STATIC.get(name, DEPTH)
     exits = [depth - 1] if name in STATIC else None
-    model = pretrained_text_exits(packaged_minilm(), num_classes=2, longest=LONGEST, depth=depth, exits=exits)
+    model = pretrained_text_exits(packaged_minilm(), num_classes=classes, longest=LONGEST, depth=depth, exits=exits)
     if name in FROZEN and runs is not None:
-        full = pretrained_text_exits(packaged_minilm(), num_classes=2, longest=LONGEST, exits=[DEPTH - 1])
+        full = pretrained_text_exits(packaged_minilm(), num_classes=classes, longest=LONGEST, exits=[DEPTH - 1])
         load_weights(full, newest(runs / "static_6"))
         embed, *layers = full.stages[0]
         model.stages[0][0].load_state_dict(embed.state_dict())
@@ -95,7 +101,7 @@ def build(name, runs=None):
 
 def train(name, args, data, held_out):
     torch.manual_seed(args.seed)
-    model, frozen = build(name, args.runs), name in FROZEN
+    model, frozen = build(name, args.classes, args.runs), name in FROZEN
     objective = MultiExit(distill=0.0 if name in STATIC else 0.5, temperature=1.0)
     if frozen:
         labels, teacher = FROZEN[name]
@@ -110,7 +116,7 @@ def train(name, args, data, held_out):
 
 
 def trained(name, args):
-    model = build(name)
+    model = build(name, args.classes)
     load_weights(model, newest(args.runs / name))
     return execute(model.eval(), sparse=True)
 
@@ -130,7 +136,7 @@ def evaluate(model, cost, data):
 
 
 def measure(args, held_out, test):
-    about = {"data": "SST-2 (stsa.binary)", "epochs": args.epochs, "seed": args.seed}
+    about = {"data": args.title, "epochs": args.epochs, "seed": args.seed}
     example = torch.full((1, LONGEST), 7)
     rows = []
     for name in [n for n in NETWORKS if (args.runs / n).exists()]:
@@ -173,10 +179,20 @@ def measure(args, held_out, test):
                     "macs": whole,
                 }
             )
-    columns = ["network", "rule", "budget", "held_out", "accuracy", "macs", "random_accuracy", "random_macs", "shares"]
+    curve = sorted((row["macs"], row["accuracy"]) for row in rows if row["rule"] == "static")
     for row in rows:
+        if row["rule"] != "static":
+            row["static_accuracy"] = at_same_macs(row["macs"], curve)
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-    append_rows(args.results / "sst2_exits.csv", [{c: row.get(c, "") for c in columns} for row in rows], about)
+    append_rows(args.results / "text_exits.csv", rows, about)
+
+
+def at_same_macs(spent, curve):
+    """The accuracy of static encoders; None outside of them."""
+    macs, accuracies = zip(*curve, strict=True)
+    if not macs[0] <= spent <= 1.01 * macs[-1]:  # six exits' classifiers are a few thousandths of an encoder
+        return None
+    return float(np.interp(np.log(spent), np.log(macs), accuracies))
 
 
 class Whole(nn.Module):
@@ -221,7 +237,8 @@ def speed(args, held_out, test_ids):
     frontier = infer.calibrate(model, held_out.items, cost)
     early = execute(frontier.at(Budget(macs=cheapest(frontier))), sparse=True)
     ids = test_ids[torch.randperm(len(test_ids), generator=torch.Generator().manual_seed(0))[:256]]
-    example = ids[(ids != 0).sum(1) == 24][:1]
+    lengths = (ids != 0).sum(1)
+    example = ids[lengths == lengths.median()][:1]
     session = infer.Session(early, example, batches=(1, 4, 16, 32))
     static = only_last(model)
     packed = infer.Session(static, example, batches=(1, 4, 16, 32))
@@ -241,13 +258,16 @@ def speed(args, held_out, test_ids):
     for batch in (1, 32):
         groups = ids[: 64 if batch == 1 else 256].split(batch)
         count = sum(len(g) for g in groups)
-        calls = engine_calls(session, groups)
+        calls, attention = engine_calls(session, groups)
         with torch.no_grad():
             seconds = paired({
                 "session": lambda groups=groups: [session(g) for g in groups],
                 "stream": lambda groups=groups, b=batch: list(session.stream(torch.cat(groups), batch=b)),
                 "kept": lambda groups=groups: all_kept(session, groups),
-                "theory": lambda calls=calls: [engine(inputs) for engine, inputs in calls],
+                "engines": lambda calls=calls: [engine(inputs) for engine, inputs in calls],
+                "theory": lambda calls=calls, more=attention: [
+                    *(engine(inputs) for engine, inputs in calls), *(op(*args) for op, args in more)
+                ],
                 "static packed session": lambda groups=groups: [packed(g) for g in groups],
                 "static packed eager": lambda groups=groups: [static(g) for g in groups],
                 "static padded eager": lambda groups=groups: [dense(trimmed(g)) for g in groups],
@@ -262,22 +282,40 @@ def speed(args, held_out, test_ids):
             "stream_over_best_static": ratio(seconds[best], seconds["stream"])[0],
             "over_latency_theory": ratio(seconds["theory"], seconds["session"])[0],
             "stream_over_latency_theory": ratio(seconds["theory"], seconds["stream"])[0],
+            "over_engines": ratio(seconds["engines"], seconds["session"])[0],
+            "stream_over_engines": ratio(seconds["engines"], seconds["stream"])[0],
             "macs_ratio": whole / spent,
         })  # fmt: skip
         print(rows[-1], flush=True)
-    append_rows(args.results / "sst2_exits_speed.csv", rows, {"data": "SST-2 (stsa.binary), test sentences"})
+    append_rows(args.results / "text_exits_speed.csv", rows, {"data": f"{args.title}, test sentences"})
 
 
 def engine_calls(session, groups):
-    """Every engine call that the session makes for these batches, with its inputs."""
-    calls = []
+    """Every engine call that the session makes for these batches, and every native attention between them (packed sentences
+    have none in their engines), with its inputs: the computing, without the deciding and the moving of rows."""
+    calls, attention = [], Attention()
     for engine in session.engines():
         engine.listener = lambda inputs, engine=engine: calls.append((engine, [t.clone() for t in inputs]))
-    for ids in groups:
-        session(ids)
+    with attention:
+        for ids in groups:
+            session(ids)
     for engine in session.engines():
         engine.listener = None
-    return calls
+    return calls, attention.calls
+
+
+class Attention(TorchDispatchMode):
+    """Keeps the calls of native attention that are made inside, with their inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """As it is."""
+        if func is torch.ops.dynanet.attend_packed.default:
+            self.calls.append((func, [t.clone() if isinstance(t, torch.Tensor) else t for t in args]))
+        return func(*args, **(kwargs or {}))
 
 
 def cheapest(frontier):
@@ -307,22 +345,25 @@ def all_kept(session, groups):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=["train", "measure", "speed"])
+    parser.add_argument("set", choices=SETS)
     parser.add_argument("names", nargs="*", help="of networks to train; all if none")
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--runs", type=Path, default=Path("runs/sst2_exits"))
+    parser.add_argument("--runs", type=Path, help="runs/SET_exits if not given")
     parser.add_argument("--results", type=Path, default=Path("results"))
-    parser.add_argument("--network", default="joint", help="whose speed")
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--network", default="two_stage", help="whose speed")
+    parser.add_argument("--epochs", type=int, help="2 for SST-2, 4 for TREC if not given")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_intermixed_args()
+    args.title, _, args.classes, epochs = SETS[args.set]
+    args.epochs, args.runs = args.epochs or epochs, args.runs or Path("runs") / f"{args.set}_exits"
     torch.set_num_threads(1)
-    development = Bunches(*load(args.data, "dev"))
+    held_out = Bunches(*load(args, "held_out"))
     if args.what == "train":
-        texts = Bunches(*load(args.data, "train"))
+        texts = Bunches(*load(args, "train"))
         for network in args.names or NETWORKS:
-            train(network, args, texts, development)
+            train(network, args, texts, held_out)
     elif args.what == "measure":
-        measure(args, development, Bunches(*load(args.data, "test")))
+        measure(args, held_out, Bunches(*load(args, "test")))
     else:
-        speed(args, development, load(args.data, "test")[0])
+        speed(args, held_out, load(args, "test")[0])
