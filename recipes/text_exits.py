@@ -5,7 +5,8 @@
     python recipes/text_exits.py speed sst2 --data DIR
 
 Three ways to train exits: `joint` (all at once, the last exit teaching the others), `two_stage` (DeeBERT: the encoder
-first, then frozen), `self_distilled` (FastBERT: frozen too, and the last exit is the only teacher). Thresholds and
+first, then frozen), `self_distilled` (FastBERT: frozen too, and the last exit is the only teacher). Three criteria to
+leave by: the largest probability, entropy (DeeBERT; of two classes it says the same), patience (PABEE). Thresholds and
 budgets come from held-out sentences: SST-2's development set, a tenth of TREC's training part. The test part is looked at
 once. `static_accuracy` is that of the cut encoders at the same MACs (interpolated in their logarithm). `speed` is sentences per second of the
 session against the static encoder in its best engine: packed or padded to the longest of a batch, eager or ONNX Runtime.
@@ -31,7 +32,7 @@ from dynanet.bench.machine import append_rows
 from dynanet.bench.paired import paired, ratio
 from dynanet.core.dynamic import everything
 from dynanet.core.errors import require
-from dynanet.gates.confidence import Patience
+from dynanet.gates.confidence import Entropy, MaxProbability, Patience
 from dynanet.infer.calibrate import paying
 from dynanet.train import Batches, MultiExit, adamw, fit, load_weights, newest, one_cycle
 from dynanet.zoo.pretrained_text import TextTokenizer, packaged_minilm, pretrained_text_exits
@@ -40,6 +41,7 @@ from dynanet.zoo.text_encoder import exits_only, with_confidence
 LONGEST, BATCH, DEPTH = 72, 32, 6
 STATIC = {f"static_{n}": n for n in (1, 2, 3, 6)}
 FROZEN = {"two_stage": (1.0, 0.0), "self_distilled": (0.0, 1.0)}  # labels, teacher
+CRITERIA = {"max_probability": MaxProbability, "entropy": Entropy, "patience": Patience}  # entropy: DeeBERT, BranchyNet
 NETWORKS = ["joint", *STATIC, *FROZEN]
 
 
@@ -150,8 +152,8 @@ def measure(args, held_out, test):
             )
             continue
         looked = infer.tabulate(model, test.items, cost)  # for random exits: what a draw with these rates expects
-        for rule, network in (("max_probability", model), ("patience", with_confidence(model, Patience()))):
-            network = execute(network.eval(), sparse=True)
+        for rule, confidence in CRITERIA.items():
+            network = execute(with_confidence(model, confidence()).eval(), sparse=True)
             frontier = infer.calibrate(network, held_out.items, cost)
             table = frontier.table
             full, points = float(table.accuracy[-1]), frontier.curve(60)

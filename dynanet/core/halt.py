@@ -51,8 +51,12 @@ class Halt(Dynamic):
         """
 
     def goes_on_alone(self, k: int, score: float) -> bool:
-        """`goes_on` for a row by itself, in eval mode, whose score was rounded to float32. For rules that need no tensors:
-        beside one row these cost."""
+        """`goes_on` for a row by itself, in eval mode. For rules that need no tensors: beside one row these cost.
+
+        Args:
+            k: the step.
+            score: rounded to float32.
+        """
         return bool(self.goes_on(k, torch.tensor([[score]])).item())
 
     def forward(self, x: Any) -> Any:
