@@ -81,7 +81,9 @@ def train(
     run = Run(out, experiment)
     metrics = run.train(resume=resume, progress=not json)
     exits = [f"{value:.2%}" for name, value in metrics.items() if name.startswith("val/accuracy/")]
-    by_exit = f"; by exit: {', '.join(exits)}" if exits else ""
+    shown = sorted({round(k * (len(exits) - 1) / 7) for k in range(8)}) if len(exits) > 8 else range(len(exits))
+    which = f"exits {', '.join(str(k + 1) for k in shown)}" if len(exits) > 8 else "by exit"
+    by_exit = f"; {which}: {', '.join(exits[k] for k in shown)}" if exits else ""
     figures = [f"{what} {metrics[name]:{form}}" for name, what, form in HELD_OUT if name in metrics]
     reached = f"{figures[0]}{by_exit}" if figures else "this run had come to its end"
     lines = [reached, f"saved in {out}/model"]

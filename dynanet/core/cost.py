@@ -245,13 +245,14 @@ def _one_in(n: int) -> Callable[[Decision], Tensor]:
 
 def _prices(name: str, layer: Dynamic, passes: list[tuple[Trace, Any]]) -> Tensor:
     """(units,) or (units, degree): the price of a row, from as many passes as the layer's degree asks for."""
-    units = 1 + max(unit for unit, _ in _ran(passes[0][0], name))
+    ran = [_ran(trace, name) for trace, _ in passes[: layer.degree]]
+    units = 1 + max(ran[0])
     prices = torch.zeros(units, layer.degree, dtype=torch.float64)
     frames = {frame for frame in passes[0][1] if frame is not None and frame[0] == name}
     for frame in frames:
         counts, macs = [], []
-        for trace, counted in passes[: layer.degree]:
-            kept = torch.stack([k for unit, k in _ran(trace, name) if unit in frame[1]])  # (calls and units, B)
+        for by_unit, (_, counted) in zip(ran, passes, strict=False):
+            kept = torch.stack([k for unit in frame[1] for k in by_unit.get(unit, [])])  # (calls and units, B)
             counts.append(torch.stack([(kept**power).sum() for power in range(1, layer.degree + 1)]))
             macs.append(float(counted[frame]))
         rows = torch.stack(counts).double()
@@ -268,16 +269,13 @@ def _prices(name: str, layer: Dynamic, passes: list[tuple[Trace, Any]]) -> Tenso
     return prices[:, 0] if layer.degree == 1 else prices
 
 
-def _ran(trace: Trace, name: str) -> list[tuple[int, Tensor]]:
-    """For every call and unit of a layer: (unit, rows that ran it in each sample (B,))."""
-    return [
-        (
-            call.first + u,
-            call.keep[..., u].flatten(1).sum(1).double().cpu()
-            if call.keep.dim() > 2
-            else call.keep[..., u].double().cpu(),
-        )
-        for call in trace.calls
-        if call.name == name
-        for u in range(call.keep.shape[-1])
-    ]
+def _ran(trace: Trace, name: str) -> dict[int, list[Tensor]]:
+    """For every unit of a layer: the rows that ran it in each sample (B,), call by call."""
+    ran: dict[int, list[Tensor]] = {}
+    for call in trace.calls:
+        if call.name == name:
+            kept = call.keep.double().cpu()
+            rows = kept.flatten(1, -2).sum(1) if kept.dim() > 2 else kept  # (B, units)
+            for u in range(rows.shape[-1]):
+                ran.setdefault(call.first + u, []).append(rows[..., u])
+    return ran
