@@ -42,6 +42,24 @@ class Leave(NamedTuple):
     thresholds: tuple[float, ...]
 
 
+class Due(NamedTuple):
+    """Tokens that run together, some of each row, in a rectangle. The newest stands in the last column.
+
+    Attributes:
+        x: (R, S, D) features.
+        positions: (R, S).
+        there: (R, S) bool, which tokens there are; None: all.
+    """
+
+    x: Tensor
+    positions: Tensor
+    there: Tensor | None = None
+
+    def of(self, rows: Tensor) -> "Due":
+        """Those of some rows, (R,) bool."""
+        return Due(self.x[rows], self.positions[rows], None if self.there is None else self.there[rows])
+
+
 class Missing(ABC):
     """What becomes of the keys and values that a token which left early does not leave in deeper layers.
 
@@ -53,15 +71,12 @@ class Missing(ABC):
         """For a new call."""
 
     @abstractmethod
-    def left(self, stage: int, x: Tensor, rows: Tensor, positions: Tensor) -> None:
-        """Tokens left in front of a stage, with features x (R, S, D)."""
+    def left(self, stage: int, tokens: Due, rows: Tensor) -> None:
+        """Tokens of rows (R,) left in front of a stage."""
 
     @abstractmethod
-    def due(self, stage: int, x: Tensor, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens to run through a stage together with x (R, 1, D): features (R, S, D) and positions (R, S).
-
-        x comes last. Rows that have fewer due repeat it.
-        """
+    def due(self, stage: int, tokens: Due, rows: Tensor) -> Due:
+        """Tokens to run through a stage together with these, which come last."""
 
 
 class CopyState(Missing):
@@ -77,14 +92,14 @@ class CopyState(Missing):
     def fresh(self, cache: Cache) -> "CopyState":  # noqa: D102
         return CopyState(cache)
 
-    def left(self, stage: int, x: Tensor, rows: Tensor, positions: Tensor) -> None:  # noqa: D102
+    def left(self, stage: int, tokens: Due, rows: Tensor) -> None:  # noqa: D102
         assert self._cache is not None
         decoder = self._cache.decoder
         for layer in range(decoder.stage(stage).start, decoder.depth):
-            self._cache.remember(layer, x, rows, positions)
+            self._cache.remember(layer, tokens.x, rows, tokens.positions)
 
-    def due(self, stage: int, x: Tensor, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        return x, positions
+    def due(self, stage: int, tokens: Due, rows: Tensor) -> Due:  # noqa: D102
+        return tokens
 
 
 class Recompute(Missing):
@@ -96,34 +111,32 @@ class Recompute(Missing):
     """
 
     def __init__(self, cache: Cache | None = None):
-        self._waiting: dict[tuple[int, int], list[tuple[Tensor, int]]] = {}
+        self._waiting: dict[tuple[int, int], dict[int, Tensor]] = {}  # by stage and row: features by position
 
     def fresh(self, cache: Cache) -> "Recompute":  # noqa: D102
         return Recompute(cache)
 
-    def left(self, stage: int, x: Tensor, rows: Tensor, positions: Tensor) -> None:  # noqa: D102
-        for r, row in enumerate(rows.tolist()):
-            waiting = self._waiting.setdefault((stage, row), [])
-            known = {position for _, position in waiting}
-            for s, position in enumerate(positions[r].tolist()):
-                if position not in known:
-                    known.add(position)
-                    waiting.append((x[r, s], position))
+    def left(self, stage: int, tokens: Due, rows: Tensor) -> None:  # noqa: D102
+        there = torch.ones_like(tokens.positions, dtype=torch.bool) if tokens.there is None else tokens.there
+        which = there.nonzero()
+        placed = zip(which.tolist(), tokens.positions[there].tolist(), tokens.x[there], strict=True)
+        own = rows.tolist()
+        for (r, _), position, x in placed:
+            self._waiting.setdefault((stage, own[r]), {})[position] = x
 
-    def due(self, stage: int, x: Tensor, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:  # noqa: D102
-        waiting = [self._waiting.pop((stage, row), []) for row in rows.tolist()]
+    def due(self, stage: int, tokens: Due, rows: Tensor) -> Due:  # noqa: D102
+        waiting = [self._waiting.pop((stage, row), {}) for row in rows.tolist()]
         longest = max((len(w) for w in waiting), default=0)
         if not longest:
-            return x, positions
-        xs, places = [], []
-        for r, tokens in enumerate(waiting):
-            repeat = longest - len(tokens)
-            own = [x[r, -1:].expand(repeat, -1), x[r]]
-            xs.append(torch.cat([*([torch.stack([t for t, _ in tokens])] if tokens else []), *own]))
-            again = [int(positions[r, -1])] * repeat
-            place = [*(p for _, p in tokens), *again, *positions[r].tolist()]
-            places.append(torch.tensor(place, device=x.device))
-        return torch.stack(xs), torch.stack(places)
+            return tokens
+        x = tokens.x.new_zeros(rows.shape[0], longest, tokens.x.shape[2])
+        positions = tokens.positions.new_zeros(rows.shape[0], longest)
+        counts = torch.tensor([len(w) for w in waiting], device=x.device)
+        there = torch.arange(longest, device=x.device) < counts[:, None]
+        x[there] = torch.stack([t for w in waiting for t in w.values()])
+        positions[there] = torch.tensor([p for w in waiting for p in w], device=x.device)
+        own = torch.ones_like(tokens.positions, dtype=torch.bool) if tokens.there is None else tokens.there
+        return Due(torch.cat([x, tokens.x], 1), torch.cat([positions, tokens.positions], 1), torch.cat([there, own], 1))
 
 
 @torch.no_grad()
@@ -157,12 +170,13 @@ def generate(
     ids, exits = (torch.zeros(len(prompts), new, dtype=torch.int64, device=decoder.device) for _ in range(2))
     for step in range(new):
         rows, at = torch.arange(len(prompts), device=decoder.device), position[:, None]
-        x = decoder.embed(last[:, None], at)
+        tokens = Due(decoder.embed(last[:, None], at), at)
         for stage in range(stages):
-            x, at = policy.due(stage, x, rows, at)
+            tokens = policy.due(stage, tokens, rows)
             *first, final = decoder.stage(stage)
-            before = cache.run(first, x, rows, at)
-            x = cache.run([final], before, rows, at)
+            before = cache.run(first, tokens.x, rows, tokens.positions, tokens.there)
+            x = cache.run([final], before, rows, tokens.positions, tokens.there)
+            tokens = tokens._replace(x=x)
             logits = decoder.logits(stage, x[:, -1])
             if stage + 1 == stages or leave is None:
                 gone = torch.full_like(rows, stage + 1 == stages, dtype=torch.bool)
@@ -171,8 +185,8 @@ def generate(
             leaving = rows[gone]
             ids[leaving, step], exits[leaving, step] = logits[gone].argmax(-1), stage
             if stage + 1 < stages and leaving.numel():
-                policy.left(stage + 1, x[gone], leaving, at[gone])
-            rows, x, at = rows[~gone], x[~gone], at[~gone]
+                policy.left(stage + 1, tokens.of(gone), leaving)
+            rows, tokens = rows[~gone], tokens.of(~gone)
             if not rows.numel():
                 break
         last, position = ids[:, step], position + 1

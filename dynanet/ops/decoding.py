@@ -25,15 +25,15 @@ class Decoder(nn.Module, ABC):
 
     @abstractmethod
     def query(self, layer: int, x: Tensor) -> Tensor:
-        """(R, S, D) to (R, S, heads, d)."""
+        """(..., D) to (..., heads, d)."""
 
     @abstractmethod
     def key_value(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(R, S, D) to (R, S, heads, d) twice."""
+        """(..., D) to (..., heads, d) twice."""
 
     @abstractmethod
     def finish(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
-        """What follows attention: x and attended, (R, S, D) each, to the layer's answer."""
+        """What follows attention: x and attended, (..., D) each, to the layer's answer."""
 
     @abstractmethod
     def logits(self, number: int, x: Tensor) -> Tensor:
@@ -83,30 +83,45 @@ class Cache:
         self.keys[layer][rows[:, None], positions] = key
         self.values[layer][rows[:, None], positions] = value
 
-    def run(self, layers: Iterable[int], x: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+    def run(
+        self, layers: Iterable[int], x: Tensor, rows: Tensor, positions: Tensor, there: Tensor | None = None
+    ) -> Tensor:
         """Layers over x (R, S, D): each token attends to what its row has at its own position and before.
 
         Args:
             layers: ascending.
             x: input of the first of them.
             rows: (R,), which sequences these are.
-            positions: (R, S). A token given twice is computed twice and remembered once.
+            positions: (R, S).
+            there: (R, S) bool, which tokens of the rectangle there are; None: all. Of the others nothing but attention is
+                computed, and nobody looks at it.
         """
         if x.shape[0] == 0:
             return x
         seen = int(positions.max()) + 1
         mask = (torch.arange(seen, device=x.device) <= positions[:, :, None])[:, None]  # (R, 1, S, seen)
         everyone = rows.shape[0] == self.rows
+        if there is None or bool(there.all()):
+            inside: tuple[Tensor, ...] | None = None
+            places = rows[:, None], positions
+        else:
+            inside = there.nonzero(as_tuple=True)
+            places = rows[inside[0]], positions[inside]
+            x = x[inside]
         for layer in layers:
-            self.remember(layer, x, rows, positions)
+            key, value = self.decoder.key_value(layer, x)
+            self.keys[layer][places], self.values[layer][places] = key, value
             keys, values = (
                 (t[:, :seen] if everyone else t[rows, :seen]).transpose(1, 2)
                 for t in (self.keys[layer], self.values[layer])
             )
-            query = self.decoder.query(layer, x).transpose(1, 2)
-            attended = functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
-            x = self.decoder.finish(layer, x, attended.transpose(1, 2).flatten(2))
-        return x
+            query = self.decoder.query(layer, x)
+            if inside is not None:
+                query = query.new_zeros(*positions.shape, *query.shape[1:]).index_put(inside, query)
+            attended = functional.scaled_dot_product_attention(query.transpose(1, 2), keys, values, attn_mask=mask)
+            attended = attended.transpose(1, 2).flatten(2)
+            x = self.decoder.finish(layer, x, attended if inside is None else attended[inside])
+        return x if inside is None else x.new_zeros(*positions.shape, x.shape[-1]).index_put(inside, x)
 
 
 def prefilled(decoder: Decoder, prompts: list[Tensor], new: int) -> tuple[Cache, Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from dynanet.core.errors import ConfigError, InputError
 from dynanet.core.macs import CountMacs
 from dynanet.gates.token_confidence import LearnedToken, SoftmaxGap
-from dynanet.infer.generate import CopyState, Leave, Recompute, certify, generate
+from dynanet.infer.generate import CopyState, Due, Leave, Recompute, certify, generate
 from dynanet.infer.speculate import speculate
 from dynanet.ops.decoding import prefilled
 from dynanet.zoo.causal_transformer import causal_transformer
@@ -78,7 +78,7 @@ def test_copied_memory_is_that_of_the_state_that_left(model):
     rows, at = torch.arange(1), position[:, None]
     with torch.no_grad():
         x = cache.run(model.stage(0), model.embed(last[:, None], at), rows, at)
-        policy.left(1, x, rows, at)
+        policy.left(1, Due(x, at), rows)
         for layer in (1, 2, 3, 4):
             torch.testing.assert_close(cache.keys[layer][:, 0], model.key_value(layer, x)[0][:, 0])
             torch.testing.assert_close(cache.values[layer][:, 0], model.key_value(layer, x)[1][:, 0])
@@ -102,6 +102,17 @@ def test_leaving_early_costs_less(model, prompts):
         macs.append(count.total)
     assert (found.exits == 0).all()
     assert macs[2] < macs[1] < macs[0], "recomputing puts off what copying pays at once"
+
+
+def test_rows_with_less_to_recompute_do_not_pay_for_others(model, prompts):
+    same = [p[:1] for p in prompts]  # of one length: attention looks as far back in a batch as alone
+    with CountMacs() as count:
+        found = generate(model, same, NEW, leave=SOMETIMES, missing=Recompute())
+    assert len({tuple(row) for row in found.exits.tolist()}) > 1, "rows leave apart"
+    with CountMacs() as alone:
+        for prompt in same:
+            generate(model, [prompt], NEW, leave=SOMETIMES, missing=Recompute())
+    assert alone.total <= count.total <= 1.1 * alone.total, "what is padded is attention alone"
 
 
 def test_a_promise_is_kept_or_not_given(model):
