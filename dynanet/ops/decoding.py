@@ -93,7 +93,7 @@ class Cache:
             x: input of the first of them.
             rows: (R,), which sequences these are.
             positions: (R, S).
-            there: (R, S) bool, which tokens of the rectangle there are; None: all. Of the others nothing but attention is
+            there: (R, S) bool, which tokens of the rectangle there are; None: all. Of the others only attention is
                 computed, and nobody looks at it.
         """
         if x.shape[0] == 0:
