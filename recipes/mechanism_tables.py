@@ -328,6 +328,34 @@ def sentences():
     return lines
 
 
+def encoders():
+    """The block of the main README: the encoder whose speed was measured, at its budget."""
+    speeds = quiet(rows("text_exits_speed.csv"))
+    lines = [
+        "**Text**, MiniLM with an exit after each of its 6 layers, trained behind it while it stands still. The budget is the "
+        "cheapest that loses at most half a point on held-out sentences; sentences per second against the same encoder to its "
+        "last layer in the best of four static engines, one thread.",
+        source(speeds, "text_exits_speed.csv"),
+        "",
+        "| | test accuracy, whole encoder | with exits | its MACs | random exits | times the sentences per second, batch 1 | batch 32 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for data in dict.fromkeys(row["data"] for row in rows("text_exits.csv")):
+        at = {
+            row["budget"]: row
+            for row in rows("text_exits.csv")
+            if (row["data"], row["network"], row["rule"]) == (data, "two_stage", "max_probability")
+        }
+        early, whole = at["within 0.5 points"], at["never early"]
+        cells = [data, *(percent(float(row["accuracy"])) for row in (whole, early))]
+        cells += [percent(float(early["macs"]) / float(whole["macs"])), percent(float(early["random_accuracy"]))]
+        for batch in ("1", "32"):
+            mine = [row for row in speeds if row["data"].startswith(data) and row["batch"] == batch]
+            cells.append(times(np.median([float(row["over_best_static"]) for row in mine])))
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def kernels(card):
     """The block of a card with native kernels: rows of `recipes/kernel_speed.py`."""
     found = quiet(rows("kernel_speed.csv"))

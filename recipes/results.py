@@ -15,6 +15,7 @@ from mechanism_tables import (
     break_even,
     choice,
     detection,
+    encoders,
     exits,
     kernels,
     mechanism,
@@ -205,7 +206,7 @@ def to_choose():
 def blocks():
     """Every block: the file it is in, its name, its lines."""
     yield ROOT / "README.md", "choice", to_choose()
-    yield ROOT / "README.md", "readme", ["", *indian_pines(), "", *msdnet(), "", *cifar10(), ""]
+    yield ROOT / "README.md", "readme", ["", *indian_pines(), "", *msdnet(), "", *cifar10(), "", *encoders(), ""]
     yield ROOT / "results" / "README.md", "targets", targets()
     yield ROOT / "results" / "README.md", "parameters", mechanism("parameters")
     mine = {

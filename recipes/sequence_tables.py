@@ -157,7 +157,8 @@ def _where(card, mine):
     seeds = len({row["seed"] for row in mine})
     lines = [
         f"In brackets: test sequences. {'One training each' if seeds == 1 else f'Medians over up to {seeds} trainings'}: differences of one or two "
-        "standard errors (a point with 300 sequences, five with 40) say little. An empty cell: fewer MACs than the cheapest of "
+        "standard errors (a point with 300 sequences, five with 40) say little. Frames of texts are words or parts of them. An "
+        "empty cell: fewer MACs than the cheapest of "
         "those, or more than the dearest.",
     ]
     if card not in COUNTED:

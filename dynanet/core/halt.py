@@ -50,14 +50,14 @@ class Halt(Dynamic):
         Apart from `score`, so that an engine may compute step and score in one graph while thresholds stay free.
         """
 
-    def goes_on_alone(self, k: int, score: float) -> bool:
+    def goes_on_alone(self, k: int, score: Tensor) -> bool:
         """`goes_on` for a row by itself, in eval mode. For rules that need no tensors: beside one row these cost.
 
         Args:
             k: the step.
-            score: rounded to float32.
+            score: (n, 1), one number n times.
         """
-        return bool(self.goes_on(k, torch.tensor([[score]])).item())
+        return bool(self.goes_on(k, score[:1]).item())
 
     def forward(self, x: Any) -> Any:
         """Every row's answer from the step at which it left.

@@ -74,7 +74,7 @@ class StagedHalt(Halt):
         last = (self.steps if self.limit is None else min(self.limit, self.steps)) - 1
         for k in range(last):
             state, answer = self.step(k, state)
-            if not self.source.goes_on_alone(k, self.score(k, state, answer).float().tolist()[0][0]):
+            if not self.source.goes_on_alone(k, self.score(k, state, answer)):
                 return answer
         return self.step(last, state)[1]
 
@@ -132,7 +132,7 @@ class OneRow:
             if k == last:
                 break
             score, parts = rest
-            if not halt.goes_on_alone(k, score.float().tolist()[0][0]):
+            if not halt.goes_on_alone(k, score):
                 break
         return answer[:1].clone()
 

@@ -111,8 +111,20 @@ def test_a_row_alone_goes_on_where_it_would_in_a_batch(dtype):
         threshold = model.thresholds[model.active[k]]
         near = [torch.nextafter(threshold, torch.full_like(threshold, to)) for to in (-torch.inf, torch.inf)]
         scores = torch.stack([threshold, *near, -threshold, *torch.tensor([torch.nan, torch.inf]).to(dtype)])
-        alone = [model.goes_on_alone(k, score) for score in scores.float().tolist()]
-        assert alone == model.goes_on(k, scores[:, None])[:, 0].bool().tolist()
+        expected = model.goes_on(k, scores[:, None])[:, 0].bool().tolist()
+        assert [model.goes_on_alone(k, score.expand(3, 1)) for score in scores] == expected
+
+
+def test_a_row_alone_goes_on_by_a_rule_of_ones_own():
+    class Never(EarlyExit):
+        def goes_on(self, k, score):
+            return torch.zeros_like(score)
+
+    base = network()
+    base.thresholds.fill_(torch.inf)
+    model = Never(base.stages, base.exits).eval()
+    x = torch.randn(1, D)
+    torch.testing.assert_close(Session(model, x, engines="eager")(x), base.answers(x)[0])
 
 
 def test_a_state_dict_loads_whichever_exits_are_on():
