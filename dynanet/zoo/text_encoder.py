@@ -23,7 +23,7 @@ from dynanet.core.halt import PartByPart
 from dynanet.core.trace import Frame
 from dynanet.gates.confidence import Confidence
 from dynanet.mechanisms.early_exit import EarlyExit
-from dynanet.ops.packed import PACKED_ROWS, Packed
+from dynanet.ops.packed import PACKED_ROWS, Packed, pack
 from dynanet.ops.tokens import TOKEN_ROWS, Tokens, attend
 
 
@@ -182,14 +182,15 @@ class TextInput(Dynamic):
             InputError: another shape or dtype, more than `longest` columns, ids that do not exist, sentences without
                 a token, or padding in front of a token.
         """
-        if self.gathers and ids.shape[0] == 1:
+        if self.gathers and ids.shape[:1] == (1,):
             x = self.norm(self.sum(ids))
             return Packed(x, torch.tensor(x.shape[:1], device=ids.device), ids.shape[1])
         there, counts = self._there(ids)
         columns = torch.arange(ids.shape[1], device=ids.device)
         if self.gathers:
-            x = self._words(ids[there]).add_(self._positions(columns.expand_as(ids)[there]))
-            return Packed(self.norm(x), counts, ids.shape[1])
+            packed = pack(ids, counts)
+            x = self._words(packed.x).add_(self._positions(columns.expand_as(ids)[there]))
+            return packed._replace(x=self.norm(x))
         x = self.dropout(self.norm(self._words(ids) + self._positions(columns)))
         return Tokens(x, there.to(x.dtype))
 

@@ -178,12 +178,17 @@ def test_another_criterion_shares_the_weights():
         (torch.tensor([[1, 2], [0, 0]]), r"sentence\(s\) \[1\]"),
         (torch.tensor([[1, 0, 2]]), "pad at the end"),
         (torch.tensor([[1, WORDS]]), "another encoder's"),
+        (torch.tensor([[0, 0]]), "no token"),
+        (torch.tensor([[-1, 2]]), "another encoder's"),
         (torch.tensor([1, 2]), "sentences"),
+        (torch.tensor([1]), "sentences"),
+        (torch.tensor(1), "sentences"),
     ],
 )
-def test_input_that_cannot_be_read(ids, said):
+@pytest.mark.parametrize("sparse", [False, True])
+def test_input_that_cannot_be_read(sparse, ids, said):
     with pytest.raises(InputError, match=said):
-        encoder()(ids)
+        execute(encoder().eval(), sparse=sparse)(ids)
 
 
 @pytest.mark.parametrize("wrong", [{"heads": 5}, {"exits": (0, 1)}, {"depth": 0}, {"dropout": 1.0}, {"padding": WORDS}])
