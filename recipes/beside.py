@@ -177,12 +177,10 @@ class Experiment:
                 "parameters": sum(p.numel() for p in model.parameters()),
             }  # fmt: skip
             if name in self.static:
-                curve = sorted([*curve, (spent, accuracy)])
+                curve = sorted([*curve, row], key=lambda row: row["macs"])
             else:
-                macs, accuracies = zip(*curve, strict=True)
-                row |= {"full_macs": macs[-1], "full_accuracy": accuracies[-1]}
-                if macs[0] <= spent <= macs[-1]:
-                    row["static_accuracy"] = float(np.interp(np.log(spent), np.log(macs), accuracies))
+                row |= {"full_macs": curve[-1]["macs"], "full_accuracy": curve[-1]["accuracy"]}
+                row["static_accuracy"] = at_same_macs(row, curve)
             if layers(model):
                 row["units"], row["constant_units"] = len(rates), int(((rates < 0.02) | (rates > 0.98)).sum())
                 row["random_accuracy"], row["random_macs"], *_ = evaluate(model, self.test, self.sample, exchanged=True)
@@ -230,6 +228,14 @@ def evaluate(model, batches, sample, *, exchanged=False):
             rows[call.name, call.first] += call.keep[..., 0].numel()
     rates = torch.cat([kept[unit] / rows[unit] for unit in kept]) if kept else torch.zeros(0)
     return right / seen, spent / seen, full / seen, rates
+
+
+def at_same_macs(row, others):
+    """The accuracy of others, interpolated in the logarithm of the MACs; None outside of them."""
+    macs, accuracies = zip(*sorted((r["macs"], r["accuracy"]) for r in others), strict=True)
+    if not macs[0] <= row["macs"] <= macs[-1]:
+        return None
+    return float(np.interp(np.log(row["macs"]), np.log(macs), accuracies))
 
 
 def of_another(samples):

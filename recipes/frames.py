@@ -28,8 +28,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from beside import Experiment, Recipe, arguments
-from sequences import BUDGETS, CONFIDENCE, DRAWS, RISK, at_same_macs, beside
+from beside import Experiment, Recipe, arguments, at_same_macs
+from sequences import BUDGETS, CONFIDENCE, DRAWS, RISK, beside
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset

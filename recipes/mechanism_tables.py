@@ -337,21 +337,15 @@ def encoders():
         "last layer in the best of four static engines, one thread.",
         source(speeds, "text_exits_speed.csv"),
         "",
-        "| | test accuracy, whole encoder | with exits | its MACs | random exits | times the sentences per second, batch 1 | batch 32 |",
+        "| | test accuracy, whole encoder | with exits | random exits | MACs of the timed sentences | times the sentences per second, batch 1 | batch 32 |",
         "|---|---|---|---|---|---|---|",
     ]
-    for data in dict.fromkeys(row["data"] for row in rows("text_exits.csv")):
-        at = {
-            row["budget"]: row
-            for row in rows("text_exits.csv")
-            if (row["data"], row["network"], row["rule"]) == (data, "two_stage", "max_probability")
-        }
-        early, whole = at["within 0.5 points"], at["never early"]
-        cells = [data, *(percent(float(row["accuracy"])) for row in (whole, early))]
-        cells += [percent(float(early["macs"]) / float(whole["macs"])), percent(float(early["random_accuracy"]))]
-        for batch in ("1", "32"):
-            mine = [row for row in speeds if row["data"].startswith(data) and row["batch"] == batch]
-            cells.append(times(np.median([float(row["over_best_static"]) for row in mine])))
+    for data in dict.fromkeys(row["data"] for row in speeds):
+        at = {batch: [r for r in speeds if (r["data"], r["batch"]) == (data, batch)] for batch in ("1", "32")}
+        row = at["1"][-1]
+        cells = [data.split(",")[0], *(percent(float(row[f"{who}accuracy"])) for who in ("whole_", "", "random_"))]
+        cells += [percent(1 / float(row["macs_ratio"]))]
+        cells += [times(np.median([float(r["over_best_static"]) for r in mine])) for mine in at.values()]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

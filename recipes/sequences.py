@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from beside import Experiment, Recipe, arguments
+from beside import Experiment, Recipe, arguments, at_same_macs
 from sequence_sets import SETS
 from torch import nn
 
@@ -282,14 +282,6 @@ def measure(name, folder, args):
             lots = [r for r in rows if r["network"].startswith(kind) and r["network"].endswith("by lot")]
             row["trained_random_accuracy"] = at_same_macs(row, [*lots, full]) if lots else None
     return rows
-
-
-def at_same_macs(row, others):
-    """The accuracy of others, interpolated in the logarithm of the MACs; None outside of them."""
-    macs, accuracies = zip(*sorted((r["macs"], r["accuracy"]) for r in others), strict=True)
-    return (
-        float(np.interp(np.log(row["macs"]), np.log(macs), accuracies)) if macs[0] <= row["macs"] <= macs[-1] else None
-    )
 
 
 def reads(network, model, cost, trained):

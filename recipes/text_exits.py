@@ -21,13 +21,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from beside import at_same_macs
 from text_sets import sst2, trec
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
 from dynanet import Budget, CostModel, execute, forced, infer, record
-from dynanet.bench.compare import check_equivalent
+from dynanet.bench.compare import check_equivalent, engine_calls
 from dynanet.bench.machine import append_rows
 from dynanet.bench.paired import paired, ratio
 from dynanet.core.dynamic import everything
@@ -181,20 +182,13 @@ def measure(args, held_out, test):
                     "macs": whole,
                 }
             )
-    curve = sorted((row["macs"], row["accuracy"]) for row in rows if row["rule"] == "static")
+    static = [row for row in rows if row["rule"] == "static"]
+    dearest = max(row["macs"] for row in static)
     for row in rows:
-        if row["rule"] != "static":
-            row["static_accuracy"] = at_same_macs(row["macs"], curve)
+        if row["rule"] != "static":  # six exits' classifiers are a few thousandths of an encoder
+            row["static_accuracy"] = at_same_macs(row | {"macs": min(row["macs"], dearest)}, static)
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     append_rows(args.results / "text_exits.csv", rows, about)
-
-
-def at_same_macs(spent, curve):
-    """The accuracy of static encoders; None outside of them."""
-    macs, accuracies = zip(*curve, strict=True)
-    if not macs[0] <= spent <= 1.01 * macs[-1]:  # six exits' classifiers are a few thousandths of an encoder
-        return None
-    return float(np.interp(np.log(spent), np.log(macs), accuracies))
 
 
 class Whole(nn.Module):
@@ -228,9 +222,9 @@ def trimmed(ids):
     return ids[:, : int((ids != 0).sum(1).max())]
 
 
-def speed(args, held_out, test_ids):
-    """The session at the budget within half a point, against its own weights with the last exit alone: the static
-    encoder, in every engine. Equal answers are asserted first."""
+def speed(args, held_out, test_ids, labels):
+    """The session at the budget within half a point, with the exits that pay, against its own weights with the last exit
+    alone: the static encoder, in every engine. Equal answers are asserted first. Accuracies are of all test sentences."""
     model = trained(args.network, args)
     example = torch.full((1, LONGEST), 7)
     frontier = infer.calibrate(model, held_out.items, CostModel(model, example))
@@ -238,6 +232,13 @@ def speed(args, held_out, test_ids):
     cost = CostModel(model, example)
     frontier = infer.calibrate(model, held_out.items, cost)
     early = execute(frontier.at(Budget(macs=cheapest(frontier))), sparse=True)
+    test = Bunches(test_ids, labels)
+    accuracy, _, shares = evaluate(early, cost, test)
+    table = infer.tabulate(model, test.items, cost)
+    reached = {
+        "accuracy": accuracy, "whole_accuracy": float(table.accuracy[-1]),
+        "random_accuracy": float(shares @ table.accuracy),
+    }  # fmt: skip
     ids = test_ids[torch.randperm(len(test_ids), generator=torch.Generator().manual_seed(0))[:256]]
     lengths = (ids != 0).sum(1)
     example = ids[lengths == lengths.median()][:1]
@@ -260,14 +261,15 @@ def speed(args, held_out, test_ids):
     for batch in (1, 32):
         groups = ids[: 64 if batch == 1 else 256].split(batch)
         count = sum(len(g) for g in groups)
-        calls, attention = engine_calls(session, groups)
+        with Attention() as attention:
+            calls = engine_calls(session, groups)
         with torch.no_grad():
             seconds = paired({
                 "session": lambda groups=groups: [session(g) for g in groups],
                 "stream": lambda groups=groups, b=batch: list(session.stream(torch.cat(groups), batch=b)),
                 "kept": lambda groups=groups: all_kept(session, groups),
                 "engines": lambda calls=calls: [engine(inputs) for engine, inputs in calls],
-                "theory": lambda calls=calls, more=attention: [
+                "theory": lambda calls=calls, more=attention.calls: [
                     *(engine(inputs) for engine, inputs in calls), *(op(*args) for op, args in more)
                 ],
                 "static packed session": lambda groups=groups: [packed(g) for g in groups],
@@ -278,7 +280,7 @@ def speed(args, held_out, test_ids):
         statics = [name for name in seconds if name.startswith("static")]
         best = min(statics, key=lambda name: np.median(seconds[name]))
         rows.append({
-            "network": args.network, "exits": " ".join(map(str, model.active)), "batch": batch, "threads": 1, "sentences": count,
+            "network": args.network, "exits": " ".join(map(str, model.active)), "batch": batch, "threads": 1, "sentences": count, **reached,
             **{f"{name.replace(' ', '_')}_per_s": count / float(np.median(s)) for name, s in seconds.items()},
             "best_static": best, "over_best_static": ratio(seconds[best], seconds["session"])[0],
             "stream_over_best_static": ratio(seconds[best], seconds["stream"])[0],
@@ -292,22 +294,9 @@ def speed(args, held_out, test_ids):
     append_rows(args.results / "text_exits_speed.csv", rows, {"data": f"{args.title}, test sentences"})
 
 
-def engine_calls(session, groups):
-    """Every engine call that the session makes for these batches, and every native attention between them (packed sentences
-    have none in their engines), with its inputs: the computing, without the deciding and the moving of rows."""
-    calls, attention = [], Attention()
-    for engine in session.engines():
-        engine.listener = lambda inputs, engine=engine: calls.append((engine, [t.clone() for t in inputs]))
-    with attention:
-        for ids in groups:
-            session(ids)
-    for engine in session.engines():
-        engine.listener = None
-    return calls, attention.calls
-
-
 class Attention(TorchDispatchMode):
-    """Keeps the calls of native attention that are made inside, with their inputs."""
+    """Keeps the calls of native attention that are made inside, with their inputs. Packed sentences have none in their
+    engines, and it is computing: neither deciding nor the moving of rows."""
 
     def __init__(self):
         super().__init__()
@@ -368,4 +357,4 @@ if __name__ == "__main__":
     elif args.what == "measure":
         measure(args, held_out, Bunches(*load(args, "test")))
     else:
-        speed(args, held_out, load(args, "test")[0])
+        speed(args, held_out, *load(args, "test"))

@@ -214,7 +214,7 @@ def _row(job: _Job, batch: int, rounds: int) -> Row:
     groups = _groups(samples, batch)
     rectangles = groups if job.cut is None else [job.cut(x) for x in groups]
     flat = [tree_leaves(x) for x in rectangles]
-    calls = _engine_calls(session, groups)
+    calls = engine_calls(session, groups)
     lengths_differ = job.cut is not None
     contestants: dict[str, Callable[[], object]] = {
         "session": lambda: [session(x) for x in groups],
@@ -306,7 +306,7 @@ def _spent(session: Session, cost: CostModel, samples: Any) -> float:
     return float(cost.spent(trace).mean()) if trace.calls else cost.always
 
 
-def _engine_calls(session: Session, groups: Sequence[Any]) -> list[tuple[Any, list[Tensor]]]:
+def engine_calls(session: Session, groups: Sequence[Any]) -> list[tuple[Any, list[Tensor]]]:
     """Every engine call that the session makes for these batches, in order, with its inputs."""
     calls: list[tuple[Any, list[Tensor]]] = []
     with _listening(session, calls):

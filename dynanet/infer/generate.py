@@ -55,6 +55,10 @@ class Due(NamedTuple):
     positions: Tensor
     there: Tensor | None = None
 
+    def present(self) -> Tensor:
+        """`there`, whoever is."""
+        return torch.ones_like(self.positions, dtype=torch.bool) if self.there is None else self.there
+
     def of(self, rows: Tensor) -> "Due":
         """Those of some rows, (R,) bool."""
         return Due(self.x[rows], self.positions[rows], None if self.there is None else self.there[rows])
@@ -96,7 +100,7 @@ class CopyState(Missing):
         assert self._cache is not None
         decoder = self._cache.decoder
         for layer in range(decoder.stage(stage).start, decoder.depth):
-            self._cache.remember(layer, tokens.x, rows, tokens.positions)
+            self._cache.remember(layer, tokens.x, rows[:, None], tokens.positions)
 
     def due(self, stage: int, tokens: Due, rows: Tensor) -> Due:  # noqa: D102
         return tokens
@@ -117,12 +121,10 @@ class Recompute(Missing):
         return Recompute(cache)
 
     def left(self, stage: int, tokens: Due, rows: Tensor) -> None:  # noqa: D102
-        there = torch.ones_like(tokens.positions, dtype=torch.bool) if tokens.there is None else tokens.there
-        which = there.nonzero()
-        placed = zip(which.tolist(), tokens.positions[there].tolist(), tokens.x[there], strict=True)
-        own = rows.tolist()
-        for (r, _), position, x in placed:
-            self._waiting.setdefault((stage, own[r]), {})[position] = x
+        there = tokens.present()
+        owners = rows[there.nonzero()[:, 0]].tolist()
+        for row, position, x in zip(owners, tokens.positions[there].tolist(), tokens.x[there], strict=True):
+            self._waiting.setdefault((stage, row), {})[position] = x
 
     def due(self, stage: int, tokens: Due, rows: Tensor) -> Due:  # noqa: D102
         waiting = [self._waiting.pop((stage, row), {}) for row in rows.tolist()]
@@ -135,8 +137,8 @@ class Recompute(Missing):
         there = torch.arange(longest, device=x.device) < counts[:, None]
         x[there] = torch.stack([t for w in waiting for t in w.values()])
         positions[there] = torch.tensor([p for w in waiting for p in w], device=x.device)
-        own = torch.ones_like(tokens.positions, dtype=torch.bool) if tokens.there is None else tokens.there
-        return Due(torch.cat([x, tokens.x], 1), torch.cat([positions, tokens.positions], 1), torch.cat([there, own], 1))
+        there = torch.cat([there, tokens.present()], 1)
+        return Due(torch.cat([x, tokens.x], 1), torch.cat([positions, tokens.positions], 1), there)
 
 
 @torch.no_grad()

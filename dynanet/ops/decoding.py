@@ -78,10 +78,8 @@ class Cache:
         self.values = [key.new_zeros(shape) for _ in range(decoder.depth)]
 
     def remember(self, layer: int, x: Tensor, rows: Tensor, positions: Tensor) -> None:
-        """Keys and values of x (R, S, D), for rows (R,) at positions (R, S), as input of the layer."""
-        key, value = self.decoder.key_value(layer, x)
-        self.keys[layer][rows[:, None], positions] = key
-        self.values[layer][rows[:, None], positions] = value
+        """Keys and values of x (..., D), as input of the layer; rows and positions broadcast to its leading axes."""
+        self.keys[layer][rows, positions], self.values[layer][rows, positions] = self.decoder.key_value(layer, x)
 
     def run(
         self, layers: Iterable[int], x: Tensor, rows: Tensor, positions: Tensor, there: Tensor | None = None
@@ -109,8 +107,7 @@ class Cache:
             places = rows[inside[0]], positions[inside]
             x = x[inside]
         for layer in layers:
-            key, value = self.decoder.key_value(layer, x)
-            self.keys[layer][places], self.values[layer][places] = key, value
+            self.remember(layer, x, *places)
             keys, values = (
                 (t[:, :seen] if everyone else t[rows, :seen]).transpose(1, 2)
                 for t in (self.keys[layer], self.values[layer])
