@@ -3,18 +3,18 @@
 A dynamic layer *runs* a unit *only* for the rows that keep it: it masks (dense, for training) or gathers (sparse, for
 speed), and both answer the same.
 
-    model = dynanet.zoo.msdnet(num_classes=10)
+    model = dynanet.zoo.msdnets(num_classes=10)
     cost = dynanet.CostModel(model, example)                        # what every unit costs
-    frontier = dynanet.infer.calibrate(model, held_out, cost)       # one pass; then any budget
+    frontier = dynanet.calibrate.frontier(model, held_out, cost)       # one pass; then any budget
     model = frontier.at(dynanet.Budget(macs=0.5 * cost.full))
-    session = dynanet.infer.Session(model, example)                 # really sparse
+    session = dynanet.session.Session(model, example)                 # really sparse
     answers = session(x)
 
 Shape suffixes in dense code: B batch, C channels, H height, W width, T tokens or time steps, D features.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dynanet.core.budget import Budget
 from dynanet.core.cost import CostModel
@@ -27,32 +27,39 @@ from dynanet.core.trace import Trace
 
 if TYPE_CHECKING:
     from dynanet import bench as bench
+    from dynanet import calibrate as calibrate
     from dynanet import data as data
+    from dynanet import experiment as experiment
     from dynanet import export as export
     from dynanet import gates as gates
-    from dynanet import infer as infer
-    from dynanet import inspect as inspect
+    from dynanet import generate as generate
     from dynanet import mechanisms as mechanisms
     from dynanet import nets as nets
     from dynanet import ops as ops
+    from dynanet import report as report
+    from dynanet import session as session
+    from dynanet import tasks as tasks
     from dynanet import train as train
     from dynanet import zoo as zoo
-    from dynanet.conversion import convert as convert
-    from dynanet.loading import load as load
+    from dynanet.core.convert import convert as convert
+    from dynanet.zoo.saved import load as load
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Budget", "CostModel", "Decision", "Dynamic", "DynanetError", "Gate", "Halt", "Trace",
     "convert", "execute", "forced", "load", "record",
-]
+]  # fmt: skip
 
-_FOLDERS = ("bench", "data", "export", "gates", "infer", "inspect", "mechanisms", "nets", "ops", "train", "zoo")
-_ELSEWHERE = {"convert": "dynanet.conversion", "load": "dynanet.loading"}
+_FOLDERS = (
+    "bench", "calibrate", "data", "experiment", "export", "gates", "generate", "mechanisms", "nets", "ops",
+    "report", "session", "tasks", "train", "zoo",
+)  # fmt: skip
+_ELSEWHERE = {"convert": "dynanet.core.convert", "load": "dynanet.zoo.saved"}
 
 
-def __getattr__(name: str):
-    """Folders and the heavier functions are imported when they are first asked for."""
+def __getattr__(name: str) -> Any:
+    """Folders and the heavier functions are imported when they are first used."""
     if name in _FOLDERS:
         return import_module(f"dynanet.{name}")
     if name in _ELSEWHERE:

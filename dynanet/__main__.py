@@ -2,6 +2,6 @@
 
 import sys
 
-from dynanet.cli import main
+from dynanet.cli.commands import main
 
 sys.exit(main())

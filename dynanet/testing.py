@@ -84,7 +84,8 @@ def check_nested(make: Callable[[Callable[[nn.Module], nn.Module]], nn.Module], 
 
 def check_equal(model: nn.Module, example: Tensor, *, draws: int = 6) -> None:
     """Laws 1, 3 and 4, in float64 to 1e-12 and in float32: own decisions, all on, all off, random ones, and for
-    batches of all samples, one, and none."""
+    batches of all samples, one, and none.
+    """
     exact, close = copy.deepcopy(model).double().eval(), copy.deepcopy(model).float().eval()
     decisions = [None, *_forcings(draws)]
     cost = CostModel(exact, example.double())
@@ -177,7 +178,7 @@ def _differentiable(rule: nn.Module) -> bool:
 
 
 class _Pass:
-    def __init__(self, answer: Any, trace: Trace):
+    def __init__(self, answer: Any, trace: Trace) -> None:
         self.answer, self.trace = answer, trace
 
 
@@ -279,7 +280,7 @@ def _size(x: Tensor) -> Tensor:
 class _Constant(nn.Module):
     """A fixed answer of the right shape, in place of a unit that does not run."""
 
-    def __init__(self, shape: Sequence[int]):
+    def __init__(self, shape: Sequence[int]) -> None:
         super().__init__()
         self.shape = tuple(shape)
 

@@ -20,20 +20,20 @@ import numpy as np
 import torch
 
 from dynanet import Budget, CostModel, execute, forced, record, zoo
-from dynanet.bench.compare import compare
+from dynanet.bench.comparison import compare
 from dynanet.bench.machine import append_rows
 from dynanet.data.augment import channel_stats
-from dynanet.data.boxed import AsTheyAre, ZoomFlipBoxes, to_memory
+from dynanet.data.detection import Normalize, RandomResizedFlipBoxes, to_memory
 from dynanet.data.voc import load_voc
-from dynanet.infer.average_precision import average_precision
-from dynanet.infer.detect import decode
-from dynanet.inspect.positions import beside_boxes, units_per_position
 from dynanet.mechanisms.position_halting import PositionPonderCost
+from dynanet.report.positions import beside_boxes, units_per_position
+from dynanet.tasks.detection.decoding import decode
+from dynanet.tasks.detection.loss import DetectionLoss
+from dynanet.tasks.detection.precision import average_precision
 from dynanet.train import (
     Batches,
-    DetectionLoss,
+    BudgetPenalty,
     TargetRate,
-    Within,
     adamw,
     fit,
     load_weights,
@@ -60,7 +60,7 @@ def skip(share):
     """A budget, tightened over the first half of training."""
 
     def objective(cost):
-        budget = Within(Budget(macs=share * cost.full), cost)
+        budget = BudgetPenalty(Budget(macs=share * cost.full), cost)
         return DetectionLoss() + 4.0 * budget, (tighten_budget(budget),)
 
     return zoo.detector_skip(num_classes=3), objective
@@ -86,12 +86,17 @@ NETWORKS = {
 class Blood:
     """The data, opened."""
 
-    def __init__(self, folder, seed=0, batch=8):
+    def __init__(self, folder, seed=0, batch=8) -> None:
         self.train, self.held_out, self.test = (to_memory(load_voc(folder, p), SIZE) for p in ("train", "val", "test"))
         mean, std = channel_stats(self.train.images)
-        self.plain = AsTheyAre(mean, std)
+        self.plain = Normalize(mean, std)
         self.batches = Batches(
-            self.train, batch, shuffle=True, drop_last=True, seed=seed, collate=ZoomFlipBoxes(mean, std).collate
+            self.train,
+            batch,
+            shuffle=True,
+            drop_last=True,
+            seed=seed,
+            collate=RandomResizedFlipBoxes(mean, std).collate,
         )
         self.validation = Batches(self.held_out, 29, collate=self.plain.collate)
 
@@ -191,7 +196,7 @@ def speed(args):
     data = Blood(args.data, args.seed)
     for name in args.names or finished(args):
         model, _ = trained(name, args)
-        rows = compare(model, data.inputs(data.test), batches=(1, 8), rounds=args.rounds, tell=print)
+        rows = compare(model, data.inputs(data.test), batches=(1, 8), rounds=args.rounds, echo=print)
         append_rows(
             args.results / "bccd_speed.csv", [asdict(row) for row in rows], {"network": name, "data": "BCCD, test"}
         )

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from dynanet import CostModel, execute, forced, record
-from dynanet.bench.compare import compare
+from dynanet.bench.comparison import compare
 from dynanet.bench.machine import append_rows
 from dynanet.core.dynamic import layers
 from dynanet.core.errors import ConfigError
@@ -195,7 +195,7 @@ class Experiment:
                 model = self.trained(name, args)
                 rows = compare(
                     model, self.samples, threads=[1], rounds=args.rounds, full=self.finished([*self.static][-1], args),
-                    tell=print,
+                    echo=print,
                 )  # fmt: skip
                 append_rows(args.results / f"{self.name}_speed.csv", [asdict(row) for row in rows], {"network": name})
 
@@ -240,7 +240,8 @@ def at_same_macs(row, others):
 
 def of_another(samples):
     """The keep of another sample: the same rate, and no longer this input's. Positions of an image: all of another
-    image's, so that masks stay as ragged as they are. Tokens: of another row."""
+    image's, so that masks stay as ragged as they are. Tokens: of another row.
+    """
     order = torch.randperm(samples)
 
     def keep(decision):

@@ -17,18 +17,18 @@ import numpy as np
 import torch
 
 from dynanet import Budget, CostModel, execute, forced, record, zoo
-from dynanet.bench.compare import dense_engines
+from dynanet.bench.comparison import dense_engines
 from dynanet.bench.machine import append_rows
-from dynanet.bench.paired import paired, ratio
+from dynanet.bench.timing import paired, ratio
+from dynanet.calibrate.frontier import with_thresholds
 from dynanet.core.dynamic import everything
 from dynanet.core.files import write_atomically
-from dynanet.experiment import Data, Experiment, Model, Recipe
-from dynanet.infer import Session
-from dynanet.infer.calibrate import with_thresholds
-from dynanet.inspect.colours import class_colours, ramp
-from dynanet.inspect.pictures import png
+from dynanet.experiment.config import Data, Experiment, Model, Recipe
+from dynanet.experiment.run import RequestedBudgets, Run
 from dynanet.mechanisms.pixel_cascade import left_at
-from dynanet.runs import Asked, Run
+from dynanet.report.colours import class_colours, ramp
+from dynanet.report.pictures import png
+from dynanet.session import Session
 
 NETWORKS = {
     "cascade": Model("layer_cascade"),
@@ -60,7 +60,7 @@ def measure(args):
             continue
         run = opened(name, args)
         if name == "cascade":
-            run.calibrate(Asked(shares=SHARES))
+            run.calibrate(RequestedBudgets(shares=SHARES))
         results = run.evaluate()
         rows = [
             {"network": name, "point": p["name"], "macs": p["macs"], "full_macs": results["full_macs"],
@@ -129,7 +129,8 @@ def as_static(cascade):
 @torch.no_grad()
 def picture(args, images=4):
     """Of test images the exit at which every position left, and the classes found. `report` shows them with the images,
-    which are not ours to hand on."""
+    which are not ours to hand on.
+    """
     run = opened("cascade", args)
     problem, (model, setting) = run.problem, run.explained()
     x, y = (torch.cat(each) for each in zip(*problem.test, strict=True))

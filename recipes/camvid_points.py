@@ -18,11 +18,11 @@ from torch.nn import functional
 
 from dynanet import CostModel, execute, forced
 from dynanet.bench.machine import append_rows
-from dynanet.bench.paired import paired, ratio
-from dynanet.experiment import Data, open_problem
-from dynanet.infer import Session
+from dynanet.bench.timing import paired, ratio
+from dynanet.experiment.config import Data, open_problem
 from dynanet.mechanisms.point_refine import PointHead, PointLoss, PointRefine
 from dynanet.nets.resnet import basic_block
+from dynanet.session import Session
 from dynanet.train import fit, load_weights, newest, one_cycle, sgd
 from dynanet.train.checkpoint import step_files
 
@@ -33,7 +33,7 @@ WIDTHS = (32, 64, 96, 128)
 class Coarse(nn.Module):
     """Images to (features at a half, logits at an eighth); a quarter of a giga-MAC at 180 x 240 pixels."""
 
-    def __init__(self, classes):
+    def __init__(self, classes) -> None:
         super().__init__()
         half, quarter, eighth, sixteenth = WIDTHS
         self.stem = nn.Sequential(nn.Conv2d(3, half, 3, 2, 1, bias=False), nn.BatchNorm2d(half), nn.ReLU())
@@ -93,7 +93,9 @@ def measure(args):
         sessions[name] = Session(model, x[:1], batches=(1,))
     with torch.no_grad():
         frames = x.split(1)
-        seconds = paired({n: lambda s=s: [s(frame) for frame in frames] for n, s in sessions.items()}, rounds=args.rounds)
+        seconds = paired(
+            {n: lambda s=s: [s(frame) for frame in frames] for n, s in sessions.items()}, rounds=args.rounds
+        )
     for row in rows:
         mine = seconds[row["points"]]
         row["ms"] = 1e3 * float(np.median(mine)) / len(frames)

@@ -21,7 +21,7 @@ from dynanet import Budget, Gate, convert
 from dynanet.gates.rules import Gumbel, TopK
 from dynanet.mechanisms.experts import BatchCoupledTopK, BiasedTopK, Experts, RouterScorer, sigmoid_over_kept
 from dynanet.mechanisms.neuron_skip import LowRankScorer, NeuronSkip, moefy
-from dynanet.train import Batches, CrossEntropy, LoadBalance, RouterZ, Within, adamw, tighten_budget
+from dynanet.train import Batches, BudgetPenalty, CrossEntropy, LoadBalance, RouterZ, adamw, tighten_budget
 
 CONTEXT, EMBEDDED, WIDTH, HIDDEN, EXPERTS, ACTIVE = 16, 24, 256, 1024, 8, 2
 
@@ -29,7 +29,7 @@ CONTEXT, EMBEDDED, WIDTH, HIDDEN, EXPERTS, ACTIVE = 16, 24, 256, 1024, 8, 2
 class Residual(nn.Module):
     """x + feed_forward(norm(x))."""
 
-    def __init__(self, feed_forward):
+    def __init__(self, feed_forward) -> None:
         super().__init__()
         self.norm, self.feed_forward = nn.LayerNorm(WIDTH), feed_forward
 
@@ -105,7 +105,7 @@ def converted(batches, trained):
 
 def quarter(model, cost):
     """Cross-entropy, and a budget of a quarter of the gated MACs."""
-    budget = Within(Budget(macs=cost.always + 0.25 * (cost.full - cost.always)), cost)
+    budget = BudgetPenalty(Budget(macs=cost.always + 0.25 * (cost.full - cost.always)), cost)
     return CrossEntropy() + 4.0 * budget, (tighten_budget(budget),)
 
 

@@ -21,22 +21,22 @@ from torch import nn
 
 from dynanet import Budget, CostModel, zoo
 from dynanet.bench.machine import append_rows
-from dynanet.experiment import Data, open_problem
-from dynanet.gates.confidence import Entropy, LearnedGate, LearnedScore, MaxProbability, Patience, PerExit
-from dynanet.infer import (
+from dynanet.calibrate import (
     Frontier,
     cost_weight,
     fit_gates,
     fit_scores,
-    learned,
     outcome,
-    paying,
     schedule,
+    select_exits,
     tabulate,
     with_exits,
+    with_learned_confidence,
 )
-from dynanet.infer.anytime import anytime, at_random
-from dynanet.infer.choice import choose
+from dynanet.calibrate.anytime import anytime_curve, random_exits
+from dynanet.calibrate.operating_point import choose
+from dynanet.experiment.config import Data, open_problem
+from dynanet.gates.confidence import Entropy, LearnedGate, LearnedScore, MaxProbability, Patience, PerExit
 from dynanet.mechanisms.early_exit import JointGates
 from dynanet.train import MultiExit, adamw, sgd
 
@@ -179,7 +179,7 @@ def of_network(name, budgets, experiment, args):
         Frontier(model, tabulate(model, part, cost, keep_logits=True))
         for part in (experiment.held_out, experiment.test)
     )
-    for k, point in enumerate(anytime(test.table)):
+    for k, point in enumerate(anytime_curve(test.table)):
         yield {"criterion": f"all at exit {k + 1}", "macs": point.macs, "accuracy": point.accuracy}
     sample = experiment.samples[:1]
     for share in budgets:
@@ -190,9 +190,16 @@ def of_network(name, budgets, experiment, args):
             continue
         for criterion, fit in CRITERIA.items():
             confidence = fit(held_out.table, budget)
-            yield reached(criterion, share, learned(held_out, confidence), learned(test, confidence), budget, sample)
+            yield reached(
+                criterion,
+                share,
+                with_learned_confidence(held_out, confidence),
+                with_learned_confidence(test, confidence),
+                budget,
+                sample,
+            )
         planned = schedule(held_out, budget)
-        done = learned(test, PerExit([planned.confidence.at(k) for k in range(planned.steps - 1)]))
+        done = with_learned_confidence(test, PerExit([planned.confidence.at(k) for k in range(planned.steps - 1)]))
         yield row_of("learned score, scheduled", share, budget, outcome(done.table, planned.thresholds.numpy()), done)
 
 
@@ -205,7 +212,7 @@ def reached(criterion, share, held_out, test, budget, sample):
     if isinstance(confidence.at(0), REMEMBERS):
         return row
     macs = held_out.model.exit_macs(sample)
-    exits = paying(held_out.table, macs, budget)
+    exits = select_exits(held_out.table, macs, budget)
     left = with_exits(held_out.table, exits, macs)
     bound = Budget(macs=min(budget.macs, float(left.mean_macs.max())))
     fewer = outcome(with_exits(test.table, exits, macs), choose(left, bound).thresholds)
@@ -219,7 +226,7 @@ def row_of(criterion, share, budget, done, test):
     """What was reached on test images, and by lot."""
     return {
         "criterion": criterion, "budget": share, "asked_macs": budget.macs, "macs": done.macs,
-        "accuracy": done.accuracy, "random_accuracy": at_random(test.table, done.share).accuracy,
+        "accuracy": done.accuracy, "random_accuracy": random_exits(test.table, done.share).accuracy,
         "shares": " ".join(f"{s:.3f}" for s in done.share),
     }  # fmt: skip
 

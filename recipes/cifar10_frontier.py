@@ -20,16 +20,17 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from dynanet import Budget, CostModel, zoo
-from dynanet.bench.compare import check_equivalent, dense_engines
+from dynanet.bench.comparison import check_equivalent, dense_engines
 from dynanet.bench.machine import facts
-from dynanet.bench.paired import paired, ratio
+from dynanet.bench.timing import paired, ratio
+from dynanet.calibrate import anytime_curve, calibrate, outcome, random_exits, tabulate
 from dynanet.core.files import write_csv
 from dynanet.core.macs import CountMacs
 from dynanet.data.augment import channel_stats, normalise
 from dynanet.data.parquet import load_parquet
 from dynanet.data.splits import hold_out
-from dynanet.infer import Session, anytime, at_random, calibrate, outcome, tabulate
 from dynanet.mechanisms.cascade import Cascade
+from dynanet.session import Session
 
 EXITING = {
     "staged": partial(zoo.staged_resnet, num_classes=10, depths=(1, 2, 2), context=64),
@@ -87,7 +88,7 @@ def each(run, groups):
 
 def frontier_rows(name, network, frontier, table):
     """Everything at each exit, and twenty budgets."""
-    for k, point in enumerate(anytime(table)):
+    for k, point in enumerate(anytime_curve(table)):
         yield {"network": f"{name}, all at exit {k + 1}", "macs": point.macs, "accuracy": point.accuracy,
                "epochs": network.epochs}  # fmt: skip
     for choice in frontier.curve(20):
@@ -95,7 +96,7 @@ def frontier_rows(name, network, frontier, table):
         yield {
             "network": f"{name}, early exit", "asked_macs": choice.asked.macs, "macs": reached.macs,
             "accuracy": reached.accuracy, "held_out_accuracy": choice.accuracy,
-            "random_exits_accuracy": at_random(table, reached.share).accuracy,
+            "random_exits_accuracy": random_exits(table, reached.share).accuracy,
             "shares": " ".join(f"{s:.3f}" for s in reached.share), "epochs": network.epochs,
         }  # fmt: skip
 

@@ -14,9 +14,9 @@ from beside import Experiment, Recipe, arguments, cross_entropy
 from torch import nn
 
 from dynanet import Budget, CostModel, Gate, convert, zoo
-from dynanet.experiment import Data, open_problem
+from dynanet.experiment.config import Data, open_problem
 from dynanet.gates.recurrent import RecurrentGate
-from dynanet.gates.rules import Bernoulli, Gumbel, Pick, Soft, StraightThrough
+from dynanet.gates.rules import Bernoulli, Gumbel, RelaxedTopK, Sigmoid, StraightThrough
 from dynanet.gates.scorers import ContextScorer, PooledScorer
 from dynanet.mechanisms.channel_gating import ChannelGating, ThresholdTarget
 from dynanet.mechanisms.channel_skip import ChannelSkip, SaliencyL1, fbs_gate
@@ -35,6 +35,7 @@ from dynanet.nets.slim import SlimBatchNorm2d, SlimConv2d, SlimLinear, SlimResid
 from dynanet.nets.squeeze_excite import SqueezeExcite
 from dynanet.ops.tiles import Tiles
 from dynanet.train import (
+    BudgetPenalty,
     CrossEntropy,
     DropReward,
     LoadBalance,
@@ -42,7 +43,6 @@ from dynanet.train import (
     Reinforce,
     SkipReward,
     TargetRate,
-    Within,
     adamw,
     anneal_temperature,
     deployed_reward,
@@ -69,7 +69,7 @@ def within(share, weight=4.0):
 
     def objective(model, cost):
         full = CostModel(static(), torch.zeros(1, 3, 32, 32)).full
-        budget = Within(Budget(macs=share * full), cost)
+        budget = BudgetPenalty(Budget(macs=share * full), cost)
         return CrossEntropy() + weight * budget, (tighten_budget(budget),)
 
     return objective
@@ -156,7 +156,7 @@ def drop(*more, penalty=DROP_PENALTY):
 class SelfCritical(Objective):
     """REINFORCE whose baseline is what the policy would have earned as deployed: a second pass over the batch."""
 
-    def __init__(self, model, reward):
+    def __init__(self, model, reward) -> None:
         self.model, self.reward, self.x = model, reward, None
         model.register_forward_pre_hook(self._see)
 
@@ -170,7 +170,7 @@ class SelfCritical(Objective):
         earned = self.reward(answer, y, trace)
         return surrogate(trace, earned - deployed_reward(self.model, self.x, y, self.reward))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"SelfCritical({self.reward!r})"
 
 
@@ -182,7 +182,7 @@ def path_select(*, norm=False):
         cheap = nn.Conv2d(conv.in_channels, conv.out_channels, 1, conv.stride, bias=False)
         cheap = nn.Sequential(cheap, nn.BatchNorm2d(conv.out_channels), nn.ReLU())
         scorer = PooledScorer(conv.in_channels, 2, bias=0.0, norm=norm)
-        return PathSelect([cheap, block], Gate(scorer, Pick(noise=not norm, hard=norm), units=2))
+        return PathSelect([cheap, block], Gate(scorer, RelaxedTopK(noise=not norm, hard=norm), units=2))
 
     return convert(static(), {"[1-5]": two_ways})
 
@@ -205,7 +205,9 @@ def channel_skip_normed():
 
     def gated(block):
         first, norm, _, second, last = block.branch
-        gate = Gate(PooledScorer(first.in_channels, 4, hidden=0, bias=0.0, norm=True), Pick(2, hard=True), units=4)
+        gate = Gate(
+            PooledScorer(first.in_channels, 4, hidden=0, bias=0.0, norm=True), RelaxedTopK(2, hard=True), units=4
+        )
         gates, afters = [gate, fbs_gate(second.in_channels, 1, 1.0)], [nn.ReLU(), nn.Identity()]
         block.branch = ChannelSkip([first, second], gates, [4, 1], norms=[norm, last], afters=afters)
         return block
@@ -215,7 +217,8 @@ def channel_skip_normed():
 
 def channel_gating(tiles=None):
     """In every block but the first, convolutions read a quarter of the channels, and then the others where it pays: for
-    an image, or with `tiles` for parts of it, where a convolution does not stride."""
+    an image, or with `tiles` for parts of it, where a convolution does not stride.
+    """
 
     def gated(block):
         first, _, _, second, _ = block.branch
@@ -269,7 +272,7 @@ def slimmable_widths():
     blocks = [block(early, middle, 2), block(middle, middle, 1), block(middle, late, 2), block(late, late, 1)]
     net = SlimSequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), SlimLinear(late, 10))
     heads = DoubleHead(WIDTHS[0], len(ratios), hidden=16)
-    slim = Slimmable(net, Gate(heads, Pick(noise=True, hard=True), units=len(ratios)))
+    slim = Slimmable(net, Gate(heads, RelaxedTopK(noise=True, hard=True), units=len(ratios)))
     slim.between = 2
     slim.bootstrap(0.99)
     return nn.Sequential(static()[:2], slim)
@@ -323,7 +326,7 @@ def soft_tree():
     def router():
         width = WIDTHS[next(edges)]
         conv = nn.Conv2d(width, 16, 3, 2, 1, bias=False)
-        return Gate(nn.Sequential(conv, nn.BatchNorm2d(16), nn.ReLU(), PooledScorer(16, bias=0.0)), Soft())
+        return Gate(nn.Sequential(conv, nn.BatchNorm2d(16), nn.ReLU(), PooledScorer(16, bias=0.0)), Sigmoid())
 
     return full_tree(2, router, leaf=lambda: LeafClassifier(piece(2, 3)), before=piece)
 

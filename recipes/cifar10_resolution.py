@@ -17,18 +17,18 @@ from cifar10_mechanisms import STATIC, WIDTHS, static, within
 from torch import nn
 
 from dynanet import Budget, CostModel, Gate
-from dynanet.experiment import Data, open_problem
-from dynanet.gates.rules import Pick
+from dynanet.calibrate import calibrate
+from dynanet.experiment.config import Data, open_problem
+from dynanet.gates.rules import RelaxedTopK
 from dynanet.gates.scorers import PooledScorer
-from dynanet.infer import calibrate
 from dynanet.mechanisms.glance_focus import (
-    Anywhere,
-    Drawn,
     GlanceFocus,
+    LearnedCrops,
     PlacePolicy,
     PlaceReward,
+    RandomCrops,
     RecurrentHead,
-    Steered,
+    SampledCrops,
 )
 from dynanet.mechanisms.resolution_select import ResolutionSelect
 from dynanet.nets.spatial_transformer import Resize
@@ -46,7 +46,7 @@ def resolution():
         *(nn.Conv2d(8, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()),
         PooledScorer(16, units=len(SIZES), bias=0.0),
     )
-    return ResolutionSelect(static(), SIZES, Gate(look, Pick(noise=True, hard=True), units=len(SIZES)))
+    return ResolutionSelect(static(), SIZES, Gate(look, RelaxedTopK(noise=True, hard=True), units=len(SIZES)))
 
 
 def at_size(side):
@@ -84,15 +84,15 @@ def dynamic(held_out):
     found = {
         **{f"size-{side}": Recipe(partial(at_size, side)) for side in SIZES[:-1]},
         "resolution": Recipe(resolution, within(0.5)),
-        "glance_steered": Recipe(partial(glance, Steered()), every_glimpse),
-        "glance_anywhere": Recipe(partial(glance, Anywhere()), every_glimpse),
+        "glance_steered": Recipe(partial(glance, LearnedCrops()), every_glimpse),
+        "glance_anywhere": Recipe(partial(glance, RandomCrops()), every_glimpse),
         # Encoders and head stand still while the policy learns by what its crops were worth; then the other way round.
         "glance_drawn": Recipe(
-            partial(with_places, Drawn(0.15)), lambda model, cost: (PlaceReward(), ()), start="glance_anywhere",
+            partial(with_places, SampledCrops(0.15)), lambda model, cost: (PlaceReward(), ()), start="glance_anywhere",
             epochs=2, optimizer=adamw(1e-3), frozen=lambda model: (model.glance, model.focus, model.head),
         ),
         "glance_staged": Recipe(
-            partial(with_places, Steered()), every_glimpse, start="glance_drawn", epochs=2,
+            partial(with_places, LearnedCrops()), every_glimpse, start="glance_drawn", epochs=2,
             optimizer=sgd(0.02, weight_decay=5e-4), frozen=lambda model: (model.policy,),
         ),
     }  # fmt: skip

@@ -16,27 +16,27 @@ from beside import Experiment, Recipe, arguments
 from cifar10_mechanisms import drop, thresholds
 
 from dynanet import Budget, Gate, zoo
-from dynanet.experiment import Data, open_problem
+from dynanet.experiment.config import Data, open_problem
 from dynanet.gates.rules import Gumbel
 from dynanet.mechanisms.channel_skip import SaliencyL1
 from dynanet.mechanisms.slimmable import EnsembleBootstrapping, SandwichGate
 from dynanet.nets.resnet import cifar_resnet
 from dynanet.train import (
+    BudgetPenalty,
     CrossEntropy,
     LoadBalance,
     Reinforce,
     RouterZ,
     SkipReward,
     TargetRate,
-    Within,
     adamw,
     sample_gates,
     sgd,
     tighten_budget,
 )
-from dynanet.zoo.blockdrop import load_static
-from dynanet.zoo.convnet_aig import target_rates
-from dynanet.zoo.ds_net import slimmable_mobilenet
+from dynanet.zoo.aig_nets import target_rates
+from dynanet.zoo.blockdrop_nets import load_static
+from dynanet.zoo.ds_nets import slimmable_mobilenet
 
 RESNET = {"num_classes": 10, "depth": 14, "widths": (16, 32, 64)}
 MOBILENET = {"num_classes": 10, "depths": (1, 1, 1, 2, 1), "strides": (1, 1, 2, 2, 2, 1)}
@@ -73,7 +73,8 @@ def rates(share):
 
 def skipnet_warm():
     """Its first stage, with gates that sample and a rate. Soft gates, as the paper has them, were tried: all of them stay
-    above a half for every image, so that none is closed when they are cut there, and the second stage finds no other."""
+    above a half for every image, so that none is closed when they are cut there, and the second stage finds no other.
+    """
     model = zoo.skipnet(**RESNET)
     for gate in model.modules():
         if isinstance(gate, Gate):
@@ -99,7 +100,7 @@ def budgeted(share):
     """Who needs width, the answer's cross-entropy, and a budget of the widest network's MACs."""
 
     def objective(model, cost):
-        budget = Within(Budget(macs=share * cost.full), cost)
+        budget = BudgetPenalty(Budget(macs=share * cost.full), cost)
         return SandwichGate(balanced=True) + CrossEntropy() + 4.0 * budget, (tighten_budget(budget),)
 
     return objective

@@ -1,5 +1,6 @@
 """Tables along a scale: accuracy over MACs of `cifar10_frontier.py`, points made anew of `camvid_points.py`, letters of
-`shakespeare_depths.py`."""
+`shakespeare_depths.py`.
+"""
 
 import numpy as np
 from mechanism_tables import NOTHING
@@ -76,5 +77,7 @@ def depths():
     for row in found:
         others = [f"{float(row[key]):.3f}" if row[key] else "" for key in ("static_bits", "full_bits", "random_bits")]
         kept = percent(float(row["kept"])) if row["static_bits"] else ""
-        lines.append(f"| {row['network']} | {float(row['bits']):.3f} | {float(row['macs']) / 1e3:.0f} k | {kept} | {' | '.join(others)} |")
+        lines.append(
+            f"| {row['network']} | {float(row['bits']):.3f} | {float(row['macs']) / 1e3:.0f} k | {kept} | {' | '.join(others)} |"
+        )
     return lines

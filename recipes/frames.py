@@ -36,13 +36,13 @@ from torch.utils.data import Dataset
 
 from dynanet import Budget, CostModel, execute, forced, record
 from dynanet.bench.machine import append_rows
+from dynanet.calibrate import Frontier, tabulate
+from dynanet.calibrate.frontier import apply
 from dynanet.core.macs import CountMacs
-from dynanet.data.parts import Alike
+from dynanet.data.parts import BucketedBatches
 from dynanet.data.ragged import Sequences, with_lengths
 from dynanet.data.speech import HOP_S, load_spoken_digits
-from dynanet.gates.rules import Pick
-from dynanet.infer import Frontier, tabulate
-from dynanet.infer.calibrate import apply
+from dynanet.gates.rules import RelaxedTopK
 from dynanet.mechanisms.clip_sampling import ClassSalience, ClipSampling, SalienceRank
 from dynanet.mechanisms.frame_exit import ExitGate, ExitLabels, FrameExit, coarse_to_fine, frames_read
 from dynanet.mechanisms.frame_select import EvenUse, FrameCost, FrameSelect
@@ -71,11 +71,11 @@ BESIDE = {  # by the first word of a network: static ones beside it, and those t
 class Films(Dataset):
     """Recordings as pictures (frames, 1, bands, steps), and their labels."""
 
-    def __init__(self, recordings):
+    def __init__(self, recordings) -> None:
         self.films = [steps.unfold(0, WIDE, APART)[:, None] for steps in recordings.sequences]
         self.labels = recordings.labels
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.films)
 
     def __getitem__(self, index):
@@ -102,7 +102,7 @@ def encoder(channels, size=SIZES[-1]):
 class Static(nn.Module):
     """Sees every picture, or so many evenly apart, at one size; if `drawn`, one by lot in training, as clips are."""
 
-    def __init__(self, pool, channels, size=SIZES[-1], frames=LONGEST, drawn=False):
+    def __init__(self, pool, channels, size=SIZES[-1], frames=LONGEST, drawn=False) -> None:
         super().__init__()
         self.encode, self.head = encoder(channels, size), nn.Linear(4 * channels, CLASSES)
         self.pool, self.frames, self.drawn = pool, frames, drawn
@@ -163,7 +163,7 @@ def selecting(kind, coarse, full):
     look, nets = encoder(CHANNELS[1], SIZES[0]), [each(coarse), each(full)]
     return FrameSelect(
         look, nets, SIZES, features=4 * CHANNELS[1], hidden=32, num_classes=CLASSES, skips=(1, 2),
-        light=nn.Linear(32, CLASSES), rule=Pick(noise=kind == "frame_select", hard=True),
+        light=nn.Linear(32, CLASSES), rule=RelaxedTopK(noise=kind == "frame_select", hard=True),
     )  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def experiment(args):
             joint = f"{kind} {price}, joint"
             dynamic[joint] = Recipe(begun, partial(priced, price), full)
             dynamic[f"{kind} {price}"] = Recipe(lambda net: net, start=joint, frozen=lambda model: [model.policy])
-    bunches = Alike(train, [len(film) for film in train.films], 64, args.seed)
+    bunches = BucketedBatches(train, [len(film) for film in train.films], 64, args.seed)
     found = Experiment(
         "frames", "spoken digits as films of spectrogram pictures", static=static, dynamic=dynamic,
         train=Batches(bunches, 1, shuffle=True, seed=args.seed, collate=bunches.collate),

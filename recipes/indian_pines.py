@@ -18,9 +18,9 @@ import torch
 from sklearn.svm import SVC
 
 from dynanet.bench.machine import append_rows
-from dynanet.experiment import Data, Experiment, Model, Recipe
-from dynanet.reports import point
-from dynanet.runs import Asked, Run
+from dynanet.experiment.config import Data, Experiment, Model, Recipe
+from dynanet.experiment.report import point
+from dynanet.experiment.run import RequestedBudgets, Run
 
 
 def svm(scene):
@@ -67,7 +67,7 @@ def main():
         start = time.monotonic()
         run.train(progress=False)
         seconds = time.monotonic() - start
-        run.calibrate(Asked(shares=(0.75, 0.5, 0.35, 0.25), risk=0.05))
+        run.calibrate(RequestedBudgets(shares=(0.75, 0.5, 0.35, 0.25), risk=0.05))
         found = run.evaluate()
         row = {
             "seed": seed,

@@ -29,19 +29,19 @@ import torch
 from torch import nn
 
 from dynanet import CostModel, Gate, execute, forced, record
-from dynanet.bench.compare import dense_engines
+from dynanet.bench.comparison import dense_engines
 from dynanet.bench.machine import append_rows
-from dynanet.bench.paired import paired, ratio
+from dynanet.bench.timing import paired, ratio
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import everything
 from dynanet.gates.rules import Threshold, TopK
 from dynanet.gates.scorers import ContextScorer
-from dynanet.infer import Session
 from dynanet.mechanisms.experts import Experts, RouterScorer
 from dynanet.mechanisms.neuron_skip import LowRankScorer, NeuronSkip
 from dynanet.mechanisms.spatial_skip import SpatialSkip
 from dynanet.ops.native import library
 from dynanet.ops.tiles import Tiles
+from dynanet.session import Session
 
 KEEPS, BATCHES = (0.1, 0.25, 0.5), (1, 8, 64, 256)
 
@@ -122,7 +122,7 @@ def pixels(branch, channels, side, layers=2, tile=1, dilate=True):
 class MaskGiven(nn.Module):
     """A gate that looks at nothing: one mask (1, H, W, 1) for all images."""
 
-    def __init__(self, keep):
+    def __init__(self, keep) -> None:
         super().__init__()
         self.register_buffer("keep", keep)
 
@@ -178,7 +178,7 @@ SETS = {
 class Without:
     """A session made and run without native kernels."""
 
-    def __init__(self, *arguments, **settings):
+    def __init__(self, *arguments, **settings) -> None:
         with library.using(""):
             self.session = Session(*arguments, **settings)
 

@@ -259,7 +259,10 @@ OTHERWISE = {  # cards whose rows are of another kind
     "scene_exit": scenes,
     "position_halting": boxes,
     "pixel_cascade": labels,
-    **{card: partial(worth, card) for card in ("update_skip", "skim", "early_stop", "jump", "frame_select", "frame_exit", "clip_sampling")},
+    **{
+        card: partial(worth, card)
+        for card in ("update_skip", "skim", "early_stop", "jump", "frame_select", "frame_exit", "clip_sampling")
+    },
 }
 
 
@@ -480,7 +483,9 @@ def speed_targets():
             yield f"{size} over the roofline, {tokens} tokens", 0.8, of(size, tokens, "over_roofline")
     for name in ("SST-2", "TREC"):
         for batch in ("1", "32"):
-            mine = [r for r in quiet(rows("text_exits_speed.csv")) if r["data"].startswith(name) and r["batch"] == batch]
+            mine = [
+                r for r in quiet(rows("text_exits_speed.csv")) if r["data"].startswith(name) and r["batch"] == batch
+            ]
 
             def text(column, mine=mine):
                 return [float(row[column]) for row in mine]

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from dynanet import zoo
-from dynanet.bench.compare import compare
+from dynanet.bench.comparison import compare
 from dynanet.bench.machine import append_rows
-from dynanet.infer.budgeted import geometric, thresholds_for_share
+from dynanet.calibrate.budgeted import geometric, thresholds_for_share
 
 NETWORKS = {"msdnet": ("MSDNet", zoo.msdnet), "ranet": ("RANet", zoo.ranet)}
 
@@ -69,7 +69,7 @@ def main():
     x = torch.randn(512, 3, 32, 32) * 2 * torch.rand(512, 1, 1, 1)
     title, build = NETWORKS[args.network]
     model = network(build, x)
-    rows = compare(model, x, batches=args.batches, threads=args.threads, rounds=args.rounds, tell=print)
+    rows = compare(model, x, batches=args.batches, threads=args.threads, rounds=args.rounds, echo=print)
     args.results.mkdir(exist_ok=True)
     about = {"network": f"{title} CIFAR budgeted, {model.steps} exits, random weights", "exits": "geometric, ratio 0.5"}
     append_rows(args.results / f"{args.network}_speed.csv", [asdict(row) for row in rows], about)

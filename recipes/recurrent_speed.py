@@ -9,7 +9,7 @@ weights, and its bias is set so that a share of all steps is read; sequences dif
 timed. One thread; contestants are interleaved, figures are medians over rounds; every repeat of a network is a process
 of its own, and every row of it is kept.
 
-Columns as in `dynanet/bench/compare.py`: `session_ms` and `best_dense_ms` per sequence, `over_best_dense` their ratio,
+Columns as in `dynanet/bench/comparison.py`: `session_ms` and `best_dense_ms` per sequence, `over_best_dense` their ratio,
 `over_reference` against the loop over torch's cell; `macs_ratio`: MACs of reading every step over those spent, gates
 included; `over_flop_ratio`: over_same_engine / macs_ratio, where the same engine reads every step
 (its delta says so); `best_over_flop_ratio`: over_best_dense / macs_ratio; `over_latency_theory`: the engines' own time
@@ -28,12 +28,12 @@ from torch import nn
 
 from dynanet import CostModel, execute, record
 from dynanet.bench.machine import append_rows
-from dynanet.bench.paired import paired, ratio
+from dynanet.bench.timing import paired, ratio
 from dynanet.core.macs import CountMacs
-from dynanet.infer import Session
-from dynanet.infer.engines import OnnxRuntime
 from dynanet.mechanisms.skim import Skim
 from dynanet.mechanisms.update_skip import UpdateSkip
+from dynanet.session import Session
+from dynanet.session.engines import OnnxRuntime
 
 INPUTS, STEPS = 64, 100
 KEEPS, BATCHES, HIDDEN = (0.25, 0.5, 0.75), (1, 8, 64, 256), (128, 256, 512)
@@ -44,7 +44,7 @@ NETWORKS = (*CELLS, *(f"skim-{kind}" for kind in CELLS))
 class Last(nn.Module):
     """The fused network, and of it the last state."""
 
-    def __init__(self, net):
+    def __init__(self, net) -> None:
         super().__init__()
         self.net = net
 

@@ -31,7 +31,8 @@ def archive(name, held_out, folder):
 
 def gestures(folder):
     """Tracks of a fingertip, 16 points (x, y) each. One recording a class, cut into windows that overlap: so the first 60 %
-    of each train, the next 15 % are held out, the last 25 % test, and the 16 windows before a cut are left out."""
+    of each train, the next 15 % are held out, the last 25 % test, and the 16 windows before a cut are left out.
+    """
     with (folder / "timeseries" / "gesture_point_history.csv").open(newline="") as file:
         rows = torch.tensor([[float(value) for value in row] for row in csv.reader(file)])
     whole = SequenceSet(
@@ -46,7 +47,8 @@ def gestures(folder):
 
 def sentences(parts, longest, folder):
     """A set of `text_sets.py`: a step is a word, or a part of one, as the 384 numbers that MiniLM knows it by. They come
-    from its pretraining and stay as they are; nothing else of MiniLM is here. What is behind the `longest` is cut off."""
+    from its pretraining and stay as they are; nothing else of MiniLM is here. What is behind the `longest` is cut off.
+    """
     model = pretrained_text_exits(packaged_minilm(), num_classes=2, depth=1)
     known, tokenize = (
         model.get_submodule("stages.0.0.words").weight.detach(),

@@ -31,18 +31,27 @@ from torch import nn
 
 from dynanet import Budget, CostModel, Decision, Gate, execute, forced, record
 from dynanet.bench.machine import append_rows
+from dynanet.calibrate import Frontier, tabulate
+from dynanet.calibrate.budgeted import leaving
+from dynanet.calibrate.frontier import apply
 from dynanet.core.dynamic import layers
-from dynanet.data.parts import Alike
+from dynanet.data.parts import BucketedBatches
 from dynanet.data.ragged import SequenceSet, as_sequences, pad
 from dynanet.gates.rules import Gumbel, StraightThrough
-from dynanet.infer import Frontier, tabulate
-from dynanet.infer.budgeted import leaving
-from dynanet.infer.calibrate import apply
 from dynanet.mechanisms.early_stop import Earliest, EarlyStop, steps_read
 from dynanet.mechanisms.jump import Jump, ReinforceJumps
 from dynanet.mechanisms.skim import Skim
 from dynanet.mechanisms.update_skip import UpdateSkip
-from dynanet.train import Batches, CrossEntropy, MultiExit, Within, adamw, anneal_temperature, exponential, linear
+from dynanet.train import (
+    Batches,
+    BudgetPenalty,
+    CrossEntropy,
+    MultiExit,
+    adamw,
+    anneal_temperature,
+    exponential,
+    linear,
+)
 
 BUDGETS = (0.5, 0.25)  # of the frames for skips; of the MACs of reading to the end for stops
 RISK, CONFIDENCE = 0.05, 0.9
@@ -53,7 +62,7 @@ DRAWS = 5  # of random updates; the mean is written
 class Reading(nn.Module):
     """A GRU that reads every frame, or every n-th, and answers at the end."""
 
-    def __init__(self, features, classes, hidden, nth=1):
+    def __init__(self, features, classes, hidden, nth=1) -> None:
         super().__init__()
         self.gru, self.head = nn.GRU(features, hidden, batch_first=True), nn.Linear(hidden, classes)
         self.features, self.nth = features, nth
@@ -81,7 +90,8 @@ def skimming(features, classes, hidden):
 
 def skimming_hard(features, classes, hidden):
     """The same without draws: in training it decides as it does afterwards. It reads at first. `Skim`'s defaults, but
-    that its gate hands no gradient on to the frames either."""
+    that its gate hands no gradient on to the frames either.
+    """
     model, score = skimming(features, classes, hidden), nn.Linear(features + hidden, 1)
     nn.init.constant_(score.bias, 2.0)
     model[0].gate = Gate(Aside(score), StraightThrough())
@@ -91,7 +101,7 @@ def skimming_hard(features, classes, hidden):
 class Aside(nn.Module):
     """A scorer that hands no gradient on to the state: through the choices of all frames before it would explode."""
 
-    def __init__(self, scorer):
+    def __init__(self, scorer) -> None:
         super().__init__()
         self.scorer = scorer
 
@@ -119,7 +129,7 @@ def jumping_by_lot(bounds, features, classes, hidden):
 class Lot(nn.Module):
     """In the place of a gate: one of its units, drawn with these odds whatever it sees."""
 
-    def __init__(self, odds):
+    def __init__(self, odds) -> None:
         super().__init__()
         self.register_buffer("odds", odds)
 
@@ -162,7 +172,7 @@ def within(share, frames, model, cost):
     """Cross-entropy, and a budget of this share of a set's mean frames for the (big) cell; the rest, if any, is skimmed."""
     big, *small = cost.unit["0"].tolist()
     all_read, asked = (cost.always + frames * (s * big + (1 - s) * sum(small)) for s in (1, share))
-    budget = Within(Budget(macs=asked), cost)
+    budget = BudgetPenalty(Budget(macs=asked), cost)
     falling = linear(all_read, asked, share=0.5)
     lower = lambda progress: setattr(budget, "macs", falling(progress))  # noqa: E731
     cools = [anneal_temperature(model, exponential(1.0, 0.5))] if small else []
@@ -187,7 +197,7 @@ def experiment(name, folder, args):
     def batches(part):
         return Batches(part, task.batch, collate=SequenceSet.collate)
 
-    bunches = Alike(train, [len(s) for s in train.sequences], task.batch, args.seed)
+    bunches = BucketedBatches(train, [len(s) for s in train.sequences], task.batch, args.seed)
     static = {f"hidden {n}": Recipe(partial(Reading, *shape, n)) for n in task.sizes}
     dynamic = {f"every {n} frames": recipe(partial(Reading, nth=n)) for n in (4, 2)}
     stop = partial(stopping, longest, task.every)

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 
 from dynanet.bench.machine import append_rows
-from dynanet.bench.paired import paired, ratio
+from dynanet.bench.timing import paired, ratio
 from dynanet.core.files import write_atomically
 from dynanet.core.macs import CountMacs
 from dynanet.gates.token_confidence import LearnedToken, Saturation, SoftmaxGap, consistency_loss
-from dynanet.infer.generate import CopyState, Recompute, certify, generate
-from dynanet.infer.speculate import speculate
-from dynanet.zoo.causal_transformer import causal_transformer, exits_loss
+from dynanet.generate.exits import CopyState, Recompute, certify, generate
+from dynanet.generate.speculative import speculate
+from dynanet.zoo.causal_transformers import causal_transformer, exits_loss
 
 LENGTH, BATCH = 128, 24
 SHARES = (0.999, 0.99, 0.98, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5)

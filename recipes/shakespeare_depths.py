@@ -26,7 +26,7 @@ from dynanet.core.files import write_atomically
 from dynanet.mechanisms.mixture_of_depths import MixtureOfDepths, PredictTopTokens, causal_predictor
 from dynanet.ops.tokens import Tokens
 from dynanet.train import CrossEntropy
-from dynanet.zoo.causal_transformer import Block
+from dynanet.zoo.causal_transformers import Block
 
 LENGTH, BATCH, WIDTH = 128, 16, 96
 
@@ -34,7 +34,7 @@ LENGTH, BATCH, WIDTH = 128, 16, 96
 class Letters(nn.Module):
     """Letters (B, T) to logits of the next ones (B, letters, T)."""
 
-    def __init__(self, letters, blocks, capacity=None):
+    def __init__(self, letters, blocks, capacity=None) -> None:
         super().__init__()
         self.letters, self.places = nn.Embedding(letters, WIDTH), nn.Embedding(LENGTH, WIDTH)
         for table in (self.letters, self.places):
@@ -54,7 +54,9 @@ class Letters(nn.Module):
 
 
 STATIC = {f"{blocks} blocks": partial(Letters, blocks=blocks) for blocks in (3, 4, 6)}
-DYNAMIC = {f"6 blocks, half of them for {share:.0%}": partial(Letters, blocks=6, capacity=share) for share in (0.5, 0.25)}
+DYNAMIC = {
+    f"6 blocks, half of them for {share:.0%}": partial(Letters, blocks=6, capacity=share) for share in (0.5, 0.25)
+}
 NETWORKS = STATIC | DYNAMIC
 
 

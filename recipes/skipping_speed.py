@@ -4,7 +4,7 @@
 
 Speed does not ask what the answers mean, so nothing is trained here: the gates are real ones, with random weights, and
 their thresholds are set so that every one keeps the same share of these inputs. Every repeat is a process of its own;
-every row of every repeat is kept. One thread; columns are explained in `dynanet/bench/compare.py`.
+every row of every repeat is kept. One thread; columns are explained in `dynanet/bench/comparison.py`.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from dynanet import Gate, execute, record, zoo
-from dynanet.bench.compare import compare
+from dynanet.bench.comparison import compare
 from dynanet.bench.machine import append_rows
 from dynanet.gates.rules import Threshold, TopK
 from dynanet.gates.scorers import PooledScorer
@@ -208,7 +208,7 @@ def main():
             torch.manual_seed(0)
             x = torch.randn(max(args.batches), channels, side, side) * 2 * torch.rand(max(args.batches), channels, 1, 1)
             model = keeping(build(share), x, share)
-            rows = compare(model, x, batches=args.batches, rounds=args.rounds, full=full(name, channels), tell=print)
+            rows = compare(model, x, batches=args.batches, rounds=args.rounds, full=full(name, channels), echo=print)
             about = {"network": name, "channels": channels, "side": side, "keep": share or "equal"}
             append_rows(args.results / "skipping_speed.csv", [asdict(row) for row in rows], about)
 

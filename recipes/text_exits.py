@@ -27,14 +27,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
-from dynanet import Budget, CostModel, execute, forced, infer, record
-from dynanet.bench.compare import check_equivalent, engine_calls
+from dynanet import Budget, CostModel, calibrate, execute, forced, record
+from dynanet.bench.comparison import check_equivalent, engine_calls
 from dynanet.bench.machine import append_rows
-from dynanet.bench.paired import paired, ratio
+from dynanet.bench.timing import paired, ratio
+from dynanet.calibrate.frontier import select_exits
 from dynanet.core.dynamic import everything
 from dynanet.core.errors import require
 from dynanet.gates.confidence import Entropy, MaxProbability, Patience
-from dynanet.infer.calibrate import paying
+from dynanet.session import Session
 from dynanet.train import Batches, MultiExit, adamw, fit, load_weights, newest, one_cycle
 from dynanet.zoo.pretrained_text import TextTokenizer, packaged_minilm, pretrained_text_exits
 from dynanet.zoo.text_encoder import exits_only, with_confidence
@@ -49,13 +50,13 @@ NETWORKS = ["joint", *STATIC, *FROZEN]
 class Bunches(Dataset):
     """Batches of sentences of about the same length, so that training pads little. An item is a batch."""
 
-    def __init__(self, ids, labels, seed=0):
+    def __init__(self, ids, labels, seed=0) -> None:
         lengths, draw = (ids != 0).sum(1).tolist(), random.Random(seed)
         order = sorted(range(len(ids)), key=lambda i: lengths[i] + draw.random() * 4)
         rows = [torch.tensor(order[i : i + BATCH]) for i in range(0, len(order), BATCH)]
         self.items = [(ids[r, : max(lengths[i] for i in r.tolist())], labels[r]) for r in rows]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index):
@@ -152,10 +153,10 @@ def measure(args, held_out, test):
                 {"network": name, "rule": "static", "budget": "", "held_out": held, "accuracy": accuracy, "macs": macs}
             )
             continue
-        looked = infer.tabulate(model, test.items, cost)  # for random exits: what a draw with these rates expects
+        looked = calibrate.tabulate(model, test.items, cost)  # for random exits: what a draw with these rates expects
         for rule, confidence in CRITERIA.items():
             network = execute(with_confidence(model, confidence()).eval(), sparse=True)
-            frontier = infer.calibrate(network, held_out.items, cost)
+            frontier = calibrate.calibrate(network, held_out.items, cost)
             table = frontier.table
             full, points = float(table.accuracy[-1]), frontier.curve(60)
             wanted = {f"{share:.0%}": share * table.mean_macs[-1] for share in (0.25, 0.5, 0.75)}
@@ -183,10 +184,10 @@ def measure(args, held_out, test):
                 }
             )
     static = [row for row in rows if row["rule"] == "static"]
-    dearest = max(row["macs"] for row in static)
+    most_expensive = max(row["macs"] for row in static)
     for row in rows:
         if row["rule"] != "static":  # six exits' classifiers are a few thousandths of an encoder
-            row["static_accuracy"] = at_same_macs(row | {"macs": min(row["macs"], dearest)}, static)
+            row["static_accuracy"] = at_same_macs(row | {"macs": min(row["macs"], most_expensive)}, static)
         print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     append_rows(args.results / "text_exits.csv", rows, about)
 
@@ -194,7 +195,7 @@ def measure(args, held_out, test):
 class Whole(nn.Module):
     """The static encoder on a rectangle, as one graph with a free batch and a free length."""
 
-    def __init__(self, model):
+    def __init__(self, model) -> None:
         super().__init__()
         self.model = execute(model, sparse=False)
 
@@ -224,17 +225,18 @@ def trimmed(ids):
 
 def speed(args, held_out, test_ids, labels):
     """The session at the budget within half a point, with the exits that pay, against its own weights with the last exit
-    alone: the static encoder, in every engine. Equal answers are asserted first. Accuracies are of all test sentences."""
+    alone: the static encoder, in every engine. Equal answers are asserted first. Accuracies are of all test sentences.
+    """
     model = trained(args.network, args)
     example = torch.full((1, LONGEST), 7)
-    frontier = infer.calibrate(model, held_out.items, CostModel(model, example))
-    model.active = paying(frontier.table, model.exit_macs(example), Budget(macs=cheapest(frontier)))
+    frontier = calibrate.calibrate(model, held_out.items, CostModel(model, example))
+    model.active = select_exits(frontier.table, model.exit_macs(example), Budget(macs=cheapest(frontier)))
     cost = CostModel(model, example)
-    frontier = infer.calibrate(model, held_out.items, cost)
+    frontier = calibrate.calibrate(model, held_out.items, cost)
     early = execute(frontier.at(Budget(macs=cheapest(frontier))), sparse=True)
     test = Bunches(test_ids, labels)
     accuracy, _, shares = evaluate(early, cost, test)
-    table = infer.tabulate(model, test.items, cost)
+    table = calibrate.tabulate(model, test.items, cost)
     reached = {
         "accuracy": accuracy, "whole_accuracy": float(table.accuracy[-1]),
         "random_accuracy": float(shares @ table.accuracy),
@@ -242,9 +244,9 @@ def speed(args, held_out, test_ids, labels):
     ids = test_ids[torch.randperm(len(test_ids), generator=torch.Generator().manual_seed(0))[:256]]
     lengths = (ids != 0).sum(1)
     example = ids[lengths == lengths.median()][:1]
-    session = infer.Session(early, example, batches=(1, 4, 16, 32))
+    session = Session(early, example, batches=(1, 4, 16, 32))
     static = only_last(model)
-    packed = infer.Session(static, example, batches=(1, 4, 16, 32))
+    packed = Session(static, example, batches=(1, 4, 16, 32))
     runtime, dense = padded_runtime(only_last(model)), execute(only_last(model), sparse=False)
     with torch.no_grad():
         expected = dense(ids)
@@ -296,9 +298,10 @@ def speed(args, held_out, test_ids, labels):
 
 class Attention(TorchDispatchMode):
     """Keeps the calls of native attention that are made inside, with their inputs. Packed sentences have none in their
-    engines, and it is computing: neither deciding nor the moving of rows."""
+    engines, and it is computing: neither deciding nor the moving of rows.
+    """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.calls = []
 

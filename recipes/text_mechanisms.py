@@ -19,7 +19,7 @@ from dynanet import Budget, Gate, convert, zoo
 from dynanet.data.text import Sentences, Vocabulary
 from dynanet.gates.rules import Gumbel
 from dynanet.mechanisms.neuron_skip import LowRankScorer, NeuronSkip, moefy
-from dynanet.train import Batches, CrossEntropy, LoadBalance, RouterZ, Within, adamw, tighten_budget
+from dynanet.train import Batches, BudgetPenalty, CrossEntropy, LoadBalance, RouterZ, adamw, tighten_budget
 
 LONGEST, WIDTH, HIDDEN, ACTIVE, EXPERTS = 40, 128, 256, 2, 8
 
@@ -73,7 +73,7 @@ def converted(batches, trained):
 
 def quarter(model, cost):
     """Cross-entropy, and a budget of a quarter of the gated MACs."""
-    budget = Within(Budget(macs=cost.always + 0.25 * (cost.full - cost.always)), cost)
+    budget = BudgetPenalty(Budget(macs=cost.always + 0.25 * (cost.full - cost.always)), cost)
     return CrossEntropy() + 4.0 * budget, (tighten_budget(budget),)
 
 

@@ -16,9 +16,9 @@ import torch
 from beside import Experiment, Recipe, arguments
 
 from dynanet import Gate, zoo
-from dynanet.experiment import Data, open_problem
+from dynanet.experiment.config import Data, open_problem
 from dynanet.gates.rules import StraightThrough, Threshold
-from dynanet.mechanisms.token_drop import Share, Taught, TokenDistillation, TokenDrop, TokenRatio
+from dynanet.mechanisms.token_drop import RankScorer, TokenDistillation, TokenDrop, TokenRatio, WithTeacher
 from dynanet.mechanisms.token_halting import HaltingDepth, TokenPonderCost
 from dynanet.train import CrossEntropy, adamw
 
@@ -53,7 +53,7 @@ def per_image():
 def fixed_share(model):
     """DynamicViT's own inference: the best 0.7 of the tokens, of every image as many."""
     for layer in drops(model):
-        layer.gate = Gate(Share(layer.gate.scorer), Threshold(1 - SHARES[0]))
+        layer.gate = Gate(RankScorer(layer.gate.scorer), Threshold(1 - SHARES[0]))
     return model
 
 
@@ -63,7 +63,7 @@ def drops(model):
 
 def taught(static):
     """DynamicViT's own training, with samples of its gates: it begins as its teacher."""
-    return Taught(from_static(dynamic_vit, static), static)
+    return WithTeacher(from_static(dynamic_vit, static), static)
 
 
 def ratio(model, cost):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dynanet.cli import main
+from dynanet.cli.commands import main
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

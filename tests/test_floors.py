@@ -7,18 +7,15 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "dynanet"
 FLOORS = {
-    **dict.fromkeys(("core",), 0),
-    **dict.fromkeys(("ops",), 0.5),  # scorers have kernels too
-    **dict.fromkeys(("gates", "nets", "data"), 1),
-    **dict.fromkeys(("mechanisms", "train", "infer", "export"), 2),
-    **dict.fromkeys(("zoo", "inspect", "conversion", "testing", "tasks"), 3),
-    **dict.fromkeys(("bench", "loading", "problem"), 4),
-    **dict.fromkeys(("experiment",), 5),
-    **dict.fromkeys(("scenes", "prediction", "arguments"), 6),
-    **dict.fromkeys(("runs",), 7),
-    **dict.fromkeys(("reports",), 8),
-    **dict.fromkeys(("cli",), 9),
-    **dict.fromkeys(("__init__", "__main__"), 10),
+    "core": 0,
+    "ops": 1,
+    **dict.fromkeys(("gates", "nets", "data"), 2),
+    **dict.fromkeys(("mechanisms", "train", "calibrate", "session", "export"), 3),
+    **dict.fromkeys(("generate", "tasks", "report", "zoo", "testing"), 4),
+    "bench": 5,
+    "experiment": 6,
+    "cli": 7,
+    **dict.fromkeys(("__init__", "__main__"), 8),
 }
 NAMELESS = {"utils", "common", "helpers", "base", "misc", "manager", "registry"}
 

@@ -27,7 +27,7 @@ def block():
 class Honest(Dynamic):
     """What the broken layers are broken copies of."""
 
-    def __init__(self, rule=None, unit=None):
+    def __init__(self, rule=None, unit=None) -> None:
         super().__init__()
         self.gate, self.block = Gate(nn.Linear(D, 1), rule or StraightThrough()), unit or block()
 
@@ -128,7 +128,7 @@ class DeafToTheCost(Honest):
     def forward(self, x):
         decision = self.gate(x)
         self.tap(Decision(decision.keep.detach(), decision.score))
-        keep = self.obey(decision).keep
+        keep = self.apply_override(decision).keep
         return self.run(0, self.block, keep[..., 0], x, otherwise=x)
 
 
@@ -137,7 +137,7 @@ class DropsAndRevives(Dynamic):
 
     degree = 2
 
-    def __init__(self, rest):
+    def __init__(self, rest) -> None:
         super().__init__()
         self.gate, self.rest = Gate(nn.Linear(D, 1), Threshold()), rest
 
@@ -164,7 +164,7 @@ class Drops(DropsAndRevives):
 
 
 class Attention(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.qkv = nn.Linear(D, 3 * D)
 
@@ -176,7 +176,7 @@ def twice(drop):
     """Two drops, one inside the other, on plain tensors."""
 
     class OfTensors(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.body = drop(nn.Sequential(Attention(), drop(Attention())))
 

@@ -15,8 +15,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from dynanet.core.dynamic import everything, execute, forced
 from dynanet.core.errors import InputError, StructureError, require
 from dynanet.core.halt import FrameByFrame, Halt
-from dynanet.infer.engines import Eager, Engine, OnnxRuntime, folded, onnx_runtime
 from dynanet.mechanisms.early_stop import EarlyStop
+from dynanet.session.engines import Eager, Engine, OnnxRuntime, folded, onnx_runtime
 
 FUSED: dict[type[nn.Module], type[nn.RNNBase]] = {nn.GRUCell: nn.GRU, nn.LSTMCell: nn.LSTM, nn.RNNCell: nn.RNN}
 
@@ -29,7 +29,7 @@ class Last(nn.Module):
         structure: of its input, whose tensors come one by one; None for a single tensor.
     """
 
-    def __init__(self, model: nn.Module, structure: TreeSpec | None = None):
+    def __init__(self, model: nn.Module, structure: TreeSpec | None = None) -> None:
         super().__init__()
         self.model, self._structure = model, structure
 
@@ -40,7 +40,7 @@ class Last(nn.Module):
 
 
 def dense_engines(
-    model: nn.Module, x: Tensor, cache: Path | None = None, tell: Callable[[str], None] = lambda line: None
+    model: nn.Module, x: Tensor, cache: Path | None = None, echo: Callable[[str], None] = lambda line: None
 ) -> dict[str, Engine]:
     """For inputs of one size: eager in both memory formats, and ONNX Runtime if it can run the whole network.
 
@@ -48,7 +48,7 @@ def dense_engines(
         model: the full network.
         x: a batch.
         cache: of exported graphs.
-        tell: gets a line where ONNX Runtime cannot.
+        echo: gets a line where ONNX Runtime cannot.
     """
     model = execute(folded(model), sparse=False)
     example = x[:1].repeat(2, *[1] * (x.dim() - 1))
@@ -63,12 +63,12 @@ def dense_engines(
             try:
                 engines["onnxruntime"] = OnnxRuntime(graph, [example], threads=threads, workspaces=True, cache=cache)
             except StructureError as error:
-                tell(f"ONNX Runtime cannot run the full network ({str(error)[:120]}...): eager is the rival")
+                echo(f"ONNX Runtime cannot run the full network ({str(error)[:120]}...): eager is the rival")
     return engines
 
 
 @torch.no_grad()
-def rectangle_engines(model: nn.Module, x: Any, tell: Callable[[str], None] = lambda line: None) -> dict[str, Engine]:
+def rectangle_engines(model: nn.Module, x: Any, echo: Callable[[str], None] = lambda line: None) -> dict[str, Engine]:
     """For samples of different lengths: engines that take the padded rectangle of a batch, however many rows and steps.
 
     Of an EarlyStop around torch's own cell: torch's fused layer, and ONNX Runtime's, both over all frames, with the
@@ -77,7 +77,7 @@ def rectangle_engines(model: nn.Module, x: Any, tell: Callable[[str], None] = la
     Args:
         model: the full network.
         x: a batch of two rows or more, and two steps or more.
-        tell: gets a line where there is no ONNX Runtime graph.
+        echo: gets a line where there is no ONNX Runtime graph.
     """
     model = execute(folded(model), sparse=False)
     flat, structure = tree_flatten(x)
@@ -88,7 +88,7 @@ def rectangle_engines(model: nn.Module, x: Any, tell: Callable[[str], None] = la
         return engines
     last = Last(model, structure)
     if isinstance(model, FrameByFrame):
-        tell("no dense graph of its loop over frames, which is another one for every length: eager is the rival")
+        echo("no dense graph of its loop over frames, which is another one for every length: eager is the rival")
         return {"eager": _Forced(last)}
     try:
         program = _program(last, flat)
@@ -97,7 +97,7 @@ def rectangle_engines(model: nn.Module, x: Any, tell: Callable[[str], None] = la
             engines["onnxruntime"] = _AnyLength(program)
     except Exception as error:  # exporter and runtime have dozens of kinds for what they cannot do
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        tell(f"no dense graph of rectangles of any size ({reason}): eager is the rival")
+        echo(f"no dense graph of rectangles of any size ({reason}): eager is the rival")
         return {"eager": _Forced(last)}
     return engines
 
@@ -164,7 +164,7 @@ def _fused(cell: nn.Module) -> nn.RNNBase | None:
 class _FusedLast(nn.Module):
     """The head's answer to the state after every row's last frame."""
 
-    def __init__(self, net: nn.RNNBase, head: nn.Module):
+    def __init__(self, net: nn.RNNBase, head: nn.Module) -> None:
         super().__init__()
         self.net, self.head = net, head
 
@@ -178,7 +178,7 @@ class _OnnxRecurrent(Engine):
 
     name = "onnxruntime"
 
-    def __init__(self, net: nn.RNNBase, head: nn.Module):
+    def __init__(self, net: nn.RNNBase, head: nn.Module) -> None:
         self._runtime, self._head = _opened(_recurrent_graph(net)), head
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -253,7 +253,7 @@ class _AnyLength(Engine):
 
     name = "onnxruntime"
 
-    def __init__(self, program: torch.export.ExportedProgram):
+    def __init__(self, program: torch.export.ExportedProgram) -> None:
         require("onnxscript", "onnx")
         names = [f"input_{i}" for i in range(len(program.graph_signature.user_inputs))]
         with _quiet():

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dynanet.bench.paired import paired, ratio
+from dynanet.bench.timing import paired, ratio
 from dynanet.core.cost import CostModel
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import execute, record
 from dynanet.core.errors import ConfigError, InputError
 from dynanet.gates.scorers import tile_mean
-from dynanet.infer.session import Session
 from dynanet.mechanisms.spatial_skip import SpatialSkip
 from dynanet.ops.tiles import Compact, Tiles
+from dynanet.session.session import Session
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def tile_times(
 class _Fixed(nn.Module):
     """A gate without weights: of every image the tiles with the highest scores."""
 
-    def __init__(self, scores_BHW: Tensor, tile: int, keep: float):
+    def __init__(self, scores_BHW: Tensor, tile: int, keep: float) -> None:
         super().__init__()
         score = tile_mean(scores_BHW[:, None].float(), tile)
         flat = score.flatten(1)
@@ -176,7 +176,7 @@ class _Fixed(nn.Module):
 class _Everywhere(nn.Module):
     """x + branch(x)."""
 
-    def __init__(self, branch: nn.Module):
+    def __init__(self, branch: nn.Module) -> None:
         super().__init__()
         self.branch = branch
 

@@ -48,7 +48,7 @@ class CostModel:
     """
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, example: Any):
+    def __init__(self, model: nn.Module, example: Any) -> None:
         samples = next(leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor)).shape[0]
         if samples == 0:
             raise StructureError("a cost model needs an example with at least one sample; this batch is empty")
@@ -62,7 +62,7 @@ class CostModel:
             for power in range(2, 1 + max((layer.degree for layer in found.values()), default=1)):
                 passes.append(_counted(model, example, _one_in(power)))
         trace, macs = passes[0]
-        most = {name: layer.most for name, layer in found.items()}
+        most = {name: layer.max_units for name, layer in found.items()}
         self.full = _dearest(all_of_it, dense.macs, most) / samples
         self.always = macs[None] / samples
         self.worst = _dearest(trace, macs, most) / samples
@@ -85,7 +85,7 @@ class CostModel:
         return spent
 
     @contextmanager
-    def dearest(self, model: nn.Module) -> Iterator[None]:
+    def most_expensive(self, model: nn.Module) -> Iterator[None]:
         """Inside, every row of the model takes the dearest path: everything is kept, and of units that exclude each
         other the dearest ones, by their own price (without what is decided inside them).
 
@@ -95,7 +95,7 @@ class CostModel:
         found = layers(model)
         before = [layer.force for layer in found.values()]
         for name, layer in found.items():
-            layer.force = everything if layer.most is None else _dearest_of(self.unit[name], layer.most)
+            layer.force = everything if layer.max_units is None else _dearest_of(self.unit[name], layer.max_units)
         try:
             yield
         finally:

@@ -15,7 +15,7 @@ from dynanet.core.trace import Frame, Trace
 class Kept:
     """The rows that keep a unit: `take` them out, work, `put` the answer home."""
 
-    def __init__(self, rows: Rows, lead: tuple[int, ...], keep: Tensor, index: Tensor | None):
+    def __init__(self, rows: Rows, lead: tuple[int, ...], keep: Tensor, index: Tensor | None) -> None:
         self.rows, self.lead, self.keep, self.index = rows, lead, keep, index
 
     @property
@@ -61,14 +61,15 @@ class Dynamic(nn.Module):
 
     sparse: bool = False
     degree: int = 1
-    most: int | None = None
+    max_units: int | None = None
     trace: Trace | None = None
     force: Callable[[Decision], Tensor] | None = None
 
     @property
     def decides(self) -> str:
         """In words, what of its way to decide in eval mode no weight tells; "" if nothing. A checkpoint remembers it,
-        and is refused by a layer that would decide otherwise."""
+        and is refused by a layer that would decide otherwise.
+        """
         return ""
 
     @property
@@ -88,13 +89,16 @@ class Dynamic(nn.Module):
             present: 0 where there is nothing left to keep, whatever is forced (a token dropped before, a position that
                 has halted).
         """
-        decision = self.obey(decision, pinned, present)
-        self.tell(decision, first)
+        decision = self.apply_override(decision, pinned, present)
+        self.log(decision, first)
         return decision
 
-    def obey(self, decision: Decision, pinned: Tensor | None = None, present: Tensor | None = None) -> Decision:
+    def apply_override(
+        self, decision: Decision, pinned: Tensor | None = None, present: Tensor | None = None
+    ) -> Decision:
         """The first half of `tap`: the decision that holds, forced or not. For layers whose trace speaks of other
-        units than their gate (blocks of a weight matrix instead of channels)."""
+        units than their gate (blocks of a weight matrix instead of channels).
+        """
         keep = decision.keep if self.force is None else self.force(decision).to(decision.keep)
         if pinned is not None:
             keep = torch.maximum(keep, pinned)
@@ -102,10 +106,10 @@ class Dynamic(nn.Module):
             keep = keep * present
         return Decision(keep, decision.score)
 
-    def tell(self, decision: Decision, first: int = 0) -> None:
+    def log(self, decision: Decision, first: int = 0) -> None:
         """The second half of `tap`: the decision goes into the trace, if there is one."""
         if self.trace is not None:
-            self.trace.hear(self, decision, first)
+            self.trace.log(self, decision, first)
 
     @contextmanager
     def within(self, frame: Frame) -> Iterator[None]:

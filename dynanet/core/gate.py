@@ -24,7 +24,7 @@ class Gate(nn.Module):
         ConfigError: a rule that does not fit so many units.
     """
 
-    def __init__(self, scorer: nn.Module, rule: nn.Module, units: int = 1):
+    def __init__(self, scorer: nn.Module, rule: nn.Module, units: int = 1) -> None:
         super().__init__()
         if callable(check := getattr(rule, "check", None)):
             check(units)

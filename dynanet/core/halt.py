@@ -44,20 +44,21 @@ class Halt(Dynamic):
         """How sure a row is (or whatever the rule asks for) after step k: (rows, 1)."""
 
     @abstractmethod
-    def goes_on(self, k: int, score: Tensor) -> Tensor:
+    def should_continue(self, k: int, score: Tensor) -> Tensor:
         """The rule: does the rest run for a row? keep (rows, 1); soft in training where the rule is soft.
 
         Apart from `score`, so that an engine may compute step and score in one graph while thresholds stay free.
         """
 
-    def goes_on_alone(self, k: int, score: Tensor) -> bool:
-        """`goes_on` for a row by itself, in eval mode. For rules that need no tensors: beside one row these cost.
+    def should_continue_one(self, k: int, score: Tensor) -> bool:
+        """`should_continue` for a row by itself, in eval mode. For rules that need no tensors: beside one row these
+        cost.
 
         Args:
             k: the step.
             score: (n, 1), one number n times.
         """
-        return bool(self.goes_on(k, score[:1]).item())
+        return bool(self.should_continue(k, score[:1]).item())
 
     def forward(self, x: Any) -> Any:
         """Every row's answer from the step at which it left.
@@ -73,11 +74,11 @@ class Halt(Dynamic):
             for k in range(last + 1):
                 state, answer = self.step(k, state)
                 if self.trace is not None:
-                    self.trace.hear_answer(self, answer)
+                    self.trace.log_answer(self, answer)
                 if k == last:
                     break
                 score = self.score(k, state, answer)
-                keep = self.tap(Decision(self.goes_on(k, score), score), first=k).keep[..., 0]
+                keep = self.tap(Decision(self.should_continue(k, score), score), first=k).keep[..., 0]
                 kept = self.kept(keep, self.rows)
                 if self.trace is not None:
                     frames.enter_context(self.within(kept.frame(self, k)))
@@ -100,11 +101,12 @@ class Halt(Dynamic):
 
 def highest_score(dtype: torch.dtype) -> float:
     """The score of a row that has nothing left to do (a sequence at its end): the highest finite one, which tables of
-    scores can hold."""
+    scores can hold.
+    """
     return min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
 
 
-def waits(score: Tensor, threshold: Tensor) -> Tensor:
+def below_threshold(score: Tensor, threshold: Tensor) -> Tensor:
     """Who goes on, bool: below the threshold, and with something left to do.
 
     Compared in float32: a half-precision score would round the threshold and let out who is tied with it.
@@ -151,7 +153,8 @@ class FrameByFrame(ABC):
 
 class PartByPart(ABC):
     """What a Halt adds whose rows are made of parts that see each other (the tokens of a sentence), so that a session
-    can run one row by itself as one graph per step. In a batch such rows have different lengths, and need several."""
+    can run one row by itself as one graph per step. In a batch such rows have different lengths, and need several.
+    """
 
     @abstractmethod
     def parts(self, x: Any) -> Tensor:
@@ -160,7 +163,8 @@ class PartByPart(ABC):
     @abstractmethod
     def one_row(self, k: int) -> nn.Module | None:
         """Step k of one row, from its parts to (answer, score, parts), the last step to (answer,). The first two stand
-        once per part, all alike. None: something inside decides, or must be remembered, and takes the usual way."""
+        once per part, all alike. None: something inside decides, or must be remembered, and takes the usual way.
+        """
 
 
 class Conclusion(NamedTuple):
@@ -169,11 +173,11 @@ class Conclusion(NamedTuple):
     Attributes:
         answer: a pytree, rows first.
         score: how sure the rows are, (rows, 1), whether or not somebody asks at this step.
-        goes_on: (rows,) bool; False at the last step.
+        should_continue: (rows,) bool; False at the last step.
         memories: of every row, for its next conclusion.
     """
 
     answer: Any
     score: Tensor
-    goes_on: Tensor
+    should_continue: Tensor
     memories: Sequence[Any]

@@ -35,7 +35,7 @@ class CountMacs(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, trace: Trace | None = None):
+    def __init__(self, trace: Trace | None = None) -> None:
         super().__init__()
         self.trace = trace
         self.macs: Counter[tuple[str, range] | None] = Counter()
@@ -109,6 +109,7 @@ def _cudnn_rnn(args: Any, out: Any) -> int:
 def _sampled(args: Any, out: Any) -> int:
     return 4 * out.numel()  # each value from four neighbours
 
+
 def _native_attention(args: Any, out: Any) -> int:
     """Linears on the tokens that are there; attention on their padded rectangle, as the operator computes it."""
     tokens, longest, attended = _tokens(args[0])
@@ -124,7 +125,8 @@ def _encoder_layer(args: Any, out: Any) -> int:
 
 def _tokens(x: Tensor) -> tuple[int, int, int]:
     """(tokens, the longest sample's, samples times that) of (B, T, D), or of a nested tensor, which the fast path makes
-    where padding is masked."""
+    where padding is masked.
+    """
     if not x.is_nested:
         return x.shape[0] * x.shape[1], x.shape[1], x.shape[0] * x.shape[1]
     lengths = x._nested_tensor_size()[:, 0]

@@ -1,6 +1,6 @@
 """An Objective says what training wants: `objective(answer, y, trace) -> loss`. Objectives add and scale.
 
-    objective = CrossEntropy() + 2.0 * Within(Budget(macs=0.5 * cost.full), cost)
+    objective = CrossEntropy() + 2.0 * BudgetPenalty(Budget(macs=0.5 * cost.full), cost)
 
 It lies in core because mechanisms bring terms of their own: a ponder cost, a balance of branches.
 """
@@ -47,7 +47,7 @@ class Objective(ABC):
 class Weighted(Objective):
     """A weighted sum; what `+` and `*` answer."""
 
-    def __init__(self, parts: tuple[tuple[float, Objective], ...]):
+    def __init__(self, parts: tuple[tuple[float, Objective], ...]) -> None:
         self._parts = parts
 
     @property

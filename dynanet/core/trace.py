@@ -82,7 +82,8 @@ class Call(NamedTuple):
     @property
     def within(self) -> tuple[tuple[str, int], ...]:
         """The units that were running around it, outermost first, as (layer's name, unit). For a Halt of many steps
-        that is long: `around` and `innermost` tell the most of it at once."""
+        that is long: `around` and `innermost` tell the most of it at once.
+        """
         units, place = [], self.place
         while place.outer is not None:
             units.append((place.layer, place.unit))
@@ -111,7 +112,7 @@ class Place:
 
     __slots__ = ("highest", "layer", "outer", "unit")
 
-    def __init__(self, layer: str = "", unit: int = -1, outer: "Place | None" = None):
+    def __init__(self, layer: str = "", unit: int = -1, outer: "Place | None" = None) -> None:
         self.layer, self.unit, self.outer = layer, unit, outer
         self.highest: dict[str, int] = {}
         if outer is not None:
@@ -126,21 +127,21 @@ class Trace:
     keeps carry gradients, and those of a layer inside another reach the outer gate too.
     """
 
-    def __init__(self, names: "dict[Dynamic, str]"):
+    def __init__(self, names: "dict[Dynamic, str]") -> None:
         self.names = names
         self.frames: list[Frame] = []
         self.calls: list[Call] = []
         self.answers: dict[str, list[Any]] = {}
         self._opened: list[_Opened] = []
 
-    def hear(self, layer: "Dynamic", decision: Decision, first: int) -> None:
+    def log(self, layer: "Dynamic", decision: Decision, first: int) -> None:
         """Remember a decision, placed in the whole batch through the open frames."""
         keep, here = decision.keep, self._here()
         for frame in reversed(here.home):
             keep = frame.home(keep)
         self.calls.append(Call(self.names[layer], first, decision, keep, here.place))
 
-    def hear_answer(self, layer: "Dynamic", answer: Any) -> None:
+    def log_answer(self, layer: "Dynamic", answer: Any) -> None:
         """Remember the answer of a Halt's step."""
         self.answers.setdefault(self.names[layer], []).append(answer)
 

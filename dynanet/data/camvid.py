@@ -59,7 +59,7 @@ class LabelMaps(Dataset[Any]):
 
     def __init__(
         self, images: Images, maps: Sequence[Tensor], classes: Sequence[str], void: int, transform: PairTransform
-    ):
+    ) -> None:
         assert len(images) == len(maps), "one label map per image"
         self._images, self.maps = images, tuple(maps)
         self.classes, self.void, self.transform = tuple(classes), void, transform

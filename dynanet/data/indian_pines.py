@@ -54,7 +54,7 @@ RGB_BANDS = (24, 15, 6)  # about 637, 548 and 459 nm: a true-colour picture
 UNLABELLED = -1
 
 
-class Scene(NamedTuple):
+class RawScene(NamedTuple):
     """An image as it was recorded.
 
     Attributes:
@@ -89,7 +89,7 @@ class IndianPines:
         MissingExtraError: tensorly or scipy is not installed.
     """
 
-    def __init__(self, split: str = "field_cut", seed: int = 0, patch: int = 9, scene: Scene | None = None) -> None:
+    def __init__(self, split: str = "field_cut", seed: int = 0, patch: int = 9, scene: RawScene | None = None) -> None:
         if patch < 1 or patch % 2 == 0:
             raise ConfigError(f"patch is {patch}, but a patch has a centre pixel: use an odd number such as 9")
         raw, self.labels, self.wavelengths_nm = load_scene() if scene is None else scene
@@ -181,7 +181,7 @@ def gather_patches(image: Tensor, positions: Tensor, patch: int) -> Tensor:
     return _cut(_padded_pixels(image, patch), positions, patch)
 
 
-def load_scene() -> Scene:
+def load_scene() -> RawScene:
     """Load the scene from the tensorly package.
 
     Raises:
@@ -197,7 +197,7 @@ def load_scene() -> Scene:
             f"tensorly's Indian Pines came as a cube of {cube.shape} with labels {labels.shape} up to {labels.max()}; "
             "expected (200, 145, 145), (145, 145) and 16: install tensorly 0.9 or 0.10"
         )
-    return Scene(
+    return RawScene(
         torch.from_numpy(cube), torch.from_numpy(labels.astype(np.int64) - 1), tuple(float(w) for w in wavelengths_nm)
     )
 

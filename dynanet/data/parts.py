@@ -123,7 +123,7 @@ def _standardized(title: str, parts: Sequence[SequenceSet]) -> Parts[SequenceSet
     return Parts(title, train.classes, train, held_out, test, tuple(mean.tolist()), tuple(std.tolist()))
 
 
-class Alike(Dataset[list]):
+class BucketedBatches(Dataset[list]):
     """Batches as samples: of sequences dealt out at random, those of similar lengths together: little is padded.
 
     Args:
@@ -133,7 +133,7 @@ class Alike(Dataset[list]):
         seed: of the deal.
     """
 
-    def __init__(self, data: SequenceSet | Sentences, lengths: Sequence[int], batch: int, seed: int):
+    def __init__(self, data: SequenceSet | Sentences, lengths: Sequence[int], batch: int, seed: int) -> None:
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
         dealt = [sorted(some.tolist(), key=lambda i: lengths[i]) for some in order.split(10 * batch)]
         self.data, self.rows = data, [some[k : k + batch] for some in dealt for k in range(0, len(some), batch)]

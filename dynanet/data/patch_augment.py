@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-class TurnPaste:
+class RotatePaste:
     """Every patch is turned or mirrored at random; some get a half-plane of another patch of the batch.
 
     Pasting leaves the centre pixel, and so the label, alone: the network learns that what lies across a field's edge
@@ -19,7 +19,7 @@ class TurnPaste:
         chance: of a patch to get pasted into.
     """
 
-    def __init__(self, chance: float = 0.5):
+    def __init__(self, chance: float = 0.5) -> None:
         self.chance = chance
 
     def collate(self, samples: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
@@ -31,7 +31,7 @@ class TurnPaste:
         """Patches (B, C, P, P) to patches."""
         batch, channels, side, _ = x_BCPP.shape
         pixels = x_BCPP.permute(0, 2, 3, 1).reshape(batch, side * side, channels)
-        order = _symmetries(side)[torch.randint(8, (batch,))]                                               # (B, P P)
+        order = _symmetries(side)[torch.randint(8, (batch,))]  # (B, P P)
         pixels = pixels.gather(1, order[..., None].expand(-1, -1, channels))
         foreign = self._half_planes(batch, side)
         pixels = torch.where(foreign[..., None], pixels[torch.randperm(batch)], pixels)

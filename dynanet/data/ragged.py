@@ -35,7 +35,7 @@ class SequenceSet(Dataset[tuple[Tensor, int]]):
         DataError: no sequences, not one label per sequence, one that `check` refuses, or other numbers of features.
     """
 
-    def __init__(self, sequences: Sequence[Tensor], labels: Tensor, classes: Sequence[str]):
+    def __init__(self, sequences: Sequence[Tensor], labels: Tensor, classes: Sequence[str]) -> None:
         if not sequences or len(sequences) != len(labels):
             raise DataError(f"{len(sequences)} sequences and {len(labels)} labels; give one or more, with a label each")
         for number, sequence in enumerate(sequences):

@@ -34,7 +34,7 @@ class Vocabulary:
         ConfigError: least below 1.
     """
 
-    def __init__(self, texts: Iterable[str], *, least: int = 1):
+    def __init__(self, texts: Iterable[str], *, least: int = 1) -> None:
         if least < 1:
             raise ConfigError(f"least is {least}; expected how often a word must occur, 1 or more")
         counts = Counter(word for text in texts for word in words(text))
@@ -90,7 +90,7 @@ class Sentences(Dataset[tuple[Tensor, int]]):
         DataError: not one label per sentence.
     """
 
-    def __init__(self, texts: Sequence[str], labels: Tensor, vocabulary: Vocabulary, *, longest: int = 128):
+    def __init__(self, texts: Sequence[str], labels: Tensor, vocabulary: Vocabulary, *, longest: int = 128) -> None:
         if len(texts) != len(labels):
             raise DataError(f"{len(texts)} sentences and {len(labels)} labels; give one label per sentence")
         warn_of_cuts([len(words(text)) for text in texts], longest, "words")

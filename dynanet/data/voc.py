@@ -54,7 +54,7 @@ def plain(image: Tensor, boxes: Boxes) -> tuple[Tensor, Boxes]:
     return to_float(image), boxes
 
 
-class BoxedImages(Dataset[Any]):
+class DetectionImages(Dataset[Any]):
     """Images and their boxes; `load_voc` makes it.
 
     A row is what `transform` makes of (image uint8 (C, H, W), Boxes). A corrupt image is reported, and the next good
@@ -80,7 +80,7 @@ class BoxedImages(Dataset[Any]):
         classes: Sequence[str],
         transform: BoxTransform,
         clipped: dict[str, int],
-    ):
+    ) -> None:
         assert len(images) == len(boxes), "boxes for every image"
         self._images, self.boxes = images, tuple(boxes)
         self.classes, self.transform, self.clipped = tuple(classes), transform, clipped
@@ -109,7 +109,7 @@ def load_voc(
     classes: Sequence[str] | None = None,
     mode: str = "RGB",
     transform: BoxTransform = plain,
-) -> BoxedImages:
+) -> DetectionImages:
     """A data set in Pascal VOC's layout.
 
     Args:
@@ -146,7 +146,7 @@ def load_voc(
     boxes = [_checked(read[stem], images[stem], named, clipped) for stem in stems]
     paths = Paths([images[stem] for stem in stems])
     files = Images(paths, torch.arange(len(stems)), named, mode=mode, transform=_as_it_is)
-    return BoxedImages(files, boxes, named, transform, clipped)
+    return DetectionImages(files, boxes, named, transform, clipped)
 
 
 class _Notes(NamedTuple):

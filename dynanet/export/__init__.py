@@ -1,5 +1,5 @@
 """Saved models: safetensors and JSON, checked to the last byte, never a pickle."""
 
-from dynanet.export.bundle import bundle as bundle
+from dynanet.export.bundles import bundle as bundle
 from dynanet.export.card import Card as Card
 from dynanet.export.config import Inputs as Inputs

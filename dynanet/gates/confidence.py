@@ -103,13 +103,13 @@ class Patience(Confidence):
 
 
 class PerExit(Confidence):
-    """Another confidence at every exit: learned ones, say. `infer.scheduler` fits them.
+    """Another confidence at every exit: learned ones, say. `calibrate.learned_exits` fits them.
 
     Args:
         exits: one per exit but the last, which asks nobody.
     """
 
-    def __init__(self, exits: Sequence[Confidence]):
+    def __init__(self, exits: Sequence[Confidence]) -> None:
         super().__init__()
         self.exits = nn.ModuleList(exits)
 
@@ -171,7 +171,7 @@ class LearnedScore(Confidence):
 
     measures = 6
 
-    def __init__(self, classes: int):
+    def __init__(self, classes: int) -> None:
         super().__init__()
         self.linear = _as_max_probability(self.measures + classes)
 

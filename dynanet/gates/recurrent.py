@@ -30,7 +30,7 @@ class RecurrentGate(nn.Module):
 
     def __init__(
         self, channels: Sequence[int], rule: nn.Module, *, embedding: int = 10, hidden: int = 10, bias: float = 2.0
-    ):
+    ) -> None:
         super().__init__()
         if not channels or min(*channels, embedding, hidden) < 1:
             raise ConfigError(

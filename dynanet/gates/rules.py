@@ -49,7 +49,7 @@ class Rule(nn.Module, ABC):
 class Threshold(Rule):
     """Keep where the score is above `at`. No gradient reaches the scorer."""
 
-    def __init__(self, at: float = 0.0):
+    def __init__(self, at: float = 0.0) -> None:
         super().__init__()
         self.at = at
 
@@ -75,7 +75,7 @@ class TopK(Rule):
 
     competes = True
 
-    def __init__(self, k: int):
+    def __init__(self, k: int) -> None:
         super().__init__()
         if not isinstance(k, int) or k < 1:
             raise ConfigError(f"top-k got k = {k}; give how many units a row keeps, 1 or more")
@@ -108,7 +108,7 @@ class StraightThrough(Rule):
 
     differentiable = True
 
-    def __init__(self, at: float = 0.0, temperature: float = 1.0):
+    def __init__(self, at: float = 0.0, temperature: float = 1.0) -> None:
         super().__init__()
         _positive(temperature)
         self.at, self.temperature = at, temperature
@@ -138,7 +138,7 @@ class Gumbel(Rule):
 
     differentiable = True
 
-    def __init__(self, temperature: float = 1.0):
+    def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
         _positive(temperature)
         self.temperature = temperature
@@ -178,7 +178,7 @@ class Bernoulli(Rule):
         return keep * nn.functional.logsigmoid(score) + (1 - keep) * nn.functional.logsigmoid(-score)
 
 
-class Soft(Rule):
+class Sigmoid(Rule):
     """A probability in training (every unit runs, blended); hard at 0 in eval.
 
     Args:
@@ -187,7 +187,7 @@ class Soft(Rule):
 
     differentiable = True
 
-    def __init__(self, temperature: float = 1.0):
+    def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
         _positive(temperature)
         self.temperature = temperature
@@ -204,7 +204,7 @@ class Soft(Rule):
         return (score > 0).to(score.dtype)
 
 
-class Pick(Rule):
+class RelaxedTopK(Rule):
     """Every row keeps its best k units, which exclude each other: paths, widths. Soft in training, so that it learns.
 
     In training the keep is a relaxed k-hot vector, between 0 and 1, that sums to k: for k = 1 softmax(score /
@@ -244,7 +244,7 @@ class Pick(Rule):
         noise: bool = False,
         hard: bool = False,
         costs: Sequence[float] | Tensor | None = None,
-    ):
+    ) -> None:
         super().__init__()
         if not isinstance(k, int) or k < 1:
             raise ConfigError(f"picking got k = {k}; give how many units a row keeps, 1 or more")
@@ -320,7 +320,7 @@ class Given(Rule):
         keep: (units,), the same for every row.
     """
 
-    def __init__(self, keep: Tensor):
+    def __init__(self, keep: Tensor) -> None:
         super().__init__()
         self.keep: Tensor
         self.register_buffer("keep", keep)

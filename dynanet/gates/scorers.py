@@ -24,7 +24,9 @@ class PooledScorer(nn.Module):
         ConfigError: sizes below 1, a hidden layer of less than 0.
     """
 
-    def __init__(self, channels: int, units: int = 1, hidden: int = 16, bias: float = 2.0, *, norm: bool = False):
+    def __init__(
+        self, channels: int, units: int = 1, hidden: int = 16, bias: float = 2.0, *, norm: bool = False
+    ) -> None:
         super().__init__()
         check_sizes(channels=channels, units=units, hidden=hidden or 1)
         before = [nn.Linear(channels, hidden), nn.ReLU()] if hidden else []
@@ -51,7 +53,7 @@ class TileScorer(nn.Module):
         tile: side of a tile, in positions.
     """
 
-    def __init__(self, channels: int, tile: int):
+    def __init__(self, channels: int, tile: int) -> None:
         super().__init__()
         self.map, self.tile = nn.Conv2d(channels, 1, 1), tile
 
@@ -76,7 +78,7 @@ class ContextScorer(nn.Module):
         local: (B, C, H, W) to (B, 1, H, W), from neighbours.
     """
 
-    def __init__(self, channels: int, tile: int = 1, *, bias: float = 2.0, norm: bool = False):
+    def __init__(self, channels: int, tile: int = 1, *, bias: float = 2.0, norm: bool = False) -> None:
         super().__init__()
         conv = nn.Conv2d(channels, 1, 3, padding=1)
         assert conv.bias is not None

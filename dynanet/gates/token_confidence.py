@@ -58,7 +58,7 @@ class LearnedToken(TokenConfidence):
         width: features.
     """
 
-    def __init__(self, width: int):
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.linear = nn.Linear(width, 1)
 

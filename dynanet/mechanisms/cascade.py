@@ -20,7 +20,7 @@ class Cascade(Halt):
 
     Nothing is shared but the input and, with `ensemble`, the answers; so any trained networks will do. In training all
     networks answer for all rows; in eval mode a row goes on past network k while its confidence is below
-    `thresholds[k]`. A new cascade always asks all networks; `infer.calibrate` finds thresholds for a budget.
+    `thresholds[k]`. A new cascade always asks all networks; `calibrate.calibrate` finds thresholds for a budget.
 
     Args:
         networks: each maps x to logits (B, classes), the cheapest first. One that wants another resolution resizes
@@ -39,7 +39,7 @@ class Cascade(Halt):
 
     def __init__(
         self, networks: Sequence[nn.Module], confidence: Confidence | None = None, *, ensemble: Ensemble = "none"
-    ):
+    ) -> None:
         super().__init__()
         if not networks:
             raise StructureError("a cascade needs at least one network; got none")
@@ -80,7 +80,7 @@ class Cascade(Halt):
         """The confidence after network k."""
         return self.confidence.at(k)(answer, state[2])
 
-    def goes_on(self, k: int, score: Tensor) -> Tensor:
+    def should_continue(self, k: int, score: Tensor) -> Tensor:
         """To the next network while confidence is below the threshold; always in training."""
         if self.training:
             return torch.ones_like(score)

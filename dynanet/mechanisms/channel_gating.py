@@ -59,7 +59,7 @@ class ChannelGating(Dynamic):
         tiles: Tiles | None = None,
         rule: nn.Module | None = None,
         threshold: float = -0.5,
-    ):
+    ) -> None:
         super().__init__()
         inputs, outputs = conv.in_channels, conv.out_channels
         if conv.groups != 1 or not 1 <= base < inputs:
@@ -134,7 +134,7 @@ class PartialSumScorer(nn.Module):
         threshold: where thresholds start.
     """
 
-    def __init__(self, channels: int, groups: int, tiles: Tiles | None, threshold: float):
+    def __init__(self, channels: int, groups: int, tiles: Tiles | None, threshold: float) -> None:
         super().__init__()
         self.groups, self.tile = groups, None if tiles is None else tiles.tile
         self.thresholds = nn.Parameter(torch.full((groups,), float(threshold)))
@@ -157,13 +157,13 @@ class ThresholdTarget(Objective):
     """Draws every threshold of a model's gated convolutions towards a target (CGNet, arXiv:1805.12549).
 
     A term like those of `train`: `term(answer, y, trace)`. The higher the target, the less is computed; the paper's
-    target grows with the saving that is wanted. For a budget in MACs use `train.Within` instead.
+    target grows with the saving that is wanted. For a budget in MACs use `train.BudgetPenalty` instead.
 
     Args:
         target: the thresholds' goal, T in the paper.
     """
 
-    def __init__(self, target: float):
+    def __init__(self, target: float) -> None:
         self.target = target
 
     def __call__(self, answer: Any, y: Any, trace: Trace) -> Tensor:

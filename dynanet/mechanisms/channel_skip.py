@@ -53,7 +53,7 @@ class ChannelSkip(Dynamic):
         norms: Sequence[nn.BatchNorm2d | None] | None = None,
         afters: Sequence[nn.Module] | None = None,
         boost: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         counts = [groups] * len(convs) if isinstance(groups, int) else list(groups)
         following = [nn.ReLU() for _ in convs] if afters is None else list(afters)
@@ -82,9 +82,9 @@ class ChannelSkip(Dynamic):
         """(B, C, H, W) to (B, C', H', W'); groups that were not kept are zero."""
         keep_in, first = x_BCHW.new_ones(x_BCHW.shape[0], 1), 0
         for i, gate in enumerate(self.gates):
-            keep_out, score = self.obey(gate(x_BCHW))
+            keep_out, score = self.apply_override(gate(x_BCHW))
             keep = (keep_in[:, :, None] * keep_out[:, None, :]).flatten(1)
-            self.tell(Decision(keep, score), first)
+            self.log(Decision(keep, score), first)
             factor = score if self.boost else None
             if self.gathers:
                 x_BCHW = self._gathered(i, x_BCHW, keep_in, keep_out, factor, first)
@@ -141,7 +141,7 @@ class SaliencyScorer(nn.Module):
             would not survive its first steps. Not in the paper, which starts from trained weights.
     """
 
-    def __init__(self, channels: int, groups: int, *, relative: bool = False):
+    def __init__(self, channels: int, groups: int, *, relative: bool = False) -> None:
         super().__init__()
         self.map, self.relative = nn.Linear(channels, groups), relative
         nn.init.kaiming_normal_(self.map.weight)

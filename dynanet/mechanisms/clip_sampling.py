@@ -40,7 +40,7 @@ class ClipSampling(Dynamic):
         ConfigError: numbers that are no whole ones, or below 1.
     """
 
-    def __init__(self, scorer: nn.Module, net: nn.Module, clips: int, num_classes: int):
+    def __init__(self, scorer: nn.Module, net: nn.Module, clips: int, num_classes: int) -> None:
         super().__init__()
         check_sizes(clips=clips, num_classes=num_classes)
         self.scores, self.net, self.clips, self.num_classes = ClipScores(scorer), net, clips, num_classes
@@ -73,7 +73,7 @@ class ClipSampling(Dynamic):
                 f"the network answered a tensor of shape {tuple(logits.shape)}; expected (rows, {self.num_classes})"
             )
         if self.trace is not None and self.training:
-            self.trace.hear_answer(self, logits.unflatten(0, there.shape))
+            self.trace.log_answer(self, logits.unflatten(0, there.shape))
         return kept.put(logits, nothing).sum(1) / keep.sum(1).clamp(min=1)
 
 
@@ -83,7 +83,7 @@ class ClipScores(Dynamic):
     Nothing is decided here: a video has as many clips as it has, whatever is forced.
     """
 
-    def __init__(self, scorer: nn.Module):
+    def __init__(self, scorer: nn.Module) -> None:
         super().__init__()
         self.scorer = scorer
 
@@ -112,7 +112,7 @@ class ClassSalience(nn.Module):
         classifier: from clips to logits (rows, classes); trained by cross-entropy.
     """
 
-    def __init__(self, classifier: nn.Module):
+    def __init__(self, classifier: nn.Module) -> None:
         super().__init__()
         self.classifier, self.confidence = classifier, MaxProbability()
 
@@ -136,7 +136,7 @@ class SalienceRank(Objective):
         ConfigError: a margin below 0.
     """
 
-    def __init__(self, margin: float = 0.1, *, layer: str | None = None):
+    def __init__(self, margin: float = 0.1, *, layer: str | None = None) -> None:
         if not margin >= 0:
             raise ConfigError(f"margin is {margin}; expected how far scores of two clips are to be apart, 0 or more")
         self.margin, self.layer = margin, layer

@@ -22,7 +22,7 @@ class EarlyExit(Halt):
 
     In training every exit answers, for multi-exit objectives; the answer is the last one's. In eval mode a row goes on
     past step k while its confidence is below the exit's threshold. A new model never exits early (thresholds are
-    infinite); `infer.calibrate` finds thresholds for a budget.
+    infinite); `calibrate.calibrate` finds thresholds for a budget.
 
     Args:
         stages: stage k maps the state of stage k - 1 to its own; the first takes the input. A state is any pytree of
@@ -32,13 +32,15 @@ class EarlyExit(Halt):
 
     Attributes:
         thresholds: (exits - 1,), in the units of `confidence`. +inf: nobody leaves here; -inf: everybody.
-        leaves: (steps - 1,) int64, which of the thresholds each step has; `infer.calibrate` reads it.
+        leaves: (steps - 1,) int64, which of the thresholds each step has; `calibrate.calibrate` reads it.
 
     Raises:
         StructureError: no stages, not one exit per stage, or a confidence that does not speak of every exit.
     """
 
-    def __init__(self, stages: Sequence[nn.Module], exits: Sequence[nn.Module], confidence: Confidence | None = None):
+    def __init__(
+        self, stages: Sequence[nn.Module], exits: Sequence[nn.Module], confidence: Confidence | None = None
+    ) -> None:
         super().__init__()
         if len(stages) != len(exits) or not stages:
             raise StructureError(f"early exit needs one exit per stage; got {len(stages)} stages, {len(exits)} exits")
@@ -103,17 +105,17 @@ class EarlyExit(Halt):
         """The confidence of active exit k."""
         return self.confidence.at(self._active[k])(answer, state[1])
 
-    def goes_on(self, k: int, score: Tensor) -> Tensor:
+    def should_continue(self, k: int, score: Tensor) -> Tensor:
         """Past step k while confidence is below the threshold; always in training."""
         if self.training:
             return torch.ones_like(score)
         # Compared in float32: a half-precision score would round the threshold and let out who is tied with it.
         return (score.float() < self.thresholds[self._active[k]].float()).to(score.dtype)
 
-    def goes_on_alone(self, k: int, score: Tensor) -> bool:
-        """As `goes_on`."""
-        if type(self).goes_on is not EarlyExit.goes_on:  # a rule of somebody's own
-            return super().goes_on_alone(k, score)
+    def should_continue_one(self, k: int, score: Tensor) -> bool:
+        """As `should_continue`."""
+        if type(self).should_continue is not EarlyExit.should_continue:  # a rule of somebody's own
+            return super().should_continue_one(k, score)
         return score.float().tolist()[0][0] < self.thresholds.float().tolist()[self._active[k]]
 
     @torch.no_grad()
@@ -156,7 +158,7 @@ class JointGates(Objective):
         ConfigError: costs that do not rise, or a negative weight.
     """
 
-    def __init__(self, macs: Sequence[float], weight: float, halt: str | None = None):
+    def __init__(self, macs: Sequence[float], weight: float, halt: str | None = None) -> None:
         self.macs, self.weight, self.halt = tuple(float(m) for m in macs), weight, halt
         if not self.macs or self.macs[0] < 0 or list(self.macs) != sorted(self.macs) or self.macs[-1] <= 0:
             raise ConfigError(f"macs is {self.macs}; expected the MACs at every exit, rising to above 0")

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import ConfigError, InputError, StructureError
-from dynanet.core.halt import Conclusion, FrameByFrame, Halt, highest_score, waits
+from dynanet.core.halt import Conclusion, FrameByFrame, Halt, below_threshold, highest_score
 from dynanet.core.objective import Objective
 from dynanet.core.rows import over_tensors
 from dynanet.core.trace import Trace
@@ -27,14 +27,14 @@ class EarlyStop(Halt, FrameByFrame):
 
     - By confidence: in training every step answers all rows (for `train.MultiExit`). In eval mode a row stops once its
       confidence reaches the step's threshold. Thresholds start at infinity, so that a new model reads to the end;
-      `infer.calibrate` finds them for a budget or a risk.
+      `calibrate.calibrate` finds them for a budget or a risk.
     - By a learned policy (EARLIEST: Hartvigsen et al. 2019, doi:10.1145/3292500.3330974): the policy maps the hidden
       state to the log-odds of stopping. In training stops are drawn, for `Earliest`, and the answer is that of the step
       drawn; in eval mode thresholds of 0 stop where stopping is likelier than not. They too can be calibrated.
 
     A row always stops at the end of its sequence. Frames behind a row's stop or end cost nothing, also where thresholds
     are being found. `steps_read` says how early rows stopped. A session serves frames as they arrive
-    (`Session.stream` of `FrameOf`).
+    (`Session.stream` of `SequenceFrame`).
 
     Args:
         cell: maps (x_t, state) to the next state: nn.GRUCell, nn.RNNCell or alike; an nn.LSTMCell has the state (h, c).
@@ -65,7 +65,7 @@ class EarlyStop(Halt, FrameByFrame):
         every: int = 1,
         confidence: Confidence | None = None,
         policy: nn.Module | None = None,
-    ):
+    ) -> None:
         super().__init__()
         if min(inputs, hidden, longest, every) < 1 or (confidence is not None and policy is not None):
             raise ConfigError(
@@ -113,13 +113,13 @@ class EarlyStop(Halt, FrameByFrame):
         sure = self.confidence.at(k)(answer, memory) if self.policy is None else self.policy(_hidden(hidden))
         return torch.where((lengths <= (k + 1) * self.every)[:, None], highest_score(sure.dtype), sure)
 
-    def goes_on(self, k: int, score: Tensor) -> Tensor:
+    def should_continue(self, k: int, score: Tensor) -> Tensor:
         """Below the threshold while there are frames left; in training always, or as drawn from the policy."""
         if self.training and self.policy is None:
             return torch.ones_like(score)
         if self.training:
             return torch.bernoulli((-score.detach()).sigmoid())
-        return waits(score, self.thresholds[k]).to(score.dtype)
+        return below_threshold(score, self.thresholds[k]).to(score.dtype)
 
     def frame(self, x: Tensor | Sequences) -> Tensor:
         """The first frames, (B, inputs)."""
@@ -142,7 +142,9 @@ class EarlyStop(Halt, FrameByFrame):
         else:
             score, memories = self._scored([min(k, max(self.steps - 2, 0)) for k in steps], logits, memories)
         thresholds = torch.cat([self.thresholds[:last], self.thresholds.new_full((1,), -torch.inf)])
-        return Conclusion(logits, score, waits(score[:, 0], thresholds[[min(k, last) for k in steps]]), memories)
+        return Conclusion(
+            logits, score, below_threshold(score[:, 0], thresholds[[min(k, last) for k in steps]]), memories
+        )
 
     def _scored(self, steps: Sequence[int], logits: Tensor, memories: Sequence[Any]) -> tuple[Tensor, list[Any]]:
         """Confidences (rows, 1) and memories of rows at different steps; those that are scored alike, together."""
@@ -169,7 +171,7 @@ class Frames(Dynamic):
     Nothing is decided here: a sequence lasts as long as it does, whatever is forced.
     """
 
-    def __init__(self, cell: nn.Module, head: nn.Module):
+    def __init__(self, cell: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.cell, self.head = cell, head
 
@@ -205,7 +207,7 @@ class Earliest(Objective):
         ConfigError: a negative earliness.
     """
 
-    def __init__(self, earliness: float, *, halt: str | None = None):
+    def __init__(self, earliness: float, *, halt: str | None = None) -> None:
         if not earliness >= 0:
             raise ConfigError(f"earliness is {earliness}; expected the weight of stopping early, 0 or more")
         self.earliness, self.halt = earliness, halt
@@ -225,14 +227,16 @@ class Earliest(Objective):
         if any(call.decision.score.shape[0] != y.shape[0] for call in calls):
             raise StructureError(f"only some rows reached {name!r}; this loss needs every row: use train mode")
         score = torch.cat([call.decision.score for call in calls], 1)  # (B, decisions), log-odds of stopping
-        waits = torch.cat([call.keep.detach() for call in calls], 1)  # those before the stop, all 1
-        decides = torch.cat([torch.ones_like(waits[:, :1]), waits[:, :-1]], 1) * (score < highest_score(score.dtype))
+        below_threshold = torch.cat([call.keep.detach() for call in calls], 1)  # those before the stop, all 1
+        decides = torch.cat([torch.ones_like(below_threshold[:, :1]), below_threshold[:, :-1]], 1) * (
+            score < highest_score(score.dtype)
+        )
         score = score.where(decides > 0, 0.0)
         stop, wait = functional.logsigmoid(score), functional.logsigmoid(-score)
         reward = (answer.detach().argmax(1) == y).to(score.dtype) * 2 - 1
         rows = reward.shape[0]
         advantage = (reward - reward.mean()) * (rows / (rows - 1)) if rows > 1 else reward
-        drawn = ((waits * wait + (1 - waits) * stop) * decides).sum(1)
+        drawn = ((below_threshold * wait + (1 - below_threshold) * stop) * decides).sum(1)
         return (-drawn * advantage - self.earliness * (stop * decides).sum(1)).mean()
 
     def __repr__(self) -> str:

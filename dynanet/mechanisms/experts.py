@@ -53,7 +53,7 @@ class Experts(Dynamic):
         mix: Mix | None = None,
         shared: nn.Module | None = None,
         outputs: Sequence[int] | None = None,
-    ):
+    ) -> None:
         super().__init__()
         if not experts:
             raise StructureError("a mixture of experts needs at least one expert")
@@ -133,7 +133,8 @@ class Experts(Dynamic):
 
 def softmax_over_all(score: Tensor, keep: Tensor) -> Tensor:
     """The softmax over all experts, kept or not (Switch eq. 1-2). Right for any k; the weights of a row sum to less
-    than 1."""
+    than 1.
+    """
     return score.softmax(-1)
 
 
@@ -145,7 +146,8 @@ def softmax_over_kept(score: Tensor, keep: Tensor) -> Tensor:
 
 def sigmoid_over_kept(score: Tensor, keep: Tensor) -> Tensor:
     """Sigmoids, scaled so that those of the kept experts sum to 1 (DeepSeek-V3, arXiv:2412.19437, eq. 13-15). For
-    k > 1."""
+    k > 1.
+    """
     affinity = score.sigmoid()
     return affinity / (keep * affinity).sum(-1, keepdim=True).clamp(min=torch.finfo(score.dtype).tiny)
 
@@ -162,7 +164,7 @@ class RouterScorer(nn.Module):
         ConfigError: sizes below 1; jitter below 0, or 1 and more.
     """
 
-    def __init__(self, inputs: int, experts: int, jitter: float = 0.0):
+    def __init__(self, inputs: int, experts: int, jitter: float = 0.0) -> None:
         super().__init__()
         if min(inputs, experts) < 1:
             raise ConfigError(f"a router of {inputs} inputs to {experts} experts; give 1 or more of each")
@@ -202,7 +204,7 @@ class BiasedTopK(Rule):
     competes = True
     counts_rows = True
 
-    def __init__(self, k: int, experts: int, rate: float = 1e-3):
+    def __init__(self, k: int, experts: int, rate: float = 1e-3) -> None:
         super().__init__()
         _check_k(k, experts)
         self.k, self.rate = k, rate
@@ -250,7 +252,7 @@ class BatchCoupledTopK(Rule):
     counts_rows = True
     called_in_parts = True  # an engine would see a batch in pieces, or padding with it
 
-    def __init__(self, k: int, capacity: float):
+    def __init__(self, k: int, capacity: float) -> None:
         super().__init__()
         if k < 1 or not capacity > 0:
             raise ConfigError(f"k is {k} and capacity {capacity}; expected k >= 1 and a capacity above 0")

@@ -12,7 +12,7 @@ from torch.nn import functional
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import ConfigError, InputError, StructureError, check_sizes
-from dynanet.core.halt import Halt, highest_score, waits
+from dynanet.core.halt import Halt, below_threshold, highest_score
 from dynanet.core.objective import Objective
 from dynanet.core.trace import Trace
 from dynanet.data.ragged import Sequences, as_videos
@@ -27,7 +27,7 @@ class FrameExit(Halt):
     leaves after its last frame; what lies behind a video's end costs nothing, also where thresholds are being found.
 
     In training every frame that is read at most is read, and every step answers: `MultiExit() + ExitLabels(beta)`. In
-    eval mode a row leaves where its gate finds leaving likelier than not (thresholds of 0); `infer.calibrate` finds
+    eval mode a row leaves where its gate finds leaving likelier than not (thresholds of 0); `calibrate.calibrate` finds
     other thresholds for a budget or a risk.
 
     Args:
@@ -52,7 +52,7 @@ class FrameExit(Halt):
         gates: Sequence[nn.Module],
         *,
         longest: int | None = None,
-    ):
+    ) -> None:
         super().__init__()
         if not classifiers or len(gates) != len(classifiers) - 1:
             raise StructureError(
@@ -101,11 +101,11 @@ class FrameExit(Halt):
         sure = self.gates[k](features) if before is None else self.gates[k](features, before)
         return torch.where((lengths <= k + 1)[:, None], highest_score(sure.dtype), sure)
 
-    def goes_on(self, k: int, score: Tensor) -> Tensor:
+    def should_continue(self, k: int, score: Tensor) -> Tensor:
         """Below the threshold while there are frames left; always in training."""
         if self.training:
             return torch.ones_like(score)
-        return waits(score, self.thresholds[k]).to(score.dtype)
+        return below_threshold(score, self.thresholds[k]).to(score.dtype)
 
 
 class FrameReader(Dynamic):
@@ -113,7 +113,7 @@ class FrameReader(Dynamic):
     have not ended. Nothing is decided here: a video lasts as long as it does, whatever is forced.
     """
 
-    def __init__(self, backbone: nn.Module, classifiers: Sequence[nn.Module]):
+    def __init__(self, backbone: nn.Module, classifiers: Sequence[nn.Module]) -> None:
         super().__init__()
         self.backbone, self.classifiers = backbone, nn.ModuleList(classifiers)
 
@@ -145,7 +145,7 @@ class ExitGate(nn.Module):
         first: for the first frame, before which there was nothing.
     """
 
-    def __init__(self, features: int, *, widths: tuple[int, int] = (128, 64), first: bool = False):
+    def __init__(self, features: int, *, widths: tuple[int, int] = (128, 64), first: bool = False) -> None:
         super().__init__()
         self.embed = nn.Sequential(
             nn.Linear(features, widths[0]), nn.ReLU(), nn.Linear(widths[0], widths[1]), nn.ReLU()
@@ -173,7 +173,7 @@ class ExitLabels(Objective):
         ConfigError: a beta that is not above 0.
     """
 
-    def __init__(self, beta: float, *, halt: str | None = None):
+    def __init__(self, beta: float, *, halt: str | None = None) -> None:
         if not 0 < beta < math.inf:
             raise ConfigError(f"beta is {beta}; expected the cross-entropy at which rows leave, a number above 0")
         self.beta, self.halt = beta, halt

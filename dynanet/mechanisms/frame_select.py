@@ -14,7 +14,7 @@ from dynanet.core.gate import Gate
 from dynanet.core.objective import Objective
 from dynanet.core.trace import Trace
 from dynanet.data.ragged import Sequences, as_videos
-from dynanet.gates.rules import Pick
+from dynanet.gates.rules import RelaxedTopK
 from dynanet.nets.spatial_transformer import Resize, Size, sides
 
 
@@ -44,14 +44,15 @@ class FrameSelect(Dynamic):
         skips: how many frames each skip leaves out; none: every frame is seen at some size.
         light: from the policy's memory (rows, hidden) to logits. With it `nets` begins at the second size: to see a
             frame at the first costs no more than the policy's look, as in the paper.
-        rule: how scores decide; None for `Pick(noise=True, hard=True)`, whose `temperature` a schedule may lower.
+        rule: how scores decide; None for `RelaxedTopK(noise=True, hard=True)`, whose `temperature` a schedule may
+            lower.
 
     Raises:
         ConfigError: sizes that do not grow, skips that do not, or numbers below 1.
         StructureError: not one network per size, a `look` that holds dynamic layers, or a rule that keeps several.
     """
 
-    most = 1
+    max_units = 1
 
     def __init__(
         self,
@@ -65,7 +66,7 @@ class FrameSelect(Dynamic):
         skips: Sequence[int] = (1, 2, 4),
         light: nn.Module | None = None,
         rule: nn.Module | None = None,
-    ):
+    ) -> None:
         super().__init__()
         both = [sides(size) for size in sizes]
         pixels, apart = [h * w for h, w in both], sorted(set(skips))
@@ -81,9 +82,9 @@ class FrameSelect(Dynamic):
                 f"{len(sizes)} sizes and {len(nets)} networks{' beside a light head' * (light is not None)}; give one "
                 f"network per size{', but none for the first' * (light is not None)}"
             )
-        rule = rule if rule is not None else Pick(noise=True, hard=True)
-        if isinstance(rule, Pick) and rule.k != 1:
-            raise StructureError(f"the rule keeps {rule.k} of sizes and skips for every frame; give Pick(k=1)")
+        rule = rule if rule is not None else RelaxedTopK(noise=True, hard=True)
+        if isinstance(rule, RelaxedTopK) and rule.k != 1:
+            raise StructureError(f"the rule keeps {rule.k} of sizes and skips for every frame; give RelaxedTopK(k=1)")
         self.policy = FramePolicy(nn.Sequential(Resize(both[0]), look), features, hidden, len(sizes) + len(skips), rule)
         resized = zip(both[len(sizes) - len(nets) :], nets, strict=True)
         self.nets = nn.ModuleList(nn.Sequential(Resize(size), net) for size, net in resized)
@@ -106,7 +107,7 @@ class FrameSelect(Dynamic):
         """
         x_BTCHW, lengths = as_videos(x)
         seen = self._decide(x_BTCHW, torch.arange(x_BTCHW.shape[1], device=lengths.device) < lengths[:, None])
-        self.tell(Decision(seen.keep, seen.score))
+        self.log(Decision(seen.keep, seen.score))
         nothing = x_BTCHW.new_zeros(*x_BTCHW.shape[:2], self.num_classes)
         total, first = torch.zeros_like(nothing), 0
         if self.light is not None:
@@ -128,16 +129,17 @@ class FrameSelect(Dynamic):
             now = looks.to(x.dtype)
             features = None if ahead is None else ahead[t]
             state, (own, score) = self.policy.look(x[:, t], features, state, Decision(keep, score), now)
-            keep = torch.where(looks[:, None], self.obey(Decision(own, score)).keep, keep)
+            keep = torch.where(looks[:, None], self.apply_override(Decision(own, score)).keep, keep)
             following = torch.where(looks, t + self._stride(keep.detach()), following)
             told.append((keep * there_BT[:, t, None].to(keep.dtype), score, state[0], now[:, None]))
         kept, scores, memory, looked = (torch.stack(parts, 1) for parts in zip(*told, strict=True))
-        self.policy.tell(Decision(looked, looked))
+        self.policy.log(Decision(looked, looked))
         return _Seen(kept, scores, memory)
 
     def _ahead(self, x: Tensor, there_BT: Tensor) -> tuple[Tensor, ...] | None:
         """The policy's features of all frames in one call, per frame; None where frames may be left out and are not
-        to be computed."""
+        to be computed.
+        """
         if self.gathers and self._furthest > 1:
             return None
         return self.policy.features(x, there_BT.to(x.dtype)).unbind(1)
@@ -173,7 +175,7 @@ class FramePolicy(Dynamic):
     Which frames these are follows from the decisions of the FrameSelect and from the lengths, whatever is forced.
     """
 
-    def __init__(self, net: nn.Module, features: int, hidden: int, units: int, rule: nn.Module):
+    def __init__(self, net: nn.Module, features: int, hidden: int, units: int, rule: nn.Module) -> None:
         super().__init__()
         if inside := list(layers(net)):
             raise StructureError(f"the policy's network holds dynamic layers ({inside}); give a static one")
@@ -218,13 +220,13 @@ class FrameCost(Objective):
     """What a video costs in the mean, as a share of all its frames at the dearest size (arXiv:2007.15796, section 3).
 
     Linear and without a target: `0.9 * CrossEntropy() + 0.1 * (FrameCost(cost) + 3.0 * EvenUse())` is the authors'
-    objective, but for their unit of GFLOPs. `train.Within` keeps to a budget instead.
+    objective, but for their unit of GFLOPs. `train.BudgetPenalty` keeps to a budget instead.
 
     Args:
         cost: of this model.
     """
 
-    def __init__(self, cost: CostModel):
+    def __init__(self, cost: CostModel) -> None:
         self.cost = cost
 
     def __call__(self, answer: Tensor, y: Any, trace: Trace) -> Tensor:

@@ -22,15 +22,15 @@ class GlanceFocus(Halt):
 
     Every glimpse is answered with all that was seen so far. In training all steps answer, for `train.MultiExit`; in
     eval mode a row goes on while its confidence is below the step's threshold. A new model takes all glimpses;
-    `infer.calibrate` finds thresholds for a budget. Images may have any size, one smaller than a crop too.
+    `calibrate.calibrate` finds thresholds for a budget. Images may have any size, one smaller than a crop too.
 
     How the policy learns is `places`:
 
-    - `Steered()`, the default: crops are interpolated, so the gradient of the loss reaches their places. One training,
-      end to end.
-    - `Drawn(std)`: places are drawn around the policy's, and `PlaceReward` makes those likelier after which the true
-      class was more probable (the paper's second stage; see the card for all three).
-    - `Anywhere()`: places at random: encoders and head learn before there is a policy (the paper's first stage).
+    - `LearnedCrops()`, the default: crops are interpolated, so the gradient of the loss reaches their places. One
+      training, end to end.
+    - `SampledCrops(std)`: places are drawn around the policy's, and `PlaceReward` makes those likelier after which the
+      true class was more probable (the paper's second stage; see the card for all three).
+    - `RandomCrops()`: places at random: encoders and head learn before there is a policy (the paper's first stage).
 
     In eval mode all three look where the policy says. No gradient goes from the policy into the encoders.
 
@@ -65,15 +65,15 @@ class GlanceFocus(Halt):
         glance_size: Size,
         crop_size: Size,
         glimpses: int,
-        places: "Places | None" = None,
+        places: "CropSampler | None" = None,
         confidence: Confidence | None = None,
-    ):
+    ) -> None:
         super().__init__()
         if not isinstance(glimpses, int) or glimpses < 1:
             raise ConfigError(f"{glimpses!r} glimpses; expected a whole number: 1 for the glance alone, or more")
         self.glance, self.focus, self.policy, self.head = glance, focus, policy, head
         self.glance_size, self.crop_size, self.steps = sides(glance_size), sides(crop_size), glimpses
-        self.places: Places = places if places is not None else Steered()
+        self.places: CropSampler = places if places is not None else LearnedCrops()
         self.confidence = confidence if confidence is not None else MaxProbability()
         if glimpses > 1:
             self.confidence.at(glimpses - 2)  # now is the time to say that it has no such exit
@@ -100,11 +100,12 @@ class GlanceFocus(Halt):
 
     def score(self, k: int, state: Any, answer: Tensor) -> Tensor:
         """The confidence; where the place of the next crop was drawn (in training), its log-likelihood, for
-        `PlaceReward`: every row goes on then, however sure it is."""
+        `PlaceReward`: every row goes on then, however sure it is.
+        """
         likelihood, memory = state[2], state[5]
         return self.confidence.at(k)(answer, memory) if likelihood is None else likelihood
 
-    def goes_on(self, k: int, score: Tensor) -> Tensor:
+    def should_continue(self, k: int, score: Tensor) -> Tensor:
         """To the next crop while confidence is below the threshold; always in training."""
         if self.training:
             return torch.ones_like(score)
@@ -125,7 +126,7 @@ class PlacePolicy(nn.Module):
         grid: side of the grid that the map is averaged down to.
     """
 
-    def __init__(self, features: int, *, width: int = 8, hidden: int = 32, grid: int = 4):
+    def __init__(self, features: int, *, width: int = 8, hidden: int = 32, grid: int = 4) -> None:
         super().__init__()
         self.reduce = nn.Sequential(
             nn.Conv2d(features, width, 1, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(grid), nn.Flatten(),
@@ -149,7 +150,7 @@ class RecurrentHead(nn.Module):
         num_classes: width of the logits.
     """
 
-    def __init__(self, features: int, hidden: int, num_classes: int):
+    def __init__(self, features: int, hidden: int, num_classes: int) -> None:
         super().__init__()
         self.cell, self.answer = nn.GRUCell(features, hidden), nn.Linear(hidden, num_classes)
         nn.init.zeros_(self.answer.bias)
@@ -170,7 +171,7 @@ class JoinedHead(nn.Module):
         num_classes: width of the logits.
     """
 
-    def __init__(self, features: int, glimpses: int, num_classes: int):
+    def __init__(self, features: int, glimpses: int, num_classes: int) -> None:
         super().__init__()
         self.features = features
         linears = [nn.Linear(features * n, num_classes) for n in range(1, glimpses + 1)]
@@ -185,16 +186,17 @@ class JoinedHead(nn.Module):
         return self.answers[memory.shape[1] // self.features - 1](memory), memory
 
 
-class Places(nn.Module, ABC):
+class CropSampler(nn.Module, ABC):
     """From the place that the policy wants (rows, 2) to the one that is looked at, and the log-likelihood of having
-    drawn it (rows, 1), None where nothing is drawn. In eval mode the two places are the same."""
+    drawn it (rows, 1), None where nothing is drawn. In eval mode the two places are the same.
+    """
 
     @abstractmethod
     def forward(self, wanted: Tensor) -> tuple[Tensor, Tensor | None]:
         """The place, and its log-likelihood."""
 
 
-class Steered(Places):
+class LearnedCrops(CropSampler):
     """Where the policy says, in training too: the gradient of the answer moves the crop."""
 
     def forward(self, wanted: Tensor) -> tuple[Tensor, None]:
@@ -202,7 +204,7 @@ class Steered(Places):
         return wanted, None
 
 
-class Anywhere(Places):
+class RandomCrops(CropSampler):
     """Uniformly at random in training: no policy is needed yet."""
 
     def forward(self, wanted: Tensor) -> tuple[Tensor, None]:
@@ -210,7 +212,7 @@ class Anywhere(Places):
         return (torch.rand_like(wanted) if self.training else wanted), None
 
 
-class Drawn(Places):
+class SampledCrops(CropSampler):
     """Around the policy's place in training, by a normal distribution; for `PlaceReward`. Beyond an edge the crop lies
     at the edge.
 
@@ -221,7 +223,7 @@ class Drawn(Places):
         ConfigError: a std that is not above 0.
     """
 
-    def __init__(self, std: float = 0.1):
+    def __init__(self, std: float = 0.1) -> None:
         super().__init__()
         if not 0 < std < math.inf:
             raise ConfigError(f"places drawn with a standard deviation of {std}; give a number above 0")
@@ -238,7 +240,7 @@ class Drawn(Places):
 
 
 class PlaceReward(Objective):
-    """Trains the policy of a GlanceFocus whose places are `Drawn`: `MultiExit() + PlaceReward()`.
+    """Trains the policy of a GlanceFocus whose places are `SampledCrops`: `MultiExit() + PlaceReward()`.
 
     REINFORCE with the paper's reward: by how much a glimpse raised the probability of the true class. A place is
     credited with its own glimpse and, discounted, with those after it; the baseline is the mean of the batch's other
@@ -253,7 +255,7 @@ class PlaceReward(Objective):
         ConfigError: a discount outside [0, 1].
     """
 
-    def __init__(self, discount: float = 0.7, *, halt: str | None = None):
+    def __init__(self, discount: float = 0.7, *, halt: str | None = None) -> None:
         if not 0 <= discount <= 1:
             raise ConfigError(f"a discount of {discount}; expected what later glimpses count, from 0 to 1")
         self.discount, self.halt = discount, halt
@@ -266,9 +268,11 @@ class PlaceReward(Objective):
                 computed.
         """
         layer, name = self._layer(trace)
-        if not isinstance(layer.places, Drawn):
+        if not isinstance(layer.places, SampledCrops):
             kind = type(layer.places).__name__
-            raise StructureError(f"{name!r} takes its places by {kind}, so there is nothing to reward; give it Drawn()")
+            raise StructureError(
+                f"{name!r} takes its places by {kind}, so there is nothing to reward; give it SampledCrops()"
+            )
         calls = [call for call in trace.calls if call.name == name]
         if not layer.training or not calls:
             return answer.new_zeros(())

@@ -58,7 +58,7 @@ class Jump(Dynamic):
         reach: int,
         jumps: int,
         scorer: nn.Module | None = None,
-    ):
+    ) -> None:
         super().__init__()
         if not _sizes(inputs, hidden, read, reach, jumps):
             raise ConfigError(
@@ -122,7 +122,7 @@ class Jump(Dynamic):
             kept.scatter_add_(1, at[:, None, None].expand(-1, 1, 2), _columns(reads, chooses, x_BTD)[:, None])
         due = time.where(kept[..., 0] > 0, steps).flip(1).cummin(1).values.flip(1)
         for keep, score in zip(kept.unbind(1), (time - due).to(x_BTD.dtype).split(1, 1), strict=True):
-            self.tell(Decision(keep, score))
+            self.log(Decision(keep, score))
 
     def _stepping(self, x_BTD: Tensor, lengths: Tensor, reader: "_Reader") -> "_Reader":
         """Step after step, all rows at the same: who reads is said from outside."""
@@ -132,9 +132,9 @@ class Jump(Dynamic):
             due, there = reader.due <= t, _columns(at < lengths, at < lengths, x_BTD)
             score = (t - reader.due).to(x_BTD.dtype)[:, None]
             own = Decision(_columns(due, due & self._will_choose(at, lengths, reader), x_BTD), score)
-            reads = self.obey(own, present=there).keep[:, 0] > 0
+            reads = self.apply_override(own, present=there).keep[:, 0] > 0
             reader, chooses = self._visit(x_BTD[:, t], at, reads, lengths, reader, steps)
-            self.tell(Decision(_columns(reads, chooses, x_BTD), score))
+            self.log(Decision(_columns(reads, chooses, x_BTD), score))
         return reader
 
     def _visit(
@@ -163,7 +163,7 @@ class Jump(Dynamic):
             if self.training and self.trace is not None:
                 # The baseline is to follow the states, not to shape them.
                 value = self.baseline(hidden.detach())[:, 0]
-                self.trace.hear_answer(self, Jumps(jump.keep, jump.score, value, chooses))
+                self.trace.log_answer(self, Jumps(jump.keep, jump.score, value, chooses))
             return jump.keep.argmax(1)
 
         nowhere = torch.zeros_like(chooses, dtype=torch.int64)
@@ -190,7 +190,8 @@ class Jumps(NamedTuple):
 
 class OneOf(Rule):
     """One unit for every row: drawn from the softmax in training, without gradient, for REINFORCE with `log_prob`; the
-    likeliest in eval mode."""
+    likeliest in eval mode.
+    """
 
     @property
     def decides(self) -> str:
@@ -225,7 +226,7 @@ class ReinforceJumps(Objective):
         ConfigError: a weight below 0.
     """
 
-    def __init__(self, reading: float = 0.0, *, entropy: float = 0.0):
+    def __init__(self, reading: float = 0.0, *, entropy: float = 0.0) -> None:
         if not (reading >= 0 and entropy >= 0):
             raise ConfigError(
                 f"jumps are reinforced with a price of {reading} for reading and a weight of {entropy} for entropy; "
@@ -272,7 +273,8 @@ class ReinforceJumps(Objective):
 
 class _Reader(NamedTuple):
     """Where the rows are: their state, the step they read next (as many as there are steps: none), the steps they have
-    read since the last jump, and the jumps they have made."""
+    read since the last jump, and the jumps they have made.
+    """
 
     state: Any
     due: Tensor

@@ -27,7 +27,7 @@ class LayerSkip(Dynamic):
         StructureError: a gate for more than one unit.
     """
 
-    def __init__(self, block: nn.Module, gate: nn.Module, otherwise: nn.Module | None = None):
+    def __init__(self, block: nn.Module, gate: nn.Module, otherwise: nn.Module | None = None) -> None:
         super().__init__()
         _one_unit(gate)
         self.block, self.gate = block, gate
@@ -60,7 +60,7 @@ class BranchSkip(Dynamic):
         gate: nn.Module,
         shortcut: nn.Module | None = None,
         activation: nn.Module | None = None,
-    ):
+    ) -> None:
         super().__init__()
         _one_unit(gate)
         self.branch, self.gate = branch, gate
@@ -92,7 +92,9 @@ class RecurrentSkip(Dynamic):
         StructureError: not as many blocks as the gate decides on, or as there is an `otherwise` for.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], gate: RecurrentGate, otherwise: Sequence[nn.Module] | None = None):
+    def __init__(
+        self, blocks: Sequence[nn.Module], gate: RecurrentGate, otherwise: Sequence[nn.Module] | None = None
+    ) -> None:
         super().__init__()
         otherwise = otherwise if otherwise is not None else [nn.Identity() for _ in blocks]
         if not len(blocks) == gate.blocks == len(otherwise):

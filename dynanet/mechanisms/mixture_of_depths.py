@@ -37,7 +37,9 @@ class MixtureOfDepths(Dynamic):
 
     degree = 2  # attention among n tokens costs a n + b n^2
 
-    def __init__(self, block: nn.Module, width: int, *, capacity: float = 0.125, predictor: nn.Module | None = None):
+    def __init__(
+        self, block: nn.Module, width: int, *, capacity: float = 0.125, predictor: nn.Module | None = None
+    ) -> None:
         super().__init__()
         if not 0 < capacity <= 1:
             raise ConfigError(f"capacity is {capacity}; expected the share of tokens that run, above 0 and at most 1")

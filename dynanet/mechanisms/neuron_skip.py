@@ -42,7 +42,7 @@ class NeuronSkip(Dynamic):
 
     def __init__(
         self, up: nn.Linear, down: nn.Linear, gate: nn.Module, *, activation: nn.Module | None = None, block: int = 16
-    ):
+    ) -> None:
         super().__init__()
         hidden = up.out_features
         if down.in_features != hidden:
@@ -112,7 +112,8 @@ class NeuronSkip(Dynamic):
 
     def _slices(self, x_TD: Tensor, kept: Tensor) -> Tensor:
         """All rows run the same blocks. Neighbouring blocks are one slice of the weights, and nothing is copied:
-        gathering would move every weight three times, where the reading of weights is all that few rows cost."""
+        gathering would move every weight three times, where the reading of weights is all that few rows cost.
+        """
         edges = functional.pad(kept, (1, 1)).diff().nonzero()[:, 0] * self.block
         bounds = edges.tolist()
         alone = x_TD.new_zeros(self.down.shape[1]) if self.bias is None else self.bias
@@ -166,7 +167,7 @@ class LowRankScorer(nn.Module):
         ConfigError: a rank below 1.
     """
 
-    def __init__(self, inputs: int, units: int, rank: int = 16, bias: float = 1.0):
+    def __init__(self, inputs: int, units: int, rank: int = 16, bias: float = 1.0) -> None:
         super().__init__()
         if rank < 1:
             raise ConfigError(f"a low-rank scorer got rank = {rank}; give 1 or more")

@@ -14,7 +14,7 @@ from dynanet.core.gate import Gate
 from dynanet.core.objective import Objective
 from dynanet.core.rows import over_tensors
 from dynanet.core.trace import Trace
-from dynanet.gates.rules import Pick
+from dynanet.gates.rules import RelaxedTopK
 
 Mix = Callable[[Decision], Tensor]
 
@@ -49,7 +49,7 @@ class PathSelect(Dynamic):
 
     Args:
         branches: map rows to answers (tensors or pytrees) of one shape.
-        gate: maps x to a Decision with one score per branch; with `Pick` every row keeps the same number of
+        gate: maps x to a Decision with one score per branch; with `RelaxedTopK` every row keeps the same number of
             branches, with the rules of `dynanet.gates.rules` any number.
         mix: what a kept branch's answer is multiplied with, (rows..., branches), from the Decision that holds:
             `averaged`, `summed` or `by_score`. All three are 1 where one branch is kept.
@@ -58,7 +58,7 @@ class PathSelect(Dynamic):
 
     Raises:
         StructureError: fewer than two branches, or a gate for another number of them.
-        ConfigError: a `Pick` that wants more branches than there are, or has costs of another number.
+        ConfigError: a `RelaxedTopK` that wants more branches than there are, or has costs of another number.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class PathSelect(Dynamic):
         *,
         mix: Mix = averaged,
         otherwise: nn.Module | None = None,
-    ):
+    ) -> None:
         super().__init__()
         if len(branches) < 2:
             raise StructureError(f"path selection got {len(branches)} branches; give two or more, or use layer skip")
@@ -78,8 +78,8 @@ class PathSelect(Dynamic):
                     f"path selection got {len(branches)} branches and a gate for {gate.units} units; give "
                     f"Gate(scorer, rule, units={len(branches)})"
                 )
-            if isinstance(gate.rule, Pick):
-                self.most = gate.rule.k
+            if isinstance(gate.rule, RelaxedTopK):
+                self.max_units = gate.rule.k
         self.branches, self.gate, self.mix, self.otherwise = nn.ModuleList(branches), gate, mix, otherwise
 
     def forward(self, x: Any) -> Any:
@@ -118,7 +118,7 @@ class PathBalance(Objective):
         weight: of the term.
     """
 
-    def __init__(self, weight: float = 1.0):
+    def __init__(self, weight: float = 1.0) -> None:
         if not weight >= 0:
             raise ConfigError(f"PathBalance got a weight of {weight}, which would draw rows together; give 0 or more")
         self.weight = weight
@@ -145,7 +145,7 @@ class PathBalance(Objective):
 
 
 def price_for(score: Tensor, costs: Sequence[float] | Tensor, mean_cost: float, *, k: int = 1) -> float:
-    """The smallest price at which rows like these cost no more than `mean_cost`, for `Pick.price`.
+    """The smallest price at which rows like these cost no more than `mean_cost`, for `RelaxedTopK.price`.
 
     Fit it on held-out data that was not trained on: record a pass, and give the Decision's scores.
 
@@ -160,7 +160,7 @@ def price_for(score: Tensor, costs: Sequence[float] | Tensor, mean_cost: float, 
         ConfigError: costs of another number than scores, or k branches of fewer.
     """
     score = score.detach().flatten(0, -2)
-    rule = Pick(k, costs=costs).to(score).eval()  # rounds as the model will that made these scores
+    rule = RelaxedTopK(k, costs=costs).to(score).eval()  # rounds as the model will that made these scores
     rule.check(score.shape[-1])
     prices = torch.as_tensor(costs, dtype=torch.float64, device=score.device)
     least = prices.sort().values[:k].sum().item()
@@ -183,7 +183,8 @@ def price_for(score: Tensor, costs: Sequence[float] | Tensor, mean_cost: float, 
 
 def _added(kept: Kept, y: Any, answer: Any) -> Any:
     """The sum so far, rows along one axis, with a branch's part added. In the sparse form in place: a copy of all rows
-    for every branch would cost more than a small branch."""
+    for every branch would cost more than a small branch.
+    """
     if answer is None:
         rows = math.prod(kept.lead)
         if kept.index is None or kept.index.numel() == rows:

@@ -50,7 +50,7 @@ class PixelCascade(Dynamic):
         stages: Sequence[Sequence[nn.Module]],
         exits: Sequence[nn.Module],
         confidence: Confidence | None = None,
-    ):
+    ) -> None:
         super().__init__()
         if not stages or not all(stages) or len(exits) != len(stages) + 1:
             raise StructureError(
@@ -112,7 +112,7 @@ class PixelCascade(Dynamic):
 
     def _hear(self, logits: Tensor) -> None:
         if self.trace is not None:
-            self.trace.hear_answer(self, logits)
+            self.trace.log_answer(self, logits)
 
 
 class PixelCascadeLoss(Objective):
@@ -127,7 +127,7 @@ class PixelCascadeLoss(Objective):
         name: the name of the PixelCascade; None where the model has only one.
     """
 
-    def __init__(self, ignore: int = 255, *, weights: Sequence[float] | None = None, name: str | None = None):
+    def __init__(self, ignore: int = 255, *, weights: Sequence[float] | None = None, name: str | None = None) -> None:
         self.ignore, self.name = ignore, name
         self.weights = None if weights is None else tuple(weights)
 

@@ -54,7 +54,7 @@ class PointRefine(Dynamic):
         train_points: int = 196,
         oversample: float = 3.0,
         importance: float = 0.75,
-    ):
+    ) -> None:
         super().__init__()
         if (points is not None and points < 1) or train_points < 1:
             raise ConfigError(f"point refinement of {points} points, {train_points} in training; give 1 or more")
@@ -114,7 +114,7 @@ class PointRefine(Dynamic):
             unsure = drawn.gather(1, lowest[..., None].expand(-1, -1, 2))
             points = torch.cat([unsure, torch.rand_like(drawn[:, : count - hard])], 1)
         seen = torch.cat([sampled(fine, points), sampled(coarse, points)], -1)
-        self.trace.hear_answer(self, (points, self.head(seen.flatten(0, 1)).unflatten(0, seen.shape[:2])))
+        self.trace.log_answer(self, (points, self.head(seen.flatten(0, 1)).unflatten(0, seen.shape[:2])))
 
 
 class PointHead(nn.Module):
@@ -130,7 +130,7 @@ class PointHead(nn.Module):
         ConfigError: a width or number below 1.
     """
 
-    def __init__(self, features: int, classes: int, hidden: int = 64, layers: int = 3):
+    def __init__(self, features: int, classes: int, hidden: int = 64, layers: int = 3) -> None:
         super().__init__()
         if min(features, classes, hidden, layers) < 1:
             raise ConfigError(
@@ -157,7 +157,7 @@ class PointLoss(Objective):
         name: the name of the PointRefine; None where the model has only one.
     """
 
-    def __init__(self, ignore: int = 255, *, weight: float = 1.0, name: str | None = None):
+    def __init__(self, ignore: int = 255, *, weight: float = 1.0, name: str | None = None) -> None:
         self.ignore, self.weight, self.name = ignore, weight, name
 
     def __call__(self, answer: Tensor, y: Tensor, trace: Trace) -> Tensor:
@@ -213,7 +213,7 @@ def sampled(map_BCHW: Tensor, points: Tensor) -> Tensor:
 class _At(Leading):
     """Positions of a grid over the image, lead (B, H, W): a unit sees maps of any sizes there, one beside the other."""
 
-    def __init__(self, size: tuple[int, int]):
+    def __init__(self, size: tuple[int, int]) -> None:
         self._height, self._width = size
 
     def whole(self, x: Any, lead: tuple[int, ...]) -> Tensor:

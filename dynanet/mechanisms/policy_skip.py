@@ -42,7 +42,7 @@ class PolicySkip(Dynamic):
         *,
         before: nn.Module | None = None,
         after: nn.Module | None = None,
-    ):
+    ) -> None:
         super().__init__()
         otherwise = otherwise if otherwise is not None else [nn.Identity() for _ in blocks]
         units = policy.units if isinstance(policy, Gate) else len(blocks)
@@ -88,7 +88,7 @@ class Bounded(nn.Module):
         ConfigError: a bound outside (0.5, 1].
     """
 
-    def __init__(self, scorer: nn.Module, bound: float = 0.8):
+    def __init__(self, scorer: nn.Module, bound: float = 0.8) -> None:
         super().__init__()
         if not 0.5 < bound <= 1:
             raise ConfigError(f"a bound of {bound} on the probability of keeping; give a number above 0.5, at most 1")

@@ -35,7 +35,7 @@ class ACT(Halt):
         ConfigError: eps outside (0, 1).
     """
 
-    def __init__(self, cells: Sequence[nn.Module], halting: Sequence[nn.Module], eps: float = 0.01):
+    def __init__(self, cells: Sequence[nn.Module], halting: Sequence[nn.Module], eps: float = 0.01) -> None:
         super().__init__()
         _check_steps("ACT", cells, halting)
         if not 0 < eps < 1:
@@ -61,7 +61,7 @@ class ACT(Halt):
         """The sum of the halting scores, (rows, 1)."""
         return state[1]
 
-    def goes_on(self, k: int, score: Tensor) -> Tensor:
+    def should_continue(self, k: int, score: Tensor) -> Tensor:
         """While the sum is below 1 - eps, in training too: the paper's gradient goes through means and remainders."""
         return (score < 1 - self.eps).to(score.dtype)
 
@@ -113,7 +113,7 @@ class PonderNet(Halt):
 
     def __init__(
         self, cells: Sequence[nn.Module], exits: Sequence[nn.Module], halting: Sequence[nn.Module], at: float = 0.5
-    ):
+    ) -> None:
         super().__init__()
         _check_steps("PonderNet", cells, halting)
         if len(exits) != len(cells):
@@ -140,7 +140,7 @@ class PonderNet(Halt):
         """The hazard (rows, 1): in training that of this step, in eval mode that of all steps so far."""
         return state[1]
 
-    def goes_on(self, k: int, score: Tensor) -> Tensor:
+    def should_continue(self, k: int, score: Tensor) -> Tensor:
         """In training the probability to go on; in eval mode, while not having stopped is likelier than 1 - `at`."""
         if self.training:
             return (-score).exp()
@@ -162,7 +162,7 @@ class PonderLoss(Objective):
         ConfigError: a prior outside (0, 1) or a negative beta.
     """
 
-    def __init__(self, prior: float, beta: float = 0.01, *, halt: str | None = None):
+    def __init__(self, prior: float, beta: float = 0.01, *, halt: str | None = None) -> None:
         if not 0 < prior < 1 or beta < 0:
             raise ConfigError(
                 f"PonderLoss got a prior of {prior} and beta = {beta}; give a probability between 0 and 1, and a "

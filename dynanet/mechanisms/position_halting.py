@@ -55,7 +55,7 @@ class PositionHalting(Dynamic):
         first: nn.Module | None = None,
         residual: bool = False,
         dilate: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         if not cells:
             raise StructureError("position halting needs at least one cell")
@@ -94,29 +94,29 @@ class PositionHalting(Dynamic):
         for k in range(self.steps):
             if unit >= 0:
                 x_BCHW = self._step(unit, alive, x_BCHW)
-            goes_on, h = torch.zeros_like(alive), torch.zeros_like(alive)
+            should_continue, h = torch.zeros_like(alive), torch.zeros_like(alive)
             if k + 1 < self.steps:
                 h = self._score(k, unit, alive, x_BCHW).sigmoid()
                 score = (total + h)[..., None]
                 own = Decision((score < 1 - self.eps).to(score.dtype), score)
-                goes_on = self._goes_on(unit + 1, own, x_BCHW, present=alive[..., None])
+                should_continue = self._goes_on(unit + 1, own, x_BCHW, present=alive[..., None])
                 h = torch.minimum(h, 1 - total)  # else a forced keep could spend more than 1
-            weight = alive * torch.where(goes_on > 0, h, 1 - total)
+            weight = alive * torch.where(should_continue > 0, h, 1 - total)
             total, mean = total + weight, mean + self.tiles.spread(weight, x_BCHW) * x_BCHW
-            alive, unit = goes_on, unit + 1
+            alive, unit = should_continue, unit + 1
         return mean
 
     def _goes_on(
         self, unit: int, own: Decision, x: Tensor, *, pinned: Tensor | None = None, present: Tensor | None = None
     ) -> Tensor:
         """Which rows run a cell, obeyed and told."""
-        decision = self.obey(own, pinned, present)
+        decision = self.apply_override(own, pinned, present)
         if not self.compact:
-            self.tell(decision, unit)
+            self.log(decision, unit)
         elif self.trace is not None:
             keep = torch.stack(self.compact[unit].sets(self.tiles.spread(decision.keep[..., 0], x)), -1)
             score = self.tiles.spread(decision.score[..., 0], x)[:, 0, :, :, None]
-            self.tell(Decision(keep, score), self._units(unit).start)
+            self.log(Decision(keep, score), self._units(unit).start)
         return decision.keep[..., 0]
 
     def _units(self, cell: int) -> range:

@@ -13,7 +13,7 @@ from dynanet.core.errors import BudgetError, ConfigError, StructureError
 from dynanet.core.gate import Gate
 from dynanet.core.objective import Objective
 from dynanet.core.trace import Trace
-from dynanet.gates.rules import Pick
+from dynanet.gates.rules import RelaxedTopK
 from dynanet.nets.spatial_transformer import Resize, Size
 from dynanet.nets.switchable_norm import norms_apart
 
@@ -33,35 +33,35 @@ class ResolutionSelect(Dynamic):
         net: from images of every one of the sizes to answers (B, ...) of one shape.
         sizes: the candidates, cheapest first: sides, or (height, width).
         gate: maps the images as they come to a Decision with one unit per size; give it a scorer that resizes first,
-            nn.Sequential(Resize(...), ...), and the rule `Pick(noise=True, hard=True)`.
+            nn.Sequential(Resize(...), ...), and the rule `RelaxedTopK(noise=True, hard=True)`.
 
     Raises:
         ConfigError: sizes that are none, fewer than two, or costs of another number in the rule.
         StructureError: a gate that scores another number of sizes, or a rule that keeps several of every row.
     """
 
-    most = 1
+    max_units = 1
 
-    def __init__(self, net: nn.Module, sizes: Sequence[Size], gate: nn.Module):
+    def __init__(self, net: nn.Module, sizes: Sequence[Size], gate: nn.Module) -> None:
         super().__init__()
         if len(sizes) < 2:
             raise ConfigError(f"sizes are {tuple(sizes)}; give two or more to pick from, or resize to the only one")
         if isinstance(gate, Gate) and gate.units != len(sizes):
             raise StructureError(f"the gate scores {gate.units} sizes and there are {len(sizes)}; make them equal")
-        if isinstance(gate, Gate) and isinstance(gate.rule, Pick):
+        if isinstance(gate, Gate) and isinstance(gate.rule, RelaxedTopK):
             gate.rule.check(len(sizes))
             if gate.rule.k != 1:
-                raise StructureError(f"the rule keeps {gate.rule.k} sizes of every row; give Pick(k=1)")
+                raise StructureError(f"the rule keeps {gate.rule.k} sizes of every row; give RelaxedTopK(k=1)")
         self.gate = gate
         views = zip(sizes, norms_apart(net, len(sizes)), strict=True)
         self.nets = nn.ModuleList(nn.Sequential(Resize(size), view) for size, view in views)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Every row's answer at its size."""
-        keep, score = self.obey(self.gate(x_BCHW))
+        keep, score = self.apply_override(self.gate(x_BCHW))
         nothing = (keep.detach().sum(-1, keepdim=True) <= 0).to(keep)
         keep = keep + functional.pad(nothing, (0, len(self.nets) - 1))
-        self.tell(Decision(keep, score))
+        self.log(Decision(keep, score))
         share, answer = keep / keep.sum(-1, keepdim=True), None
         for u, net in enumerate(self.nets):
             with self.only(u, keep[:, u]) as kept:
@@ -82,8 +82,8 @@ class ResolutionSelect(Dynamic):
 class ResolutionCost(Objective):
     """max(0, mean MACs - target) / (dearest size - cheapest): the FLOPs regulariser of DRNet (arXiv:2106.02898).
 
-    `CrossEntropy() + 0.1 * ResolutionCost(target, cost)`. Linear in the excess, where `train.Within` is squared. What
-    always runs (the predictor) counts towards the target.
+    `CrossEntropy() + 0.1 * ResolutionCost(target, cost)`. Linear in the excess, where `train.BudgetPenalty` is squared.
+    What always runs (the predictor) counts towards the target.
 
     Args:
         macs: the target, mean per sample.
@@ -95,7 +95,7 @@ class ResolutionCost(Objective):
         StructureError: the cost model knows no such layer.
     """
 
-    def __init__(self, macs: float, cost: CostModel, layer: str = ""):
+    def __init__(self, macs: float, cost: CostModel, layer: str = "") -> None:
         if layer not in cost.unit:
             raise StructureError(f"{layer!r} is no layer of this cost model; there are {sorted(cost.unit)}")
         prices = cost.unit[layer]

@@ -38,7 +38,7 @@ class SceneExit(Dynamic):
         patch: int,
         threshold: float = torch.inf,
         confidence: Confidence | None = None,
-    ):
+    ) -> None:
         super().__init__()
         self.stem, self.first, self.rest, self.rows = stem, first, rest, Patches(patch)
         self.confidence = confidence if confidence is not None else MaxProbability()

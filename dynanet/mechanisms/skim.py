@@ -66,7 +66,7 @@ class Skim(Dynamic):
         reading: float = 2.0,
         detached: bool = True,
         every_step: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         if min(inputs, skimmed) < 1 or skimmed >= hidden:
             raise ConfigError(
@@ -144,7 +144,7 @@ class Skim(Dynamic):
         )
         for t in range(x_BTD.shape[1] if self.trace is not None else 0):
             present, read = (t < lengths).to(reads.dtype)[:, None], reads[:, t : t + 1]
-            self.tell(Decision(torch.cat([read, present - read], 1), score[:, t : t + 1]))
+            self.log(Decision(torch.cat([read, present - read], 1), score[:, t : t + 1]))
         return answer
 
     def _read(self, given: tuple[Tensor, Any]) -> Any:
@@ -160,8 +160,8 @@ class Skim(Dynamic):
 class SkimCost(Objective):
     """Minus the log-probability of skimming, averaged over the steps of a batch, summed over the Skim layers.
 
-    The paper's second term: weighted with its gamma, `CrossEntropy() + 0.01 * SkimCost()`. `train.Within` counts what
-    reading and skimming cost instead.
+    The paper's second term: weighted with its gamma, `CrossEntropy() + 0.01 * SkimCost()`. `train.BudgetPenalty` counts
+    what reading and skimming cost instead.
     """
 
     def __call__(self, answer: Any, y: Any, trace: Trace) -> Tensor:

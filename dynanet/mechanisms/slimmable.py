@@ -30,8 +30,8 @@ class Slimmable(Dynamic):
 
     Args:
         net: from rows to rows.
-        gate: maps what the net takes to a Decision with one unit per width, by the rule `Pick(noise=True, hard=True)`.
-            With `DoubleHead` as its scorer, the net sees what that attends to.
+        gate: maps what the net takes to a Decision with one unit per width, by the rule `RelaxedTopK(noise=True,
+            hard=True)`. With `DoubleHead` as its scorer, the net sees what that attends to.
 
     Attributes:
         between: None: the gate decides. A number: train the net itself by the sandwich rule (arXiv:1903.05134): every
@@ -42,10 +42,10 @@ class Slimmable(Dynamic):
         StructureError: a gate that scores another number of widths.
     """
 
-    most = 1
+    max_units = 1
     between: int | None = None
 
-    def __init__(self, net: Slim, gate: nn.Module):
+    def __init__(self, net: Slim, gate: nn.Module) -> None:
         super().__init__()
         if not isinstance(net, Slim):
             raise StructureError(
@@ -72,13 +72,13 @@ class Slimmable(Dynamic):
 
     def forward(self, x: Tensor) -> Tensor:
         """Every row's answer at its width."""
-        keep, score = self.obey(self.gate(x))
+        keep, score = self.apply_override(self.gate(x))
         x = self._attended(x)
         if self.training and self.between is not None:
             return self._sandwich(x)
         nothing = (keep.amax(-1, keepdim=True) <= 0).to(keep)
         keep = keep + F.pad(nothing, (0, self.widths - 1))
-        self.tell(Decision(keep, score))
+        self.log(Decision(keep, score))
         y: Tensor | None = None
         for u in range(self.widths):
             with self.only(u, keep[:, u]) as kept:
@@ -86,7 +86,7 @@ class Slimmable(Dynamic):
                     continue  # for a batch without rows the last width gives the answer its shape
                 part = kept.call(partial(self._run, self.net, u), x)
             if not self.gathers and self.trace is not None:
-                self.trace.hear_answer(self, part)
+                self.trace.log_answer(self, part)
             y = self._placed(y, part, kept)
         assert y is not None
         return y
@@ -122,7 +122,7 @@ class Slimmable(Dynamic):
         for u in order:
             answer = self._run(self.net, u, x)
             if self.trace is not None:
-                self.trace.hear_answer(self, answer)
+                self.trace.log_answer(self, answer)
         if self.target is not None:
             self._teach(x, order[1:])
         return answer
@@ -136,7 +136,7 @@ class Slimmable(Dynamic):
         for u in order:
             answer = self._run(self.target, u, x)
             if self.trace is not None:
-                self.trace.hear_answer(self, answer)
+                self.trace.log_answer(self, answer)
 
 
 class DoubleHead(nn.Module):
@@ -154,7 +154,7 @@ class DoubleHead(nn.Module):
 
     called_in_parts = True  # `attend` is asked too
 
-    def __init__(self, channels: int, widths: int, hidden: int | None = None):
+    def __init__(self, channels: int, widths: int, hidden: int | None = None) -> None:
         super().__init__()
         hidden = max(1, channels // 4) if hidden is None else hidden
         self.reduce = nn.Sequential(nn.BatchNorm1d(channels), nn.Linear(channels, hidden), nn.ReLU())
@@ -232,7 +232,7 @@ class SandwichGate(Objective):
             width are rare the gate would otherwise learn that hardly any does; let a budget say how many may have it.
     """
 
-    def __init__(self, *, give_up: bool = True, balanced: bool = False):
+    def __init__(self, *, give_up: bool = True, balanced: bool = False) -> None:
         self.give_up, self.balanced = give_up, balanced
 
     def __call__(self, answer: Any, y: Tensor, trace: Trace) -> Tensor:

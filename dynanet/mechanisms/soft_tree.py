@@ -14,7 +14,7 @@ from dynanet.core.gate import Gate
 from dynanet.core.objective import Objective
 from dynanet.core.rows import over_tensors
 from dynanet.core.trace import Call, Trace
-from dynanet.gates.rules import Soft
+from dynanet.gates.rules import Sigmoid
 
 Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
 _LEAST = 1e-20  # of a probability
@@ -53,7 +53,7 @@ class SoftTree(Dynamic):
 
     Args:
         gate: maps what `before` answered to a Decision with one score, keep (rows, 1): 1 is right. Its rule says how
-            training chooses: `Soft` as the papers do, `Gumbel` or `StraightThrough` for one path at a time.
+            training chooses: `Sigmoid` as the papers do, `Gumbel` or `StraightThrough` for one path at a time.
         left: from rows to answers; a leaf, a `SoftTree`, or any other dynamic layer.
         right: as left; answers of the same shape.
         before: what every row that comes here goes through; the gate and both subtrees see its answer. None: nothing.
@@ -72,7 +72,7 @@ class SoftTree(Dynamic):
         *,
         before: nn.Module | None = None,
         mix: Mix = mixture,
-    ):
+    ) -> None:
         super().__init__()
         if isinstance(gate, Gate) and gate.units != 1:
             raise StructureError(
@@ -80,8 +80,8 @@ class SoftTree(Dynamic):
             )
         if isinstance(gate, Gate) and getattr(gate.rule, "competes", False):
             raise StructureError(
-                f"a node of a tree got the rule {type(gate.rule).__name__}, by which all rows go right; give Soft or "
-                f"Gumbel"
+                f"a node of a tree got the rule {type(gate.rule).__name__}, by which all rows go right; give "
+                f"Sigmoid or Gumbel"
             )
         self.before = before if before is not None else nn.Identity()
         self.gate, self.left, self.right, self.mix = gate, left, right, mix
@@ -121,7 +121,7 @@ class LeafDistribution(nn.Module):
         classes: how many.
     """
 
-    def __init__(self, classes: int):
+    def __init__(self, classes: int) -> None:
         super().__init__()
         if classes < 2:
             raise ConfigError(f"a leaf got {classes} classes; give two or more")
@@ -139,7 +139,7 @@ class LeafClassifier(nn.Module):
         solver: maps rows to logits (rows, classes).
     """
 
-    def __init__(self, solver: nn.Module):
+    def __init__(self, solver: nn.Module) -> None:
         super().__init__()
         self.solver = solver
 
@@ -158,7 +158,7 @@ class Forest(nn.Module):
         StructureError: no trees.
     """
 
-    def __init__(self, trees: Sequence[nn.Module]):
+    def __init__(self, trees: Sequence[nn.Module]) -> None:
         super().__init__()
         if not trees:
             raise StructureError("a forest got no trees; give one or more")
@@ -225,7 +225,7 @@ def soft_decision_tree(features: int, classes: int, depth: int, *, temperature: 
         raise ConfigError(f"a soft decision tree got a temperature of {temperature}; give a number above 0")
     return full_tree(
         depth,
-        gate=lambda: Gate(nn.Linear(features, 1), Soft(temperature)),
+        gate=lambda: Gate(nn.Linear(features, 1), Sigmoid(temperature)),
         leaf=lambda: LeafDistribution(classes),
         mix=expected,
     )
@@ -264,7 +264,7 @@ class RouteBalance(Objective):
         ConfigError: a negative weight, a decay that is not in (0, 1].
     """
 
-    def __init__(self, weight: float = 0.1, *, decay: float = 0.5):
+    def __init__(self, weight: float = 0.1, *, decay: float = 0.5) -> None:
         if not weight >= 0 or not 0 < decay <= 1:
             raise ConfigError(f"route balance got weight={weight}, decay={decay}; give 0 or more, and one in (0, 1]")
         self.weight, self.decay = weight, decay

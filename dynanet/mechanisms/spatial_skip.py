@@ -37,7 +37,7 @@ class SpatialSkip(Dynamic):
         StructureError: a branch that tiles cannot run, a dynamic layer inside it, or scores of tiles of another size.
     """
 
-    def __init__(self, branch: nn.Module, gate: nn.Module, tiles: Tiles, *, dilate: bool = False):
+    def __init__(self, branch: nn.Module, gate: nn.Module, tiles: Tiles, *, dilate: bool = False) -> None:
         super().__init__()
         if not dilate:
             tiles.check(branch)
@@ -68,11 +68,11 @@ class SpatialSkip(Dynamic):
         if self.compact is None:
             keep = self.tap(own).keep[..., 0]
             return x_BCHW + self.run(0, self.branch, keep, x_BCHW, otherwise=0 * x_BCHW, rows=self.tiles)
-        decision = self.obey(own)
+        decision = self.apply_override(own)
         mask = self.tiles.spread(decision.keep[..., 0], x_BCHW)
         if self.trace is not None:
             score = self.tiles.spread(decision.score[..., 0], x_BCHW)[:, 0, :, :, None]
-            self.tell(Decision(torch.stack(self.compact.sets(mask), -1), score))
+            self.log(Decision(torch.stack(self.compact.sets(mask), -1), score))
         owned = x is not x_BCHW and self.trace is None  # a score in the trace might be a part of x
         return self.compact.add(self, range(len(self.compact.reach)), mask, x, owned=owned)
 
@@ -96,7 +96,7 @@ class SpatialBudget(Objective):
         ConfigError: a target outside [0, 1].
     """
 
-    def __init__(self, target: float, cost: CostModel):
+    def __init__(self, target: float, cost: CostModel) -> None:
         if not 0 <= target <= 1:
             raise ConfigError(f"a budget of {target} is no share of the MACs; give a number between 0 and 1")
         self.target, self.cost, self.tightness = target, cost, 1.0

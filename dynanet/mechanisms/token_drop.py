@@ -41,7 +41,7 @@ class TokenDrop(Dynamic):
 
     degree = 2  # attention among n tokens costs a n + b n^2
 
-    def __init__(self, rest: nn.Module, gate: nn.Module, *, fuse: bool = False):
+    def __init__(self, rest: nn.Module, gate: nn.Module, *, fuse: bool = False) -> None:
         super().__init__()
         self.rest, self.gate, self.fuse = rest, gate, fuse
 
@@ -55,13 +55,13 @@ class TokenDrop(Dynamic):
         own: Decision = self.gate(tokens if sees_others else tokens.x)
         own = own._replace(keep=own.keep.to(tokens.x.dtype))
         present = None if tokens.alive is None else tokens.alive[..., None]
-        decision = self.obey(own, pinned=tokens.first()[..., None], present=present)
+        decision = self.apply_override(own, pinned=tokens.first()[..., None], present=present)
         inside = tokens._replace(attention=None, key=None)
         if self.fuse:
             host, fused = _fused(tokens, decision.keep[..., 0])
             decision = decision._replace(keep=torch.maximum(decision.keep, host[..., None]))
             inside = inside._replace(x=torch.where(host[..., None] > 0, fused, tokens.x))
-        self.tell(decision)
+        self.log(decision)
         keep = decision.keep[..., 0]
         inside = inside if self.gathers else inside._replace(alive=keep)
         x = self.run(0, lambda t: self.rest(t).x, keep, inside, otherwise=tokens.x, rows=TOKEN_ROWS)
@@ -92,7 +92,7 @@ class TokenPredictor(TokenScorer):
         ConfigError: a width that 4 does not divide.
     """
 
-    def __init__(self, width: int, bias: float = 2.0):
+    def __init__(self, width: int, bias: float = 2.0) -> None:
         super().__init__()
         if width < 4 or width % 4:
             raise ConfigError(f"a prediction module for tokens of {width} features; expected a multiple of 4")
@@ -127,7 +127,7 @@ class ClassAttention(TokenScorer):
         return _attention(tokens)[..., None]
 
 
-class Share(TokenScorer):
+class RankScorer(TokenScorer):
     """Another score as a rank: the share of a sample's tokens that score lower.
 
     `Threshold(0.3)` then keeps 0.7 of them, to the nearest whole number (a half goes), whatever the scores: as EViT
@@ -139,7 +139,7 @@ class Share(TokenScorer):
         scorer: of tokens, or of features (..., D).
     """
 
-    def __init__(self, scorer: nn.Module):
+    def __init__(self, scorer: nn.Module) -> None:
         super().__init__()
         self.scorer = scorer
 
@@ -168,7 +168,7 @@ class TokenRatio(Objective):
         ConfigError: a share outside [0, 1].
     """
 
-    def __init__(self, shares: Sequence[float], *, per_sample: bool = True):
+    def __init__(self, shares: Sequence[float], *, per_sample: bool = True) -> None:
         if not shares or not all(0 <= share <= 1 for share in shares):
             raise ConfigError(f"token ratios of {tuple(shares)}; give a share between 0 and 1 for every layer")
         self.shares, self.per_sample = tuple(shares), per_sample
@@ -193,7 +193,7 @@ class TokenRatio(Objective):
         return f"TokenRatio({self.shares}, per_sample={self.per_sample})"
 
 
-class Taught(Dynamic):
+class WithTeacher(Dynamic):
     """A student with its teacher: in training the trace hears what the teacher answers; otherwise it is the student.
 
     Both are networks with `features`, images to Tokens with all blocks done, and `classify`, Tokens to logits, as the
@@ -204,7 +204,7 @@ class Taught(Dynamic):
         teacher: trained, without them, of the same width.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module):
+    def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
         super().__init__()
         self.student = student
         vars(self)["teacher"] = teacher
@@ -216,34 +216,34 @@ class Taught(Dynamic):
         teacher = vars(self)["teacher"].eval()
         with torch.no_grad():
             tokens = teacher.features(x)
-            self.trace.hear_answer(self, (teacher.classify(tokens), tokens.x))
+            self.trace.log_answer(self, (teacher.classify(tokens), tokens.x))
         tokens = self.student.features(x)
-        self.trace.hear_answer(self, (None, tokens.x))
+        self.trace.log_answer(self, (None, tokens.x))
         return self.student.classify(tokens)
 
 
 class TokenDistillation(Objective):
     """What DynamicViT learns from its teacher (arXiv:2106.02034, section 3.4): KL(teacher || answer), and the mean
-    squared distance of the tokens that every layer kept. For a `Taught` model.
+    squared distance of the tokens that every layer kept. For a `WithTeacher` model.
 
     Args:
         logits: weight of the divergence.
         tokens: weight of the distance.
     """
 
-    def __init__(self, logits: float = 0.5, tokens: float = 0.5):
+    def __init__(self, logits: float = 0.5, tokens: float = 0.5) -> None:
         self.logits, self.tokens = logits, tokens
 
     def __call__(self, answer: Tensor, y: Any, trace: Trace) -> Tensor:
         """Over what the trace heard; 0 in eval mode, in which the teacher is not asked.
 
         Raises:
-            StructureError: the model is not `Taught`.
+            StructureError: the model is not `WithTeacher`.
         """
-        found = [(layer, name) for layer, name in trace.names.items() if isinstance(layer, Taught)]
+        found = [(layer, name) for layer, name in trace.names.items() if isinstance(layer, WithTeacher)]
         if len(found) != 1:
             raise StructureError(
-                f"distillation needs one Taught model and found {len(found)}; wrap the student with its teacher"
+                f"distillation needs one WithTeacher model and found {len(found)}; wrap the student with its teacher"
             )
         if not found[0][0].training:
             return answer.new_zeros(())

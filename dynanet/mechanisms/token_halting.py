@@ -53,7 +53,7 @@ class TokenHalting(Dynamic):
         scale: float = 5.0,
         shift: float = -3.0,
         first_only: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         if not blocks:
             raise StructureError("token halting needs at least one block")
@@ -99,7 +99,7 @@ class TokenHalting(Dynamic):
 class FirstEntry(nn.Module):
     """The halting logit of a token: scale times its first feature plus shift, both learned."""
 
-    def __init__(self, scale: float, shift: float):
+    def __init__(self, scale: float, shift: float) -> None:
         super().__init__()
         self.scale, self.shift = nn.Parameter(torch.tensor(scale)), nn.Parameter(torch.tensor(shift))
 
@@ -147,7 +147,7 @@ class HaltingDepth(Objective):
         ConfigError: a depth below 1, or a spread that is not positive.
     """
 
-    def __init__(self, depth: float, spread: float = 1.0):
+    def __init__(self, depth: float, spread: float = 1.0) -> None:
         if depth < 1 or not spread > 0:
             raise ConfigError(f"halting around block {depth} with a spread of {spread}; give 1 or more, and above 0")
         self.depth, self.spread = depth, spread
@@ -193,7 +193,7 @@ def blocks_taken(trace: Trace, name: str = "") -> Tensor:
 class _Mean:
     """The weighted sum of states: in place and at the rows that are still there in the sparse form."""
 
-    def __init__(self, *, first_only: bool):
+    def __init__(self, *, first_only: bool) -> None:
         self._first_only = first_only
         self._sum: Tensor | None = None
         self._index: Tensor | None = None

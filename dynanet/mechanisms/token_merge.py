@@ -34,7 +34,7 @@ class TokenMerge(Dynamic):
 
     degree = 2  # attention among n tokens costs a n + b n^2
 
-    def __init__(self, rest: nn.Module, *, merge: int | None = None, similarity: float | None = None):
+    def __init__(self, rest: nn.Module, *, merge: int | None = None, similarity: float | None = None) -> None:
         super().__init__()
         if (merge is None) == (similarity is None):
             raise ConfigError(f"token merge got merge = {merge} and similarity = {similarity}; give one of them")
@@ -81,9 +81,10 @@ class TokenMerge(Dynamic):
 
 class _Match:
     """What could merge with what: `candidate` (who may be merged away) and `cosine` are shaped as x without its last
-    axis; `partner` is a flat row of x for every token, its own where it is no candidate."""
+    axis; `partner` is a flat row of x for every token, its own where it is no candidate.
+    """
 
-    def __init__(self, candidate: Tensor, cosine: Tensor, partner: Tensor):
+    def __init__(self, candidate: Tensor, cosine: Tensor, partner: Tensor) -> None:
         self.candidate, self.cosine, self.partner = candidate, cosine, partner
 
 
@@ -96,7 +97,7 @@ class _Folding:
         place: where a kept row lies among the kept ones; set by `sparse`.
     """
 
-    def __init__(self, tokens: Tokens, partner: Tensor, keep: Tensor):
+    def __init__(self, tokens: Tokens, partner: Tensor, keep: Tensor) -> None:
         self._tokens, self._keep = tokens, keep
         size = torch.ones_like(keep) if tokens.size is None else tokens.size
         alive = torch.ones_like(keep) if tokens.alive is None else tokens.alive
@@ -166,7 +167,8 @@ def _match(tokens: Tokens) -> _Match:
 
 def _nearest(keys: Tensor) -> tuple[Tensor, Tensor]:
     """Of samples of equal length (B, n, d): for the tokens at odd places the best cosine with one at an even place but
-    the first, and that place; (B, n // 2), or (B, 0) where there is none to merge into."""
+    the first, and that place; (B, n // 2), or (B, 0) where there is none to merge into.
+    """
     cosines = keys @ keys.transpose(1, 2)
     if keys.shape[1] < 3:
         nothing = keys[:, :0, 0]

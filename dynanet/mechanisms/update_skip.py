@@ -43,7 +43,7 @@ class UpdateSkip(Dynamic):
         ConfigError: sizes below 1.
     """
 
-    def __init__(self, cell: nn.Module, inputs: int, hidden: int, *, every_step: bool = False):
+    def __init__(self, cell: nn.Module, inputs: int, hidden: int, *, every_step: bool = False) -> None:
         super().__init__()
         if min(inputs, hidden) < 1:
             raise ConfigError(f"update skip from {inputs} inputs to {hidden} hidden features; both must be at least 1")
@@ -138,10 +138,10 @@ class UpdateSkip(Dynamic):
                 updated.append(at.clone())
             if self.every_step:
                 states.append(state[0])
-            goes_on = at.add_(wait) < end
-            if goes_on.all():
+            should_continue = at.add_(wait) < end
+            if should_continue.all():
                 continue
-            over, on = (~goes_on).nonzero().squeeze(1), goes_on.nonzero().squeeze(1)
+            over, on = (~should_continue).nonzero().squeeze(1), should_continue.nonzero().squeeze(1)
             ended.append((rows.index_select(0, over), state[0].index_select(0, over)))
             going, state = going.index_select(1, on), tuple(t.index_select(0, on) for t in state)
         if self.trace is not None:
@@ -176,13 +176,13 @@ class UpdateSkip(Dynamic):
         due[updated] = updated % steps
         due = due.view(batch, steps).flip(1).cummin(1).values.flip(1)
         for t in range(steps):
-            self.tell(Decision((due[:, t : t + 1] == t).to(dtype), (t - due[:, t : t + 1]).to(dtype)))
+            self.log(Decision((due[:, t : t + 1] == t).to(dtype), (t - due[:, t : t + 1]).to(dtype)))
 
 
 class Update(nn.Module):
     """An update of the state (h or h, c), and how many steps later the next one is due: one part of a session."""
 
-    def __init__(self, cell: nn.Module, delta: nn.Linear):
+    def __init__(self, cell: nn.Module, delta: nn.Linear) -> None:
         super().__init__()
         self.cell, self.delta = cell, delta
 
@@ -203,7 +203,7 @@ class UpdateCost(Objective):
     """State updates per sequence, averaged over the batch and summed over the UpdateSkip layers of a model.
 
     The paper's budget loss: weighted with its lambda (cost per update) it is a term of the loss,
-    `CrossEntropy() + 1e-4 * UpdateCost()`. Unlike `train.Within` it presses on however few updates are left.
+    `CrossEntropy() + 1e-4 * UpdateCost()`. Unlike `train.BudgetPenalty` it presses on however few updates are left.
     """
 
     def __call__(self, answer: Any, y: Any, trace: Trace) -> Tensor:

@@ -50,7 +50,7 @@ class Residual(nn.Module):
         inputs: channels of x.
     """
 
-    def __init__(self, branch: nn.Module, shortcut: nn.Module, inputs: int):
+    def __init__(self, branch: nn.Module, shortcut: nn.Module, inputs: int) -> None:
         super().__init__()
         self.branch, self.shortcut, self.relu, self.inputs = branch, shortcut, nn.ReLU(inplace=True), inputs
 
@@ -62,7 +62,7 @@ class Residual(nn.Module):
 class PadShortcut(nn.Module):
     """Every stride-th position, channels of zeros behind: the shortcut without parameters (the paper's option A)."""
 
-    def __init__(self, more: int, stride: int):
+    def __init__(self, more: int, stride: int) -> None:
         super().__init__()
         self.more, self.stride = more, stride
 

@@ -48,7 +48,7 @@ class SlimConv2d(Slim):
 
     def __init__(
         self, inputs: Sequence[int], outputs: Sequence[int], kernel: int, stride: int = 1, *, depthwise: bool = False
-    ):
+    ) -> None:
         super().__init__()
         self.inputs, self.outputs = _channels("inputs", inputs), _channels("outputs", outputs)
         if len(inputs) != len(outputs) or (depthwise and self.inputs != self.outputs):
@@ -94,7 +94,7 @@ class SlimBatchNorm2d(Slim):
         shared: one scale and shift for all widths.
     """
 
-    def __init__(self, channels: Sequence[int], *, shared: bool = False):
+    def __init__(self, channels: Sequence[int], *, shared: bool = False) -> None:
         super().__init__()
         self.channels, self.widths, self.shared = _channels("channels", channels), len(channels), shared
         self.norms = nn.ModuleList(nn.BatchNorm2d(c, affine=not shared) for c in channels)
@@ -126,7 +126,7 @@ class SlimLinear(Slim):
         outputs: features that go out.
     """
 
-    def __init__(self, inputs: Sequence[int], outputs: int):
+    def __init__(self, inputs: Sequence[int], outputs: int) -> None:
         super().__init__()
         check_sizes(outputs=outputs)
         self.inputs, self.widths = _channels("inputs", inputs), len(inputs)
@@ -152,7 +152,7 @@ class SlimSequential(Slim):
         StructureError: no slimmable layer, layers with different numbers of widths, or convolutions that do not fit.
     """
 
-    def __init__(self, *parts: nn.Module):
+    def __init__(self, *parts: nn.Module) -> None:
         super().__init__()
         found = {part.widths for part in parts if isinstance(part, Slim)}
         if len(found) != 1:
@@ -188,7 +188,7 @@ class SlimResidual(Slim):
         StructureError: a branch and a shortcut with different numbers of widths.
     """
 
-    def __init__(self, branch: Slim, shortcut: Slim | None = None):
+    def __init__(self, branch: Slim, shortcut: Slim | None = None) -> None:
         super().__init__()
         if shortcut is not None and shortcut.widths != branch.widths:
             raise StructureError(f"a branch of {branch.widths} widths beside a shortcut of {shortcut.widths}")
@@ -206,7 +206,7 @@ class SlimResidual(Slim):
 class PlainResidual(nn.Module):
     """What a `SlimResidual` is at one width."""
 
-    def __init__(self, branch: nn.Module, shortcut: nn.Module):
+    def __init__(self, branch: nn.Module, shortcut: nn.Module) -> None:
         super().__init__()
         self.branch, self.shortcut = branch, shortcut
 

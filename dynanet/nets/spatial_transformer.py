@@ -28,7 +28,7 @@ class SpatialTransformer(nn.Module):
         ConfigError: a size that is none.
     """
 
-    def __init__(self, localise: nn.Module, size: Size):
+    def __init__(self, localise: nn.Module, size: Size) -> None:
         super().__init__()
         self.localise, self.size = localise, sides(size)
 
@@ -55,7 +55,7 @@ class Resize(nn.Module):
         ConfigError: a size that is none.
     """
 
-    def __init__(self, size: Size):
+    def __init__(self, size: Size) -> None:
         super().__init__()
         self.size = sides(size)
 

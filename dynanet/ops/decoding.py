@@ -69,7 +69,7 @@ class Cache:
         longest: positions.
     """
 
-    def __init__(self, decoder: Decoder, rows: int, longest: int):
+    def __init__(self, decoder: Decoder, rows: int, longest: int) -> None:
         self.decoder, self.rows = decoder, rows
         first = torch.zeros(1, 1, dtype=torch.int64, device=decoder.device)
         key, _ = decoder.key_value(0, decoder.embed(first, first))

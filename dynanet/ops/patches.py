@@ -22,7 +22,7 @@ class Patches(Leading):
         StructureError: an even size.
     """
 
-    def __init__(self, size: int):
+    def __init__(self, size: int) -> None:
         if size < 1 or size % 2 == 0:
             raise StructureError(f"a patch has a centre pixel, so its side must be odd; got {size}")
         self.size = size

@@ -23,7 +23,7 @@ class Region:
         keep_B1HW: 1 at the positions to compute.
     """
 
-    def __init__(self, layer: Dynamic, unit: int, keep_B1HW: Tensor):
+    def __init__(self, layer: Dynamic, unit: int, keep_B1HW: Tensor) -> None:
         self.shape = (keep_B1HW.shape[0], keep_B1HW.shape[2], keep_B1HW.shape[3])
         self.kept = layer.kept(keep_B1HW[:, 0])
         self.frame = self.kept.frame(layer, unit)
@@ -39,7 +39,8 @@ class Region:
 
     def around(self, conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
         """For every position of the region the k * k that a convolution reads, (n * k * k,) each: among all positions
-        of the images, and among the rows of the region. One past the last is where there is none."""
+        of the images, and among the rows of the region. One past the last is where there is none.
+        """
         kernel, dilation = (conv.kernel_size[0], conv.kernel_size[1]), (conv.dilation[0], conv.dilation[1])
         if (kernel, dilation) not in self._around:
             index = self.index
@@ -73,7 +74,7 @@ class RegionChain:
         StructureError: a unit that cannot run on positions.
     """
 
-    def __init__(self, unit: nn.Module):
+    def __init__(self, unit: nn.Module) -> None:
         Tiles(1, 2**30).check(unit)
         self.unit = unit
         self._layers = _layers(unit)

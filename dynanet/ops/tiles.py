@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import StructureError
 from dynanet.core.rows import Rows, over_tensors
-from dynanet.ops.native.chains import Chain, Ready, Run, fused, runs
+from dynanet.ops.native.chains import Chain, LayerRun, Ready, fused, runs
 from dynanet.ops.native.pixels import channels_last, convolutions, copied
 
 
@@ -30,7 +30,7 @@ class Tiles(Rows):
         StructureError: a tile below 1 or a halo below 0.
     """
 
-    def __init__(self, tile: int, halo: int = 0):
+    def __init__(self, tile: int, halo: int = 0) -> None:
         if tile < 1 or halo < 0:
             raise StructureError(f"tiles need a side of at least 1 and a halo of at least 0; got {tile} and {halo}")
         self.tile, self.halo = tile, halo
@@ -168,11 +168,11 @@ class Compact:
         StructureError: a unit that tiles cannot run.
     """
 
-    def __init__(self, unit: nn.Module):
+    def __init__(self, unit: nn.Module) -> None:
         Tiles(1, 2**30).check(unit)
         self._unit = unit
         self._layers: list[nn.Module] = []
-        self._runs: dict[bool, list[Run]] = {}
+        self._runs: dict[bool, list[LayerRun]] = {}
         self._native = Chain()
         self._refresh()
 
@@ -268,7 +268,8 @@ class Compact:
         into: Tensor | None = None,
     ) -> Tensor:
         """The chain's answer (n, C) at the kept positions, natively: rows are read where they lie, never gathered or
-        laid side by side. With `into`, the last convolution adds its answer to these rows of images."""
+        laid side by side. With `into`, the last convolution adds its answer to these rows of images.
+        """
         before: int | None = None  # `rows` are those within so many positions of a kept one; None: all
         rows, apart = flat, layer.trace is not None
         if apart not in self._runs:
@@ -360,7 +361,8 @@ def _dilate(keep_B1HW: Tensor, reach: int) -> Tensor:
 
 def _neighbours(conv: nn.Conv2d, before: Tensor, after: Tensor, image_BCHW: Tensor) -> Tensor:
     """(n, k * k): for every position in `after`, the rows of `before` that its kernel reads; one past the last where
-    there is none, beyond the image's edge or outside the set."""
+    there is none, beyond the image's edge or outside the set.
+    """
     batch, _, height, width = image_BCHW.shape
     positions, nothing = batch * height * width, before.shape[0]
     row_of = torch.full((positions + 1,), nothing, device=before.device)

@@ -176,7 +176,8 @@ def class_attention(query: Tensor, key: Tensor, tokens: Tokens, heads: int) -> T
 
 def summed_key(key: Tensor, heads: int) -> Tensor:
     """(..., D) to (..., D / heads), the sum over heads: in direction the mean, which is what Bolya et al. 2023 (ToMe,
-    arXiv:2210.09461) compare."""
+    arXiv:2210.09461) compare.
+    """
     first, *others = key.chunk(heads, -1)
     return sum(others, first.clone())
 
@@ -240,7 +241,7 @@ class Rectangle:
         full: every place of it is a token.
     """
 
-    def __init__(self, tokens: Tokens):
+    def __init__(self, tokens: Tokens) -> None:
         self._tokens = tokens
         self._place: Tensor | None = None
         self._longest, lengths = tokens.x.shape[1], tokens.lengths
@@ -301,7 +302,8 @@ def _bias(tokens: Tokens, dtype: torch.dtype) -> Tensor | None:
 
 def _weighted_attend(query: Tensor, key: Tensor, value: Tensor, heads: int, weight: Tensor) -> Tensor:
     """Attention whose exponentials are multiplied with a weight (DynamicViT, arXiv:2106.02034, eq. 10-11): the same as
-    a boolean mask where it is 0 or 1, and the way by which a gradient reaches the gate that dropped a token."""
+    a boolean mask where it is 0 or 1, and the way by which a gradient reaches the gate that dropped a token.
+    """
     q, k, v = (z.unflatten(-1, (heads, -1)).transpose(-2, -3) for z in (query, key, value))
     logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
     weights = (logits - logits.amax(-1, keepdim=True).detach()).exp() * weight[:, None, None, :]

@@ -1,7 +1,7 @@
 """Training: objectives, schedules, and a run that goes on where it was killed.
 
-What needs Lightning (`fit`, `Training`, `Run`, `Frozen`, `Checkpoints`, `AtomicCheckpointIO`) is imported when it is
-first used.
+What needs Lightning (`fit`, `TrainingModule`, `FitResult`, `Frozen`, `Checkpoints`, `AtomicCheckpointIO`) is imported
+when it is first used.
 """
 
 from importlib import import_module
@@ -13,9 +13,8 @@ from dynanet.train.batches import Batches
 from dynanet.train.batchnorm import recalibrate_batchnorm
 from dynanet.train.checkpoint import load_checkpoint, load_weights, newest, save_checkpoint
 from dynanet.train.collapse import CollapseAlarm, collapsed, loads
-from dynanet.train.detection import DetectionLoss
 from dynanet.train.equilibrium import exits_reached, rescale_gradients
-from dynanet.train.objectives import CrossEntropy, MultiExit, TargetRate, Within
+from dynanet.train.objectives import BudgetPenalty, CrossEntropy, MultiExit, TargetRate
 from dynanet.train.optimizers import adamw, cosine, one_cycle, sgd
 from dynanet.train.reinforce import (
     CostReward,
@@ -31,9 +30,9 @@ from dynanet.train.reinforce import (
 from dynanet.train.schedules import anneal_temperature, exponential, linear, tighten_budget
 
 if TYPE_CHECKING:
-    from dynanet.train.fitting import Run, fit
+    from dynanet.train.fitting import FitResult, fit
     from dynanet.train.freezing import Frozen
-    from dynanet.train.lightning import Training
+    from dynanet.train.lightning import TrainingModule
     from dynanet.train.saving import AtomicCheckpointIO, Checkpoints
 
 __all__ = [
@@ -43,7 +42,6 @@ __all__ = [
     "CollapseAlarm",
     "CostReward",
     "CrossEntropy",
-    "DetectionLoss",
     "DropReward",
     "Frozen",
     "LoadBalance",
@@ -52,11 +50,11 @@ __all__ = [
     "Reinforce",
     "Reward",
     "RouterZ",
-    "Run",
+    "FitResult",
     "SkipReward",
     "TargetRate",
-    "Training",
-    "Within",
+    "TrainingModule",
+    "BudgetPenalty",
     "adamw",
     "anneal_temperature",
     "collapsed",
@@ -86,8 +84,8 @@ _WITH_LIGHTNING = {
     "AtomicCheckpointIO": "dynanet.train.saving",
     "Checkpoints": "dynanet.train.saving",
     "Frozen": "dynanet.train.freezing",
-    "Run": "dynanet.train.fitting",
-    "Training": "dynanet.train.lightning",
+    "FitResult": "dynanet.train.fitting",
+    "TrainingModule": "dynanet.train.lightning",
     "fit": "dynanet.train.fitting",
 }
 

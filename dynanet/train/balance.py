@@ -28,7 +28,7 @@ class LoadBalance(Objective):
             that also has other such layers (blocks of neurons, groups of channels).
     """
 
-    def __init__(self, layers: Sequence[str] | None = None):
+    def __init__(self, layers: Sequence[str] | None = None) -> None:
         self.layers = None if layers is None else tuple(layers)
 
     def __call__(self, answer: Any, y: Any, trace: Trace) -> Tensor:
@@ -51,7 +51,7 @@ class RouterZ(Objective):
         layers: as in `LoadBalance`.
     """
 
-    def __init__(self, layers: Sequence[str] | None = None):
+    def __init__(self, layers: Sequence[str] | None = None) -> None:
         self.layers = None if layers is None else tuple(layers)
 
     def __call__(self, answer: Any, y: Any, trace: Trace) -> Tensor:

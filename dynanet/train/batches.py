@@ -47,7 +47,7 @@ class Batches:
         collate: Callable[[list[Any]], Any] = default_collate,
         workers: int = 0,
         pin_memory: bool = False,
-    ):
+    ) -> None:
         self.dataset, self.batch_size, self.shuffle, self.seed = dataset, batch_size, shuffle, seed
         self.drop_last, self.collate, self.workers, self.pin_memory = drop_last, collate, workers, pin_memory
         self.samples = len(dataset)
@@ -113,7 +113,7 @@ class Batches:
             self._next = (epoch, batch) if batch < total else (epoch + 1, 0)
             yield made
 
-    def plan(self, epoch: int) -> "list[Plan]":
+    def plan(self, epoch: int) -> "list[EpochPlan]":
         """Which samples make this process's batches of an epoch."""
         order = torch.arange(self.samples)
         if self.shuffle:
@@ -124,7 +124,7 @@ class Batches:
             order = order.repeat(-(-needed // self.samples))[:needed]
         groups = order[:needed].split(self.batch_size * world)
         return [
-            Plan(group[rank::world].tolist(), seed_of(self.seed, epoch, batch, rank, "samples"))
+            EpochPlan(group[rank::world].tolist(), seed_of(self.seed, epoch, batch, rank, "samples"))
             for batch, group in enumerate(groups)
         ]
 
@@ -144,7 +144,7 @@ class Batches:
         )
 
 
-class Plan(NamedTuple):
+class EpochPlan(NamedTuple):
     """One batch before it is made."""
 
     indices: list[int]
@@ -154,10 +154,10 @@ class Plan(NamedTuple):
 class _Planned(Dataset):
     """Makes a batch of its plan, in whatever process."""
 
-    def __init__(self, dataset: Dataset, collate: Callable[[list[Any]], Any]):
+    def __init__(self, dataset: Dataset, collate: Callable[[list[Any]], Any]) -> None:
         self.dataset, self.collate = dataset, collate
 
-    def __getitem__(self, plan: Plan) -> Any:
+    def __getitem__(self, plan: EpochPlan) -> Any:
         with seeded(plan.seed):
             return self.collate(_samples(self.dataset, plan.indices))
 

@@ -89,21 +89,23 @@ def collapsed(found: dict[str, Load]) -> dict[str, str]:
 
 
 class CollapseAlarm:
-    """Warns once for every layer, with its name. `train.Training` has one; in a loop of your own, call `hear` with
-    every trace and `warn` after every epoch."""
+    """Warns once for every layer, with its name. `train.TrainingModule` has one; in a loop of your own, call `log` with
+    every trace and `warn` after every epoch.
+    """
 
     def __init__(self) -> None:
         self._found: dict[str, Load] = {}
         self._warned: set[str] = set()
 
-    def hear(self, trace: Trace) -> None:
+    def log(self, trace: Trace) -> None:
         """One recorded pass."""
         for name, load in loads(trace).items():
             self._found[name] = self._found[name] + load if name in self._found else load
 
     def warn(self) -> None:
         """Name what has collapsed since the last time, unless it was named before. What had too few decisions to tell
-        is counted on."""
+        is counted on.
+        """
         for name, words in collapsed(self._found).items():
             if name not in self._warned:
                 self._warned.add(name)

@@ -1,4 +1,4 @@
-"""A training run: `fit` sets it up so that it survives being killed, and answers with a `Run`."""
+"""A training run: `fit` sets it up so that it survives being killed, and answers with a `FitResult`."""
 
 import logging
 import warnings
@@ -19,14 +19,14 @@ from dynanet.core.errors import CheckpointError, ConfigError
 from dynanet.core.objective import Objective
 from dynanet.train.batches import Batches
 from dynanet.train.checkpoint import newest, step_files, sweep
-from dynanet.train.lightning import Training
+from dynanet.train.lightning import TrainingModule
 from dynanet.train.optimizers import OptimizerFactory, SchedulerFactory, sgd
 from dynanet.train.saving import AtomicCheckpointIO, Checkpoints
 from dynanet.train.schedules import Setting
 
 
 @dataclass(frozen=True)
-class Run:
+class FitResult:
     """A finished run.
 
     Attributes:
@@ -69,7 +69,7 @@ def fit(
     strategy: Any = "auto",
     progress: bool = True,
     trainer_options: Mapping[str, Any] | None = None,
-) -> Run:
+) -> FitResult:
     """Train a model, in a folder that holds its checkpoints and logs.
 
     Killed at any moment, the same call with `resume=True` goes on from the last checkpoint, on the CPU bit for bit.
@@ -83,11 +83,11 @@ def fit(
         folder: `step-*.ckpt`, `best.ckpt`, `logs/version_*/metrics.csv` (a version for every start), and
             `tensorboard/` if that is installed.
         lr: of the default optimizer, 0.1 if None.
-        optimizer: see `Training`; instead of lr.
-        scheduler: see `Training`.
-        schedules: see `Training`.
-        cost: see `Training`.
-        equilibrium: see `Training`.
+        optimizer: see `TrainingModule`; instead of lr.
+        scheduler: see `TrainingModule`.
+        schedules: see `TrainingModule`.
+        cost: see `TrainingModule`.
+        equilibrium: see `TrainingModule`.
         seed: of the order of a DataLoader's data, and of what training draws.
         resume: go on from the folder's last whole checkpoint, or begin if there is none.
         checkpoint_every: save every so many steps too, not only after every epoch.
@@ -115,7 +115,7 @@ def fit(
     held_out = [Batches.of(val_loader, seed)] if val_loader is not None else []
     folder = Path(folder)
     start = _begin(folder, resume)
-    training = Training(
+    training = TrainingModule(
         model,
         objective,
         optimizer=optimizer if optimizer is not None else sgd(0.1 if lr is None else lr),
@@ -150,7 +150,7 @@ def fit(
         trainer.fit(training, batches, held_out, ckpt_path=start)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     best = folder / "best.ckpt"
-    return Run(model, newest(folder), best if best.exists() else None, metrics, trainer)
+    return FitResult(model, newest(folder), best if best.exists() else None, metrics, trainer)
 
 
 _OURS = {

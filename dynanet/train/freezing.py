@@ -17,7 +17,7 @@ class Frozen(Callback):
         modules: parts of the model.
     """
 
-    def __init__(self, *modules: nn.Module):
+    def __init__(self, *modules: nn.Module) -> None:
         self.modules = modules
         self._learning = [p for module in modules for p in module.parameters() if p.requires_grad]
 

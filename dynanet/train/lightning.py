@@ -17,14 +17,14 @@ from dynanet.train.batches import Batches
 from dynanet.train.checkpoint import check_same_decisions, check_same_model, decisions
 from dynanet.train.collapse import CollapseAlarm
 from dynanet.train.equilibrium import exits_reached, rescale_gradients
-from dynanet.train.objectives import Within
+from dynanet.train.objectives import BudgetPenalty
 from dynanet.train.optimizers import OptimizerFactory, SchedulerFactory, one_cycle, sgd
 from dynanet.train.saving import Checkpoints, advice
 from dynanet.train.schedules import Setting
 from dynanet.train.seeds import seed_all, seed_of
 
 
-class Training(LightningModule):
+class TrainingModule(LightningModule):
     """A dynamic model in training, whatever its mechanism.
 
     It records every pass, asks the objective, and logs the loss, the accuracy of the answer and of every exit, every
@@ -40,7 +40,7 @@ class Training(LightningModule):
         optimizer: from the model to an optimizer; `sgd()` if None.
         scheduler: from the optimizer and the steps of the run to a learning rate schedule; `one_cycle()` if None.
         schedules: called before every step with the progress in [0, 1).
-        cost: prices, for logging what was spent; that of a `Within` in the objective if None.
+        cost: prices, for logging what was spent; that of a `BudgetPenalty` in the objective if None.
         equilibrium: average the exits' gradients in the weights they share (`train.equilibrium`) instead of adding.
         seed: of what is drawn in training steps.
     """
@@ -56,12 +56,12 @@ class Training(LightningModule):
         cost: CostModel | None = None,
         equilibrium: bool = False,
         seed: int = 0,
-    ):
+    ) -> None:
         super().__init__()
         self.model, self.objective, self.schedules = execute(model, sparse=False), objective, tuple(schedules)
         self.optimizer_factory = optimizer if optimizer is not None else sgd()
         self.scheduler_factory = scheduler if scheduler is not None else one_cycle()
-        priced = (part.cost for _, part in objective.parts if isinstance(part, Within))
+        priced = (part.cost for _, part in objective.parts if isinstance(part, BudgetPenalty))
         self.cost = cost if cost is not None else next(priced, None)
         self.equilibrium, self.seed = equilibrium, seed
         self._counts: dict[Tensor, int] | None = None
@@ -126,7 +126,7 @@ class Training(LightningModule):
         self._check_finite(loss)
         if self.equilibrium and self._counts is None:
             self._counts = exits_reached(trace)
-        self._alarm.hear(trace)
+        self._alarm.log(trace)
         if (self.global_step + 1) % max(1, self.trainer.log_every_n_steps) == 0:
             self.log("train/loss", loss.detach(), prog_bar=True)
             self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])

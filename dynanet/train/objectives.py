@@ -1,6 +1,6 @@
 """Objectives for any mechanism: cross-entropies, a budget, rates.
 
-objective = MultiExit(distill=0.5) + 2.0 * Within(Budget(macs=0.5 * cost.full), cost)
+objective = MultiExit(distill=0.5) + 2.0 * BudgetPenalty(Budget(macs=0.5 * cost.full), cost)
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ class CrossEntropy(Objective):
         label_smoothing: share of the target spread over all classes (Szegedy et al. 2016, arXiv:1512.00567).
     """
 
-    def __init__(self, label_smoothing: float = 0.0):
+    def __init__(self, label_smoothing: float = 0.0) -> None:
         _check_smoothing(label_smoothing)
         self.label_smoothing = label_smoothing
 
@@ -59,7 +59,7 @@ class MultiExit(Objective):
         temperature: float = 3.0,
         label_smoothing: float = 0.0,
         halt: str | None = None,
-    ):
+    ) -> None:
         _check_smoothing(label_smoothing)
         if not distill >= 0 or not temperature > 0:
             raise ConfigError(
@@ -105,7 +105,7 @@ class MultiExit(Objective):
         )
 
 
-class Within(Objective):
+class BudgetPenalty(Objective):
     """The squared excess of the batch's mean cost over a budget, relative to the full model's cost.
 
     It is 0 within the budget. In training the cost is the expected one, so the gradient reaches every gate that a unit
@@ -122,7 +122,7 @@ class Within(Objective):
         BudgetError: a budget without `macs`, or below what runs whatever is decided.
     """
 
-    def __init__(self, budget: Budget, cost: CostModel):
+    def __init__(self, budget: Budget, cost: CostModel) -> None:
         if budget.macs is None:
             raise BudgetError(f"training can keep a budget in MACs only, and this is {budget}; give Budget(macs=...)")
         if budget.macs < cost.always:
@@ -139,7 +139,7 @@ class Within(Objective):
         return penalty.to(answer.dtype) if isinstance(answer, Tensor) else penalty
 
     def __repr__(self) -> str:
-        return f"Within({self.budget!r}, full={self.cost.full:.0f})"
+        return f"BudgetPenalty({self.budget!r}, full={self.cost.full:.0f})"
 
 
 class TargetRate(Objective):
@@ -154,7 +154,7 @@ class TargetRate(Objective):
         ConfigError: a rate outside (0, 1].
     """
 
-    def __init__(self, rate: float | Mapping[str, float]):
+    def __init__(self, rate: float | Mapping[str, float]) -> None:
         for value in rate.values() if isinstance(rate, Mapping) else (rate,):
             if not 0 < value <= 1:
                 raise ConfigError(f"a target rate of {value} is no share of rows to keep; give one above 0, at most 1")

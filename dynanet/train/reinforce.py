@@ -19,7 +19,7 @@ from dynanet.core.errors import ConfigError, StructureError
 from dynanet.core.gate import Gate
 from dynanet.core.objective import Objective
 from dynanet.core.trace import Call, Trace
-from dynanet.gates.rules import Bernoulli, Gumbel, Soft, StraightThrough
+from dynanet.gates.rules import Bernoulli, Gumbel, Sigmoid, StraightThrough
 
 
 class Reward(ABC):
@@ -40,7 +40,7 @@ class SkipReward(Reward):
         ConfigError: a negative alpha.
     """
 
-    def __init__(self, alpha: float):
+    def __init__(self, alpha: float) -> None:
         if not alpha >= 0:
             raise ConfigError(f"SkipReward got alpha = {alpha}, which would punish skipping; give 0 or more")
         self.alpha = alpha
@@ -66,7 +66,7 @@ class DropReward(Reward):
         ConfigError: a negative penalty, which would praise mistakes.
     """
 
-    def __init__(self, penalty: float):
+    def __init__(self, penalty: float) -> None:
         if not penalty >= 0:
             raise ConfigError(
                 f"DropReward takes the penalty of a wrong answer as a number of at least 0; got {penalty}"
@@ -94,7 +94,7 @@ class CostReward(Reward):
         ConfigError: a negative weight.
     """
 
-    def __init__(self, weight: float, cost: CostModel):
+    def __init__(self, weight: float, cost: CostModel) -> None:
         if not weight >= 0:
             raise ConfigError(f"CostReward got weight = {weight}, which would praise spending; give 0 or more")
         self.weight, self.cost = weight, cost
@@ -122,7 +122,7 @@ class Reinforce(Objective):
         entropy: weight of the decisions' mean entropy, which keeps them from settling early (nats).
     """
 
-    def __init__(self, reward: Reward, *, entropy: float = 0.0):
+    def __init__(self, reward: Reward, *, entropy: float = 0.0) -> None:
         self.reward, self.entropy = reward, entropy
 
     def __call__(self, answer: Any, y: Any, trace: Trace) -> Tensor:
@@ -183,10 +183,12 @@ def sample_gates(model: nn.Module) -> nn.Module:
     Raises:
         StructureError: no such gate.
     """
-    gates = [m for m in model.modules() if isinstance(m, Gate) and isinstance(m.rule, Soft | StraightThrough | Gumbel)]
+    gates = [
+        m for m in model.modules() if isinstance(m, Gate) and isinstance(m.rule, Sigmoid | StraightThrough | Gumbel)
+    ]
     if not gates:
         raise StructureError(
-            "no gate of this model has a differentiable rule to be replaced: Soft, StraightThrough or Gumbel"
+            "no gate of this model has a differentiable rule to be replaced: Sigmoid, StraightThrough or Gumbel"
         )
     for gate in gates:
         gate.rule = Bernoulli().train(gate.training)

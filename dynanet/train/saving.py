@@ -60,7 +60,7 @@ class Checkpoints(Checkpoint):
         every_steps: int | None = None,
         monitor: str = "val/accuracy",
         lower_is_better: bool = False,
-    ):
+    ) -> None:
         self.folder, self.every_steps = Path(folder), every_steps
         self.monitor, self.lower_is_better = monitor, lower_is_better
         self.best: float | None = None

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import nn
 
 from dynanet.core.errors import ConfigError
-from dynanet.train.objectives import Within
+from dynanet.train.objectives import BudgetPenalty
 
 Schedule = Callable[[float], float]  # from progress in [0, 1] to a value
 Setting = Callable[[float], None]  # sets something to its value at a progress in [0, 1]
@@ -46,7 +46,7 @@ def anneal_temperature(model: nn.Module, schedule: Schedule) -> Setting:
     """
     rules = [module for module in model.modules() if isinstance(vars(module).get("temperature"), int | float)]
     if not rules:
-        raise ConfigError("no rule of this model has a temperature to anneal; use Gumbel, StraightThrough or Soft")
+        raise ConfigError("no rule of this model has a temperature to anneal; use Gumbel, StraightThrough or Sigmoid")
 
     def set_temperature(progress: float) -> None:
         for rule in rules:
@@ -55,7 +55,7 @@ def anneal_temperature(model: nn.Module, schedule: Schedule) -> Setting:
     return set_temperature
 
 
-def tighten_budget(within: Within, *, share: float = 0.5) -> Setting:
+def tighten_budget(within: BudgetPenalty, *, share: float = 0.5) -> Setting:
     """Lowers the limit of `within` from the full model's cost to its budget over the first `share` of training."""
     schedule = linear(max(within.cost.full, within.budget.macs), within.budget.macs, share=share)
 

@@ -3,26 +3,26 @@
 `MODELS` are the functions that build them, by name.
 """
 
-from dynanet.zoo.blockdrop import blockdrop
+from dynanet.zoo.aig_nets import convnet_aig, convnet_aig_cifar
+from dynanet.zoo.blockdrop_nets import blockdrop
 from dynanet.zoo.branchynet import branchy_alexnet, branchy_lenet, branchy_resnet
-from dynanet.zoo.causal_transformer import causal_transformer
-from dynanet.zoo.cgnet import cgnet
-from dynanet.zoo.convnet_aig import convnet_aig, convnet_aig_cifar
+from dynanet.zoo.causal_transformers import causal_transformer
+from dynanet.zoo.cgnets import cgnet
 from dynanet.zoo.detector import detector_halting, detector_skip, detector_static
-from dynanet.zoo.drnet import drnet, drnet_imagenet
-from dynanet.zoo.ds_net import ds_net
-from dynanet.zoo.fbs import fbs, fbs_resnet, static_vgg
-from dynanet.zoo.gfnet import gfnet, gfnet_imagenet
-from dynanet.zoo.layer_cascade import layer_cascade, layer_cascade_static
+from dynanet.zoo.drnets import drnet, drnet_imagenet
+from dynanet.zoo.ds_nets import ds_net
+from dynanet.zoo.fbs_nets import fbs, fbs_resnet, static_vgg
+from dynanet.zoo.gfnets import gfnet, gfnet_imagenet
+from dynanet.zoo.layer_cascades import layer_cascade, layer_cascade_static
 from dynanet.zoo.moe import moe_encoder, moe_vit
-from dynanet.zoo.msdnet import msdnet, msdnet_anytime, msdnet_imagenet
+from dynanet.zoo.msdnets import msdnet, msdnet_anytime, msdnet_imagenet
 from dynanet.zoo.pretrained_text import TextTokenizer, TruncationWarning, packaged_minilm, pretrained_text_exits
-from dynanet.zoo.ranet import ranet, ranet_cifar, ranet_imagenet
+from dynanet.zoo.ranets import ranet, ranet_cifar, ranet_imagenet
 from dynanet.zoo.recurrent import recurrent_stop
 from dynanet.zoo.reference import load_reference
-from dynanet.zoo.skipnet import skipnet
+from dynanet.zoo.skipnets import skipnet
 from dynanet.zoo.spectral import scene_form, scene_macs, spectral_exit, spectral_static
-from dynanet.zoo.staged_resnet import staged_resnet, static_resnet
+from dynanet.zoo.staged_resnets import staged_resnet, static_resnet
 from dynanet.zoo.text_encoder import text_exits
 from dynanet.zoo.token_vits import a_vit, dynamic_vit, evit, token_vit, tome
 from dynanet.zoo.vit import vit_exits, vit_static

@@ -128,7 +128,7 @@ def branchy_resnet(*, num_classes: int = 10, in_channels: int = 3, size: int = 3
 class Residual(nn.Module):
     """Two 3x3 convolutions and a shortcut without weights: every stride-th position, zeros for the new channels."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.branch = nn.Sequential(
             _conv(inputs, outputs, 3, stride), nn.BatchNorm2d(outputs), nn.ReLU(),

@@ -12,7 +12,7 @@ https://arxiv.org/abs/1603.05027) of bottleneck units, each x + unit(x):
   https://arxiv.org/abs/1711.11503).
 
 The answer is one tensor (B, classes + 5, h, w): class logits, logarithms of the sides in strides, a centreness logit.
-`infer.detect.decode` makes boxes of it, `train.DetectionLoss` trains it.
+`tasks.detection.decode` makes boxes of it, `tasks.detection.DetectionLoss` trains it.
 """
 
 from collections.abc import Callable, Sequence
@@ -114,7 +114,7 @@ def detector_skip(
     bias: float = 2.0,
     norm: bool = False,
 ) -> nn.Sequential:
-    """The detector whose units are left out image by image: train it with `Within` or `TargetRate`.
+    """The detector whose units are left out image by image: train it with `BudgetPenalty` or `TargetRate`.
 
     Args:
         num_classes: as in `detector_static`.
@@ -142,7 +142,7 @@ def detector_skip(
 class _Added(nn.Module):
     """x + branch(x)."""
 
-    def __init__(self, branch: nn.Module):
+    def __init__(self, branch: nn.Module) -> None:
         super().__init__()
         self.branch = branch
 
@@ -178,7 +178,8 @@ def _unit(width: int) -> nn.Sequential:
 
 def _head(width: int, hidden: int, num_classes: int) -> nn.Sequential:
     """Two convolutions. At first every class is held for a hundredth likely, and a box for four strides wide: the focal
-    loss starts from there (Lin et al. 2017, arXiv:1708.02002, section 4.1)."""
+    loss starts from there (Lin et al. 2017, arXiv:1708.02002, section 4.1).
+    """
     last = nn.Conv2d(hidden, num_classes + 5, 3, padding=1)
     nn.init.normal_(last.weight, std=0.01)
     assert last.bias is not None

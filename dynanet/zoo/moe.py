@@ -111,7 +111,7 @@ def moe_encoder(
 class VisionTransformer(nn.Module):
     """Patches, blocks, the mean over tokens, logits."""
 
-    def __init__(self, patches: nn.Conv2d, blocks: list[nn.Module], head: nn.Linear):
+    def __init__(self, patches: nn.Conv2d, blocks: list[nn.Module], head: nn.Linear) -> None:
         super().__init__()
         self.patches, self.side, self.blocks = patches, patches.kernel_size[0], nn.ModuleList(blocks)
         self.norm, self.head = nn.LayerNorm(head.in_features), head
@@ -138,7 +138,7 @@ class VisionTransformer(nn.Module):
 class TokenClassifier(nn.Module):
     """Embeddings, blocks, the mean over the tokens that are there, logits. A learned first token is always there."""
 
-    def __init__(self, vocabulary: int, longest: int, blocks: list[nn.Module], head: nn.Linear, dropout: float):
+    def __init__(self, vocabulary: int, longest: int, blocks: list[nn.Module], head: nn.Linear, dropout: float) -> None:
         super().__init__()
         width = head.in_features
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Parameter(torch.empty(longest, width))
@@ -170,7 +170,7 @@ class TokenClassifier(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block. `feed_forward` maps tokens to tokens one by one; experts are told of padding."""
 
-    def __init__(self, width: int, heads: int, feed_forward: nn.Module):
+    def __init__(self, width: int, heads: int, feed_forward: nn.Module) -> None:
         super().__init__()
         self.heads, self.feed_forward = heads, feed_forward
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
@@ -229,7 +229,8 @@ def _feed_forward(width: int, hidden: int) -> nn.Sequential:
 
 def _positions(grid_BDHW: Tensor) -> Tensor:
     """(H W, D): a quarter of the features each for sine and cosine of the row and of the column, over wavelengths from
-    2 pi to 20,000 pi."""
+    2 pi to 20,000 pi.
+    """
     _, width, rows, columns = grid_BDHW.shape
     y, x = (torch.arange(n, dtype=grid_BDHW.dtype, device=grid_BDHW.device) for n in (rows, columns))
     frequency = 1e4 ** -(torch.arange(width // 4, dtype=grid_BDHW.dtype, device=grid_BDHW.device) / (width // 4))

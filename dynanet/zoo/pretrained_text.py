@@ -91,7 +91,7 @@ class TextTokenizer:
         ConfigError: a tokenizer without a padding token, or fewer than 2 tokens.
     """
 
-    def __init__(self, source: Any, *, longest: int = 128, local: bool = False):
+    def __init__(self, source: Any, *, longest: int = 128, local: bool = False) -> None:
         named = isinstance(source, str | Path)
         self.tokenizer = _loaded("AutoTokenizer", source, local=local) if named else source
         self.longest, self.padding = longest, self.tokenizer.pad_token_id

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dynanet.core.errors import CheckpointError, ConfigError
 from dynanet.core.macs import CountMacs
 from dynanet.mechanisms.early_exit import EarlyExit
-from dynanet.zoo.msdnet import msdnet
-from dynanet.zoo.ranet import Stage, ranet
+from dynanet.zoo.msdnets import msdnet
+from dynanet.zoo.ranets import Stage, ranet
 
 
 def load_reference(

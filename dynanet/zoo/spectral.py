@@ -93,7 +93,7 @@ def scene_macs(model: EarlyExit, image: Tensor, patch: int = 9) -> list[float]:
 class OfPixels(nn.Module):
     """A pixel exit, on features (pixels, C) instead of patches."""
 
-    def __init__(self, exit_: PixelExit):
+    def __init__(self, exit_: PixelExit) -> None:
         super().__init__()
         self.exit = exit_
 

@@ -146,7 +146,7 @@ class TextExits(EarlyExit, PartByPart):
 class TextStep(nn.Module):
     """Layers, an exit and its confidence for one sentence, which nobody can leave half-way."""
 
-    def __init__(self, layers: Sequence[nn.Module], head: nn.Module, confidence: Confidence | None):
+    def __init__(self, layers: Sequence[nn.Module], head: nn.Module, confidence: Confidence | None) -> None:
         super().__init__()
         self.layers, self.head, self.confidence = nn.ModuleList(layers), head, confidence
 
@@ -167,7 +167,9 @@ class TextInput(Dynamic):
     here are of one type.
     """
 
-    def __init__(self, vocabulary: int, longest: int, width: int, *, padding: int, dropout: float, epsilon: float):
+    def __init__(
+        self, vocabulary: int, longest: int, width: int, *, padding: int, dropout: float, epsilon: float
+    ) -> None:
         super().__init__()
         self.padding, self.longest = padding, longest
         self.words, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(longest, width)
@@ -256,7 +258,7 @@ class TextLayer(Dynamic):
 
     degree = 2
 
-    def __init__(self, width: int, heads: int, hidden: int, *, dropout: float, epsilon: float):
+    def __init__(self, width: int, heads: int, hidden: int, *, dropout: float, epsilon: float) -> None:
         super().__init__()
         self.heads = heads
         self.query_key_value = nn.Linear(width, 3 * width)
@@ -305,7 +307,7 @@ class TextLayer(Dynamic):
 class TextRest(nn.Module):
     """What follows a layer's attention, token by token: projection, feed-forward part, both added and normed."""
 
-    def __init__(self, width: int, hidden: int, *, dropout: float, epsilon: float):
+    def __init__(self, width: int, hidden: int, *, dropout: float, epsilon: float) -> None:
         super().__init__()
         self.project, self.up, self.down = nn.Linear(width, width), nn.Linear(width, hidden), nn.Linear(hidden, width)
         self.norm_a, self.norm_b = nn.LayerNorm(width, eps=epsilon), nn.LayerNorm(width, eps=epsilon)
@@ -325,7 +327,7 @@ class TextHead(nn.Module):
 
     called_in_parts = True  # an engine takes rows, and sentences are none
 
-    def __init__(self, width: int, num_classes: int):
+    def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
         self.classify = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, num_classes))
 

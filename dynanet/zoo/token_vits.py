@@ -21,7 +21,7 @@ from dynanet.core.architecture import architecture
 from dynanet.core.errors import ConfigError, InputError
 from dynanet.core.gate import Gate
 from dynanet.gates.rules import Gumbel, Threshold
-from dynanet.mechanisms.token_drop import ClassAttention, Share, TokenDrop, TokenPredictor
+from dynanet.mechanisms.token_drop import ClassAttention, RankScorer, TokenDrop, TokenPredictor
 from dynanet.mechanisms.token_halting import TokenHalting
 from dynanet.mechanisms.token_merge import TokenMerge
 from dynanet.ops.tokens import Tokens, attend, class_attention, summed_key
@@ -140,7 +140,7 @@ def evit(
         raise ConfigError(f"evit: share is {share}; expected the share of tokens that stay, above 0 and up to 1")
 
     def drop(rest: nn.Module) -> nn.Module:
-        return TokenDrop(rest, Gate(Share(ClassAttention()), Threshold(1 - share)), fuse=True)
+        return TokenDrop(rest, Gate(RankScorer(ClassAttention()), Threshold(1 - share)), fuse=True)
 
     parts = _halves(width, depth, heads, expansion, watched=drops)
     body = _nested(parts, dict.fromkeys([2 * b + 1 for b in drops], drop))
@@ -229,7 +229,7 @@ def tome(
 class TokenViT(nn.Module):
     """Patches, a class token, blocks, logits of the class token."""
 
-    def __init__(self, patches: "_Patches", body: nn.Module, num_classes: int):
+    def __init__(self, patches: "_Patches", body: nn.Module, num_classes: int) -> None:
         super().__init__()
         _check(num_classes=num_classes)
         width = patches.positions.shape[-1]
@@ -283,7 +283,7 @@ class Attention(nn.Module):
         keyed: tell the key of each, summed over heads (ToMe).
     """
 
-    def __init__(self, width: int, heads: int, *, watched: bool = False, keyed: bool = False):
+    def __init__(self, width: int, heads: int, *, watched: bool = False, keyed: bool = False) -> None:
         super().__init__()
         self.heads, self.watched, self.keyed = heads, watched, keyed
         self.read = nn.Sequential(nn.LayerNorm(width), _linear(width, 3 * width))
@@ -302,7 +302,7 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """The second half of a block: a hidden layer for every token."""
 
-    def __init__(self, width: int, expansion: int):
+    def __init__(self, width: int, expansion: int) -> None:
         super().__init__()
         self.hidden = nn.Sequential(
             nn.LayerNorm(width), _linear(width, expansion * width), nn.GELU(), _linear(expansion * width, width)
@@ -315,7 +315,7 @@ class FeedForward(nn.Module):
 class _Patches(nn.Module):
     """Images to tokens with their positions, (B, C, size, size) to (B, 1 + patches, D), the class token first."""
 
-    def __init__(self, in_channels: int, size: int, patch: int, width: int):
+    def __init__(self, in_channels: int, size: int, patch: int, width: int) -> None:
         super().__init__()
         _check(in_channels=in_channels, size=size, patch=patch, width=width)
         if size % patch:

@@ -88,10 +88,10 @@ def vit_static(
     return nn.Sequential(stem, *blocks, Classifier(width, num_classes))
 
 
-class Tokens(nn.Module):
+class PatchTokens(nn.Module):
     """Images to tokens with their positions: (B, C, size, size) to (B, T, D), by 3x3 convolutions of stride 2."""
 
-    def __init__(self, in_channels: int, size: int, patch: int, width: int):
+    def __init__(self, in_channels: int, size: int, patch: int, width: int) -> None:
         super().__init__()
         self.in_channels, self.size, layers, inputs = in_channels, size, [], in_channels
         strides = patch.bit_length() - 1
@@ -113,7 +113,7 @@ class Tokens(nn.Module):
 class Block(nn.Module):
     """Attention among all tokens, then a hidden layer for each; (B, T, D) to the same shape."""
 
-    def __init__(self, width: int, heads: int, expansion: int):
+    def __init__(self, width: int, heads: int, expansion: int) -> None:
         super().__init__()
         self.heads, self.norm_a, self.norm_b = heads, nn.LayerNorm(width), nn.LayerNorm(width)
         self.query_key_value, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
@@ -135,7 +135,7 @@ class Block(nn.Module):
 class Classifier(nn.Module):
     """Norm, mean over the tokens, linear: (B, T, D) to logits."""
 
-    def __init__(self, width: int, num_classes: int):
+    def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
         self.norm, self.linear = nn.LayerNorm(width), nn.Linear(width, num_classes)
         nn.init.zeros_(self.linear.bias)
@@ -159,4 +159,4 @@ def _body(
         raise ConfigError(f"vit: width {width} with {heads} heads; expected a width that the heads divide")
     if patch & (patch - 1) or size % patch:
         raise ConfigError(f"vit: patch {patch} for size {size}; expected a power of two that divides the size")
-    return Tokens(in_channels, size, patch, width), [Block(width, heads, expansion) for _ in range(depth)]
+    return PatchTokens(in_channels, size, patch, width), [Block(width, heads, expansion) for _ in range(depth)]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dynanet import CostModel, execute, record, zoo
-from dynanet.bench.compare import compare
+from dynanet.bench.comparison import compare
 from dynanet.bench.dense import check_dense, rectangle_engines
 from dynanet.core.errors import InputError
 from dynanet.data.ragged import Sequences, pad, trimmed
@@ -42,7 +42,7 @@ def rows(x, first, end):
 class Own(nn.Module):
     """A cell that torch does not have."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.read = nn.Linear(12, 8)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dynanet.cli import main
+from dynanet.cli.commands import main
 
 
 @pytest.fixture(autouse=True)

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from digits import DIGITS, contents
 
 import dynanet
-from dynanet.cli import COMMANDS
+from dynanet.cli.commands import COMMANDS
 from dynanet.data.digits import load_digits
-from dynanet.runs import Run
+from dynanet.experiment.run import Run
+from tests.cli.digits import DIGITS, contents
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -73,7 +73,7 @@ def test_bench_prints_and_keeps_its_rows(call, run):
 
 def test_predict_takes_arrays_images_and_folders(call, run, tmp_path):
     pil = pytest.importorskip("PIL.Image")
-    test, inputs = load_digits("test"), dynanet.loading.read(run / "model").inputs
+    test, inputs = load_digits("test"), dynanet.zoo.saved.read(run / "model").inputs
     x = (test.images[:5].float() / 255 - inputs.mean[0]) / inputs.std[0]
     np.save(tmp_path / "five.npy", x.numpy())
     np.save(tmp_path / "one.npy", x[0].numpy())
@@ -161,7 +161,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on(call, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("dynanet.train.lightning.Training.on_train_epoch_end", stop)
+        patch.setattr("dynanet.train.lightning.TrainingModule.on_train_epoch_end", stop)
         code, out, err = call("train", cut, *DIGITS, "--recipe.epochs", 2)
     assert code == 130 and out == "" and "goes on with --resume" in err and "Traceback" not in err
     assert not (cut / "model").exists()

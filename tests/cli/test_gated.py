@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from dynanet.runs import AS_TRAINED, Run
+from dynanet.experiment.run import AS_TRAINED, Run
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # Lightning's, see tests/train/conftest.py
 SMALL = "{size: 8, patch: 2, width: 12, depth: 2, heads: 2, drops: [0, 1], share: 0.5}"

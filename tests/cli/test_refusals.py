@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from digits import DIGITS, contents
 from torch import nn
+
+from tests.cli.digits import DIGITS, contents
 
 
 @pytest.mark.parametrize(

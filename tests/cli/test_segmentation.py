@@ -8,8 +8,8 @@ import torch
 
 from dynanet.core.budget import Budget
 from dynanet.core.errors import BudgetError
-from dynanet.experiment import Data, Experiment, Model, Recipe
-from dynanet.runs import Asked, Run
+from dynanet.experiment.config import Data, Experiment, Model, Recipe
+from dynanet.experiment.run import RequestedBudgets, Run
 
 pil = pytest.importorskip("PIL.Image")
 
@@ -80,7 +80,7 @@ def test_no_risk_is_promised_for_positions(scenes, tmp_path):
     model = Model("layer_cascade", {"widths": [4, 8, 8, 8], "cells": [1, 1]})
     run = Run(tmp_path / "run", Experiment(Data("camvid", place=str(scenes)), model, Recipe(epochs=3, batch=4)))
     run.train(progress=False)
-    choices = run.calibrate(Asked(shares=(0.7,), risk=0.1))
+    choices = run.calibrate(RequestedBudgets(shares=(0.7,), risk=0.1))
     assert [choice.asked.risk for choice in choices] == [None]
     with pytest.raises(BudgetError, match="depend on each other"):
         run.frontier().choose(Budget(risk=0.1, confidence=0.9))

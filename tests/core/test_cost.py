@@ -12,7 +12,7 @@ from dynanet.core.dynamic import Dynamic, everything, execute, forced, layers, r
 from dynanet.core.errors import InputError, StructureError
 from dynanet.core.gate import Gate
 from dynanet.core.macs import CountMacs
-from dynanet.gates.rules import Pick, Soft, StraightThrough, Threshold
+from dynanet.gates.rules import RelaxedTopK, Sigmoid, StraightThrough, Threshold
 from dynanet.gates.scorers import TileScorer
 from dynanet.mechanisms.early_exit import EarlyExit
 from dynanet.mechanisms.layer_skip import LayerSkip
@@ -76,11 +76,11 @@ def test_a_gate_always_runs_and_a_layer_inside_has_its_own_price():
 class OneOf(Dynamic):
     """Of several units a row runs one; where more are forced, all of those."""
 
-    most = 1
+    max_units = 1
 
-    def __init__(self, *units):
+    def __init__(self, *units) -> None:
         super().__init__()
-        self.gate = Gate(nn.Linear(D, len(units)), Pick(), units=len(units))
+        self.gate = Gate(nn.Linear(D, len(units)), RelaxedTopK(), units=len(units))
         self.units = nn.ModuleList(units)
 
     def forward(self, x):
@@ -95,17 +95,17 @@ def test_of_units_that_exclude_each_other_the_dearest_counts():
     inner = OneOf(square(), nn.Sequential(square(), square()))
     model = OneOf(square(), skip(square()), nn.Sequential(square(), inner)).eval()
     cost = CostModel(model, torch.randn(3, D))
-    dearest = 3 * D + SQUARE + 2 * D + 2 * SQUARE
-    assert cost.full == cost.worst == dearest
+    most_expensive = 3 * D + SQUARE + 2 * D + 2 * SQUARE
+    assert cost.full == cost.worst == most_expensive
     assert cost.unit[""].tolist() == [SQUARE, D, SQUARE + 2 * D]
     assert cost.unit["units.2.1"].tolist() == [SQUARE, 2 * SQUARE]
     x = torch.randn(60, D)
     spent = cost.spent(recorded(model, x))
-    assert spent.max() == dearest and spent.min() < dearest
-    with cost.dearest(model):
+    assert spent.max() == most_expensive and spent.min() < most_expensive
+    with cost.most_expensive(model):
         assert (cost.spent(recorded(model, x)) == cost.worst).all()
-    inner.most = 2
-    assert CostModel(model, x[:1]).worst == dearest + SQUARE
+    inner.max_units = 2
+    assert CostModel(model, x[:1]).worst == most_expensive + SQUARE
 
 
 def test_a_shared_layer_has_one_price_and_is_paid_per_call():
@@ -128,7 +128,7 @@ def test_a_halo_is_paid_for_in_the_sparse_form_only():
 
 
 class Attention(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
 
@@ -137,7 +137,7 @@ class Attention(nn.Module):
 
 
 class OfTokens(nn.Module):
-    def __init__(self, body):
+    def __init__(self, body) -> None:
         super().__init__()
         self.body = body
 
@@ -261,7 +261,7 @@ def test_a_copy_is_priced_by_name():
 
 
 def test_in_training_what_was_spent_is_the_expected_cost_and_every_gate_hears_it():
-    model = skip(nn.Sequential(square(), skip(square(), Soft())), Soft()).train()
+    model = skip(nn.Sequential(square(), skip(square(), Sigmoid())), Sigmoid()).train()
     cost, x = CostModel(model, torch.randn(1, D)), torch.randn(6, D)
     with record(model) as trace:
         model(x)
@@ -289,7 +289,7 @@ def test_modes_and_forms_come_back_also_after_an_error():
 
 def test_an_example_may_be_a_pytree():
     class OfDict(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.map = square()
 

@@ -13,10 +13,10 @@ def seeded():
     torch.manual_seed(0)
 
 
-class Pick(Dynamic):
+class RelaxedTopK(Dynamic):
     """Adds each of three units where the input says so; the first is pinned, and rows below -9 are not present."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.units = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
         self.calls = 0
@@ -38,7 +38,7 @@ class Pick(Dynamic):
 
 
 def test_only_a_keep_that_is_pinned_or_gone_withstands_force():
-    model, x = Pick().eval(), torch.tensor([[1.0, 1, -1], [-1, -1, -1], [-10, 1, 1]])
+    model, x = RelaxedTopK().eval(), torch.tensor([[1.0, 1, -1], [-1, -1, -1], [-10, 1, 1]])
     cases = [
         (None, [[1, 1, 0], [1, 0, 0], [0, 0, 0]]),
         (everything, [[1, 1, 1], [1, 1, 1], [0, 0, 0]]),
@@ -55,14 +55,14 @@ def test_only_a_keep_that_is_pinned_or_gone_withstands_force():
 
 
 def test_force_sees_the_scores_and_its_answer_takes_the_dtype_of_keep():
-    model, score = Pick(), torch.randn(8, 3)
+    model, score = RelaxedTopK(), torch.randn(8, 3)
     with forced(model, lambda d: d.score < 0):
-        keep = model.obey(Decision(torch.zeros(8, 3), score)).keep
+        keep = model.apply_override(Decision(torch.zeros(8, 3), score)).keep
     assert keep.dtype == score.dtype and torch.equal(keep, (score < 0).float())
 
 
 def test_forces_nest_and_an_exception_restores_what_was_before():
-    model = nn.Sequential(Pick(), Pick())
+    model = nn.Sequential(RelaxedTopK(), RelaxedTopK())
 
     def none(decision):
         return torch.zeros_like(decision.keep)
@@ -79,7 +79,7 @@ def test_forces_nest_and_an_exception_restores_what_was_before():
 @settings(max_examples=40, deadline=None)
 def test_both_forms_answer_the_same(lead, seed):
     torch.manual_seed(seed)
-    model, x = Pick().double().eval(), torch.randn(*lead, 3, dtype=torch.float64)
+    model, x = RelaxedTopK().double().eval(), torch.randn(*lead, 3, dtype=torch.float64)
     dense = execute(model, sparse=False)(x)
     sparse = execute(model, sparse=True)(x)
     assert dense.shape == sparse.shape == x.shape
@@ -87,7 +87,7 @@ def test_both_forms_answer_the_same(lead, seed):
 
 
 def test_a_unit_that_no_row_keeps_is_not_called():
-    model = execute(Pick().eval(), sparse=True)
+    model = execute(RelaxedTopK().eval(), sparse=True)
     model(-torch.ones(4, 3))
     assert model.calls == 1, "the pinned unit alone"
     model(-torch.ones(0, 3))
@@ -97,14 +97,14 @@ def test_a_unit_that_no_row_keeps_is_not_called():
 
 
 def test_in_training_the_dense_form_runs_whatever_is_set():
-    model = execute(Pick().train(), sparse=True)
+    model = execute(RelaxedTopK().train(), sparse=True)
     assert not model.gathers
     model(-torch.ones(4, 3))
     assert model.calls == 3
 
 
 def test_a_soft_keep_weighs_the_unit_and_gets_a_gradient():
-    layer = Pick()
+    layer = RelaxedTopK()
     keep = torch.tensor([0.25, 0.0, 1.0], requires_grad=True)
     x = torch.randn(3, 3)
     y = layer.run(0, lambda t: 2 * t, keep, x, otherwise=-x)
@@ -114,7 +114,7 @@ def test_a_soft_keep_weighs_the_unit_and_gets_a_gradient():
 
 
 def test_only_is_run_opened_up():
-    layer, x, keep = Pick().eval(), torch.randn(5, 3), torch.tensor([1.0, 0, 1, 0, 0])
+    layer, x, keep = RelaxedTopK().eval(), torch.randn(5, 3), torch.tensor([1.0, 0, 1, 0, 0])
     for sparse in (False, True):
         execute(layer, sparse=sparse)
         with layer.only(1, keep) as kept:
@@ -129,7 +129,7 @@ def test_only_is_run_opened_up():
 
 
 def test_pytrees_go_through_units():
-    layer, keep = execute(Pick().eval(), sparse=True), torch.tensor([0.0, 1, 0])
+    layer, keep = execute(RelaxedTopK().eval(), sparse=True), torch.tensor([0.0, 1, 0])
     x, h = torch.arange(3.0), torch.ones(3, 2)
     for sparse in (False, True):
         execute(layer, sparse=sparse)
@@ -141,20 +141,20 @@ def test_pytrees_go_through_units():
 
 def test_a_price_is_linear_in_the_kept_rows():
     keep = torch.tensor([[[1.0, 0], [1, 1]], [[0, 0], [0.5, 0]]], requires_grad=True)
-    spent = Pick().price(keep, torch.tensor([10.0, 3.0], dtype=torch.float64))
+    spent = RelaxedTopK().price(keep, torch.tensor([10.0, 3.0], dtype=torch.float64))
     assert spent.tolist() == [23, 5]
     spent.sum().backward()
     assert keep.grad[0, 0].tolist() == [10, 3]
 
 
 def test_layers_are_found_by_name_outermost_first():
-    model = nn.Sequential(Pick(), nn.Sequential(nn.ReLU(), Pick()))
-    model[0].units[1] = Pick()
+    model = nn.Sequential(RelaxedTopK(), nn.Sequential(nn.ReLU(), RelaxedTopK()))
+    model[0].units[1] = RelaxedTopK()
     assert list(layers(model)) == ["0", "0.units.1", "1.1"]
-    assert list(layers(Pick())) == [""]
+    assert list(layers(RelaxedTopK())) == [""]
 
 
 def test_execute_switches_every_layer_and_answers_the_model():
-    model = nn.Sequential(Pick(), nn.Sequential(Pick()))
+    model = nn.Sequential(RelaxedTopK(), nn.Sequential(RelaxedTopK()))
     assert execute(model, sparse=True) is model
     assert [layer.sparse for layer in layers(model).values()] == [True, True]

@@ -4,7 +4,7 @@ from torch import nn
 
 from dynanet.core.errors import StructureError
 from dynanet.core.gate import Gate
-from dynanet.gates.rules import Soft, Threshold
+from dynanet.gates.rules import Sigmoid, Threshold
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +21,7 @@ def test_a_gate_answers_the_rule_of_its_scores_and_keeps_the_scores():
 
 
 def test_modes_reach_the_rule():
-    gate = Gate(nn.Linear(3, 1), Soft())
+    gate = Gate(nn.Linear(3, 1), Sigmoid())
     x = torch.randn(50, 3)
     assert not set(gate.train()(x).keep.flatten().tolist()) <= {0.0, 1.0}
     assert set(gate.eval()(x).keep.flatten().tolist()) <= {0.0, 1.0}

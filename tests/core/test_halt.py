@@ -12,7 +12,7 @@ from dynanet.core.halt import Halt
 class Count(Halt):
     """Adds 1 per step; a row goes on while its first feature exceeds the step. The state is a pytree."""
 
-    def __init__(self, steps=4):
+    def __init__(self, steps=4) -> None:
         super().__init__()
         self.steps, self.ran = steps, []
 
@@ -27,7 +27,7 @@ class Count(Halt):
     def score(self, k, state, answer):
         return state["wanted"][:, :1]
 
-    def goes_on(self, k, score):
+    def should_continue(self, k, score):
         return (score > k + 1).to(score.dtype)
 
 
@@ -125,15 +125,15 @@ def test_answers_lists_every_step_for_every_row_whatever_the_scores_say():
 def test_soft_decisions_weigh_the_answers_of_all_steps():
     """keep = p at every step: answer = (1 - p) (a_0 + p a_1 + p^2 a_2) + p^3 a_3, and the gradient of p is its own."""
 
-    class Soft(Count):
-        def __init__(self, p):
+    class Sigmoid(Count):
+        def __init__(self, p) -> None:
             super().__init__()
             self.p = nn.Parameter(torch.tensor(p, dtype=torch.float64))
 
-        def goes_on(self, k, score):
+        def should_continue(self, k, score):
             return self.p.expand_as(score)
 
-    halt = Soft(0.3).train()
+    halt = Sigmoid(0.3).train()
     answer, _ = halt(wanted(1, 1).double())
     p = halt.p
     expected = (1 - p) * (1 + 2 * p + 3 * p**2) + 4 * p**3
@@ -143,15 +143,15 @@ def test_soft_decisions_weigh_the_answers_of_all_steps():
 
 
 def test_a_trace_in_training_carries_the_gradient_of_depth():
-    class Soft(Count):
-        def __init__(self):
+    class Sigmoid(Count):
+        def __init__(self) -> None:
             super().__init__()
             self.p = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
 
-        def goes_on(self, k, score):
+        def should_continue(self, k, score):
             return self.p.expand_as(score)
 
-    halt = Soft().train()
+    halt = Sigmoid().train()
     with record(halt) as trace:
         halt(wanted(1).double())
     torch.stack(trace[""]).sum().backward()

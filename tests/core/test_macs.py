@@ -213,7 +213,7 @@ def test_counts_add_up_over_calls_and_end_with_the_block():
 class Two(Dynamic):
     """Two units beside each other, and one linear that always runs."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.stem, self.small = nn.Linear(4, 4), nn.Linear(4, 4)
         self.large = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))

@@ -10,7 +10,7 @@ from dynanet.core.gate import Gate
 from dynanet.core.halt import Halt
 from dynanet.core.rows import Leading
 from dynanet.core.trace import Frame
-from dynanet.gates.rules import Soft, Threshold
+from dynanet.gates.rules import Sigmoid, Threshold
 from dynanet.mechanisms.layer_skip import LayerSkip
 
 
@@ -26,7 +26,7 @@ def skip(block, rule=None):
 class Nest(nn.Module):
     """A layer in a layer: the inner one speaks of the rows that the outer one kept."""
 
-    def __init__(self, rule=None):
+    def __init__(self, rule=None) -> None:
         super().__init__()
         self.outer = skip(nn.Sequential(nn.Linear(4, 4), skip(nn.Linear(4, 4), rule)), rule)
 
@@ -87,7 +87,7 @@ def test_a_call_knows_the_units_around_it():
 
 
 def test_an_inner_keep_carries_gradients_to_the_outer_gate():
-    model = Nest(Soft()).train()
+    model = Nest(Sigmoid()).train()
     with record(model) as trace:
         model(torch.randn(5, 4))
     trace["outer.block.1"][0].sum().backward()
@@ -109,7 +109,7 @@ def test_frames_of_rows_in_their_layout_and_along_one_axis_nest():
             return k * y + (1 - k) * otherwise
 
     class PerToken(Dynamic):
-        def __init__(self, inner):
+        def __init__(self, inner) -> None:
             super().__init__()
             self.inner = inner
 
@@ -207,7 +207,7 @@ def test_two_frames_made_one_take_home_what_both_do(rows, rest, seed):
 class Steps(Halt):
     """So many steps, of which rows leave one after another; a layer in each."""
 
-    def __init__(self, steps):
+    def __init__(self, steps) -> None:
         super().__init__()
         self.steps, self.inside = steps, skip(nn.Linear(4, 4))
 
@@ -220,7 +220,7 @@ class Steps(Halt):
     def score(self, k, state, answer):
         return state[:, :1]
 
-    def goes_on(self, k, score):
+    def should_continue(self, k, score):
         return (score < self.steps).to(score)
 
 

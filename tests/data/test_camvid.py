@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from make_files import GARBAGE, Image, noise, png
 
 from dynanet.core.errors import DataError, MissingSplitError
 from dynanet.data.camvid import CLASSES, VOID, load_camvid
+from tests.data.make_files import GARBAGE, Image, noise, png
 
 REAL = Path(os.environ.get("DYNANET_DATA", Path(__file__).parents[2].parent / "shared" / "data")) / "camvid"
 CLASSES_3 = ("sky", "road", "car")

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from make_files import GARBAGE, noise, write_folder
 
 from dynanet.core.errors import DataError
 from dynanet.data.folder import load_folder
+from tests.data.make_files import GARBAGE, noise, write_folder
 
 CLASSES = ["ant", "bee", "cat"]
 

@@ -9,19 +9,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make_files import GARBAGE, noise, png
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from dynanet.core.errors import ConfigError, DataError
 from dynanet.data.images import Images, ImageTensors, name_classes, to_float
 from dynanet.data.splits import hold_out, stratified, synonyms
+from tests.data.make_files import GARBAGE, noise, png
 
 
 class Listed:
     """Encoded images in a list."""
 
-    def __init__(self, files):
+    def __init__(self, files) -> None:
         self.files = files
 
     def read(self, row):

@@ -15,7 +15,7 @@ from dynanet.data.indian_pines import (
     UNLABELLED,
     IndianPines,
     PixelPatches,
-    Scene,
+    RawScene,
     gather_patches,
     load_scene,
     split_pixels,
@@ -43,7 +43,7 @@ def drawn_scene(height, width, classes, seed):
     labels = coarse.repeat_interleave(4, 0).repeat_interleave(4, 1)[:height, :width].contiguous()
     labels[0, :3] = 0  # never without a label
     number = torch.arange(1, height * width + 1).reshape(1, height, width).float()
-    return Scene(torch.cat([number, torch.rand(1, height, width, generator=generator)]), labels, (500.0, 600.0))
+    return RawScene(torch.cat([number, torch.rand(1, height, width, generator=generator)]), labels, (500.0, 600.0))
 
 
 def test_the_scene_is_the_known_one(scene):

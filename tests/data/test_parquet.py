@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from make_files import GARBAGE, noise, parquet, png, pyarrow, write_parquet
 from torch.utils.data import DataLoader
 
 import dynanet.data.parquet as loader
 from dynanet.core.errors import DataError
 from dynanet.data.parquet import load_parquet
+from tests.data.make_files import GARBAGE, noise, parquet, png, pyarrow, write_parquet
 
 CLASSES = ["ant", "bee", "cat"]
 SHARED = Path(os.environ.get("DYNANET_DATA", Path(__file__).parents[3] / "shared" / "data")) / "cifar10"

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from test_speech import write
 
 from dynanet.core.errors import DataError
-from dynanet.data.parts import Alike, sentences, spoken_digits, time_series
+from dynanet.data.parts import BucketedBatches, sentences, spoken_digits, time_series
 from dynanet.data.ragged import SequenceSet
+from tests.data.test_speech import write
 
 SERIES = "@timeStamps false\n@univariate true\n@classLabel true a b\n@data\n"
 
@@ -71,7 +71,7 @@ def test_a_development_split_is_held_out(tmp_path):
 def test_batches_are_of_similar_lengths_and_every_sample_comes_once():
     data = SequenceSet([torch.randn(n % 9 + 1, 2) for n in range(50)], torch.arange(50), "classes")
     lengths = [len(s) for s in data.sequences]
-    bunches = Alike(data, lengths, 4, seed=0)
+    bunches = BucketedBatches(data, lengths, 4, seed=0)
     batches = [bunches.collate([bunches[i]]) for i in range(len(bunches))]
     assert sorted(int(label) for _, y in batches for label in y) == list(range(50))
     padding = sum(int((x.lengths.max() - x.lengths).sum()) for x, _ in batches)

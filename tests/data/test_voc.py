@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from make_files import GARBAGE, noise, png
 
 from dynanet.core.errors import DataError, MissingSplitError
 from dynanet.data.voc import load_voc
+from tests.data.make_files import GARBAGE, noise, png
 
 REAL = Path(os.environ.get("DYNANET_DATA", Path(__file__).parents[2].parent / "shared" / "data")) / "bccd" / "BCCD"
 

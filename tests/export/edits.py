@@ -28,7 +28,7 @@ CANARY = "executed"  # a folder that appears beside the bundle if anything in it
 class Tiny(Halt):
     """Two steps, a norm, thresholds: the smallest model that has all a bundle must keep."""
 
-    def __init__(self, num_classes: int, in_channels: int, width: int, depth: int):
+    def __init__(self, num_classes: int, in_channels: int, width: int, depth: int) -> None:
         super().__init__()
         self.steps = 2
         self.first = nn.Sequential(nn.Conv2d(in_channels, width, 3), nn.BatchNorm2d(width))
@@ -45,7 +45,7 @@ class Tiny(Halt):
             state = layer(state)
         return state, self.heads[k](state)
 
-    def goes_on(self, k, state, answer):
+    def should_continue(self, k, state, answer):
         score = answer.amax(-1, keepdim=True)
         return Decision((score < self.thresholds[k]).to(score.dtype), score)
 
@@ -66,7 +66,7 @@ def reseal(folder: Path, **changes: Any) -> None:
 class Evil:
     """A pickle that makes a folder when it is read."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         self.canary = folder.with_name(CANARY)
 
     def __reduce__(self):

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import edits
 import torch
-from edits import CANARY, CONFIG, MANIFEST, NAMES, README, WEIGHTS, then_reseal
+
+from tests.export import edits
+from tests.export.edits import CANARY, CONFIG, MANIFEST, NAMES, README, WEIGHTS, then_reseal
 
 
 class Case(NamedTuple):

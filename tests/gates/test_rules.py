@@ -6,7 +6,18 @@ from torch import nn
 
 from dynanet.core.errors import ConfigError, StructureError
 from dynanet.core.gate import Gate
-from dynanet.gates.rules import Always, Bernoulli, Given, Gumbel, Pick, Rule, Soft, StraightThrough, Threshold, TopK
+from dynanet.gates.rules import (
+    Always,
+    Bernoulli,
+    Given,
+    Gumbel,
+    RelaxedTopK,
+    Rule,
+    Sigmoid,
+    StraightThrough,
+    Threshold,
+    TopK,
+)
 from dynanet.mechanisms.experts import BatchCoupledTopK, BiasedTopK
 
 RULES = {
@@ -17,9 +28,9 @@ RULES = {
     "straight-through elsewhere": StraightThrough(at=-0.3, temperature=0.5),
     "gumbel": Gumbel(0.7),
     "bernoulli": Bernoulli(),
-    "soft": Soft(2.0),
-    "pick": Pick(),
-    "pick two of noise, hard": Pick(2, noise=True, hard=True),
+    "soft": Sigmoid(2.0),
+    "pick": RelaxedTopK(),
+    "pick two of noise, hard": RelaxedTopK(2, noise=True, hard=True),
     "always": Always(),
     "given": Given(torch.tensor([1.0, 0.0, 1.0, 0.0])),
 }
@@ -136,7 +147,8 @@ def test_top_k_refuses_what_cannot_be_kept():
 @pytest.mark.parametrize(
     "rule, words",
     [
-        (TopK(3), "k = 3"), (Pick(3), "k = 3"), (BiasedTopK(1, 4), "4 experts"), (BatchCoupledTopK(3, 1.0), "k = 3"),
+        (TopK(3), "k = 3"), (RelaxedTopK(3), "k = 3"), (BiasedTopK(1, 4), "4 experts"),
+        (BatchCoupledTopK(3, 1.0), "k = 3"),
     ],
     ids=repr,
 )  # fmt: skip
@@ -150,7 +162,7 @@ def test_a_gate_refuses_scores_without_units():
         Gate(nn.Flatten(0), Threshold(), units=2)(torch.randn(2, 1))
 
 
-@pytest.mark.parametrize("rule", [StraightThrough, Gumbel, Soft, Pick])
+@pytest.mark.parametrize("rule", [StraightThrough, Gumbel, Sigmoid, RelaxedTopK])
 def test_temperatures_are_above_0(rule):
     with pytest.raises(ConfigError, match="temperature"):
         rule(temperature=0.0)

@@ -50,7 +50,7 @@ def cascade(channels, stride=4):
 class Coarse(nn.Module):
     """Fine features, and logits at a quarter of the size."""
 
-    def __init__(self, channels):
+    def __init__(self, channels) -> None:
         super().__init__()
         self.fine, self.coarse = nn.Conv2d(channels, 4, 3, 2, 1), nn.Conv2d(4, 3, 3, 2, 1)
 
@@ -106,7 +106,7 @@ def test_all_easy_and_all_hard(name, keep):
 class Said(nn.Module):
     """Scores, or a decision, of this many tiles."""
 
-    def __init__(self, tiles, *, decided):
+    def __init__(self, tiles, *, decided) -> None:
         super().__init__()
         self.tiles, self.decided = tiles, decided
 

@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from dynanet import execute, infer, record
+from dynanet import execute, record
 from dynanet.core.errors import DataError, InputError
 from dynanet.core.macs import CountMacs
 from dynanet.data.ragged import Sequences, pad
-from dynanet.infer import EndOf, FrameOf
 from dynanet.mechanisms.clip_sampling import ClipSampling
 from dynanet.mechanisms.early_stop import EarlyStop, steps_read
 from dynanet.mechanisms.frame_exit import ExitGate, FrameExit, frames_read
@@ -16,6 +15,7 @@ from dynanet.mechanisms.frame_select import FrameSelect
 from dynanet.mechanisms.jump import Jump
 from dynanet.mechanisms.skim import Skim
 from dynanet.mechanisms.update_skip import UpdateSkip
+from dynanet.session import EndOfSequence, SequenceFrame, Session
 
 LONGEST = 7
 SERIES, VIDEO = (3,), (2, 2, 2)  # of one step
@@ -110,7 +110,7 @@ def test_a_session_refuses_nan_and_says_how_to_pad(name):
     make, step = LAYERS[name]
     torch.manual_seed(1)
     layer, x = make().eval(), torch.randn(3, LONGEST, *step)
-    session = infer.Session(layer, Sequences(x, torch.tensor([LONGEST, 2, 4])), engines="eager")
+    session = Session(layer, Sequences(x, torch.tensor([LONGEST, 2, 4])), engines="eager")
     x[1, 1] = torch.nan
     with pytest.raises(InputError, match=r"NaN or infinite values in sample\(s\) \[1\]"):
         session(Sequences(x, torch.tensor([LONGEST, 2, 4])))
@@ -120,7 +120,7 @@ def test_a_session_refuses_nan_and_says_how_to_pad(name):
 
 def test_a_session_takes_shorter_batches_that_are_padded():
     layer = LAYERS["early stop"][0]().eval()
-    session = infer.Session(layer, pad([torch.randn(3, 3)], steps=LONGEST), engines="eager")
+    session = Session(layer, pad([torch.randn(3, 3)], steps=LONGEST), engines="eager")
     xs = [torch.randn(n, 3) for n in (4, 2)]
     with torch.no_grad():
         torch.testing.assert_close(session(pad(xs, steps=LONGEST)), layer(pad(xs)))
@@ -153,9 +153,9 @@ def test_a_hundred_thousand_frames_one_by_one():
     """A stream stops reading at the answer, and remembers one state of a sequence however long it is."""
     stop = EarlyStop(nn.GRUCell(3, 5), nn.Linear(5, 4), 3, 5, MANY, every=50)
     stop.thresholds.fill_(-torch.inf)
-    session = infer.Session(stop.eval(), torch.zeros(1, 1, 3), engines="eager")
+    session = Session(stop.eval(), torch.zeros(1, 1, 3), engines="eager")
     frame = torch.zeros(3)
-    arrivals = (FrameOf("a", frame) if t < MANY else EndOf("a") for t in range(MANY + 1))
+    arrivals = (SequenceFrame("a", frame) if t < MANY else EndOfSequence("a") for t in range(MANY + 1))
     (answered,) = session.stream(arrivals, batch=1)
     assert answered.frames == 50
 

@@ -2,13 +2,14 @@ import pytest
 import torch
 from torch import nn
 
+from dynanet.calibrate import calibrate
 from dynanet.core.budget import Budget
 from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import execute, record
 from dynanet.core.errors import ConfigError, StructureError
 from dynanet.gates.confidence import LearnedScore, MaxProbability, PerExit
-from dynanet.infer import Session, calibrate
 from dynanet.mechanisms.cascade import Cascade
+from dynanet.session import Session
 
 D, CLASSES = 6, 4
 

@@ -93,7 +93,8 @@ def test_thresholds_are_standard_deviations_of_what_they_are_compared_with(optio
 
 def test_a_gate_learns_which_samples_need_the_other_channels():
     """Samples of two kinds: the second channel says whether the label lies in the first, or among those that are left.
-    A gate that exchanges its decisions between samples loses what it learnt."""
+    A gate that exchanges its decisions between samples loses what it learnt.
+    """
     torch.manual_seed(0)
     y = torch.randint(2, (256,))
     hidden = torch.rand(256) > 0.5

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dynanet import infer, train
+from dynanet import train
 from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import everything, execute, forced, record
 from dynanet.core.errors import ConfigError, InputError, StructureError
@@ -12,6 +12,7 @@ from dynanet.core.macs import CountMacs
 from dynanet.data.ragged import Sequences
 from dynanet.gates.confidence import MaxProbability
 from dynanet.mechanisms.clip_sampling import ClassSalience, ClipSampling, SalienceRank, cut
+from dynanet.session import Session
 
 SCORER, NET = 12, 12 * 3
 
@@ -84,7 +85,7 @@ def test_any_batch_and_any_number_of_clips(sparse, batch, clips):
 def test_a_session_is_the_eager_sparse_form():
     model, x = execute(model_of().float().eval(), sparse=True), videos(6, 1, 3, 6, 2)
     x = Sequences(x.x.float(), x.lengths)
-    session = infer.Session(model, x, engines="eager", batches=(4,))
+    session = Session(model, x, engines="eager", batches=(4,))
     with torch.no_grad(), record(model) as trace:
         expected = model(x)
     with record(session) as ran:

@@ -4,17 +4,17 @@ import pytest
 import torch
 from torch import nn
 
+from dynanet.calibrate.frontier import calibrate, select_exits, with_exits
+from dynanet.calibrate.operating_point import choose
+from dynanet.calibrate.table import tabulate
 from dynanet.core.budget import Budget
 from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import everything, execute, forced, record
 from dynanet.core.errors import BudgetError, ConfigError, DataError, StructureError
 from dynanet.core.macs import CountMacs
 from dynanet.gates.confidence import Entropy, LearnedGate, MaxProbability, Patience, PerExit
-from dynanet.infer import Session
-from dynanet.infer.calibrate import calibrate, paying, with_exits
-from dynanet.infer.choice import choose
-from dynanet.infer.table import tabulate
 from dynanet.mechanisms.early_exit import EarlyExit, JointGates
+from dynanet.session import Session
 from dynanet.train.objectives import MultiExit
 
 D, CLASSES, EXITS = 6, 4, 5
@@ -111,13 +111,13 @@ def test_a_row_alone_goes_on_where_it_would_in_a_batch(dtype):
         threshold = model.thresholds[model.active[k]]
         near = [torch.nextafter(threshold, torch.full_like(threshold, to)) for to in (-torch.inf, torch.inf)]
         scores = torch.stack([threshold, *near, -threshold, *torch.tensor([torch.nan, torch.inf]).to(dtype)])
-        expected = model.goes_on(k, scores[:, None])[:, 0].bool().tolist()
-        assert [model.goes_on_alone(k, score.expand(3, 1)) for score in scores] == expected
+        expected = model.should_continue(k, scores[:, None])[:, 0].bool().tolist()
+        assert [model.should_continue_one(k, score.expand(3, 1)) for score in scores] == expected
 
 
 def test_a_row_alone_goes_on_by_a_rule_of_ones_own():
     class Never(EarlyExit):
-        def goes_on(self, k, score):
+        def should_continue(self, k, score):
             return torch.zeros_like(score)
 
     base = network()
@@ -164,7 +164,7 @@ def test_exits_are_chosen_and_the_calibrated_model_does_what_the_table_said():
     cost, prices = CostModel(model, x), model.exit_macs(x)
     table = tabulate(model, [(x, y)], cost)
     budget = Budget(macs=0.6 * table.macs[-1])
-    exits = paying(table, prices, budget)
+    exits = select_exits(table, prices, budget)
     assert 1 not in exits and exits[-1] == EXITS - 1
     small = copy.deepcopy(model)
     small.active = exits
@@ -190,7 +190,7 @@ def test_exits_are_not_chosen_for_what_cannot_be_known():
     prices = model.exit_macs(x)
     for budget in (Budget(risk=0.1), Budget(ms=1.0), Budget(macs=table.macs[1], cap_macs=table.macs[2])):
         with pytest.raises(BudgetError, match="mean cost in MACs"):
-            paying(table, prices, budget)
+            select_exits(table, prices, budget)
     for wrong in (prices[:-1], [1e9] * EXITS, [-1.0] * EXITS):
         with pytest.raises(DataError, match="exit_macs"):
             with_exits(table, (0, 4), wrong)

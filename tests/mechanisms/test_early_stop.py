@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dynanet import infer, train
+from dynanet import calibrate, train
 from dynanet.core.budget import Budget
 from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import execute, record
@@ -13,6 +13,7 @@ from dynanet.core.macs import CountMacs
 from dynanet.data.ragged import Sequences, pad
 from dynanet.gates.confidence import LearnedGate, MaxProbability, PerExit
 from dynanet.mechanisms.early_stop import Earliest, EarlyStop, steps_read
+from dynanet.session import Session
 
 CELL, HEAD = 3 * 5 * (3 + 5), 5 * 4
 
@@ -85,7 +86,7 @@ def test_calibration_finds_thresholds_for_budgets():
     x = Sequences(torch.randn(60, 6, 3).double(), torch.randint(1, 7, (60,)))
     y = model(x).argmax(1)  # so that the last answers are right
     cost = CostModel(model, Sequences(x.x[:1], x.lengths[:1].fill_(6)))
-    frontier = infer.calibrate(model, [(x, y)], cost)
+    frontier = calibrate.calibrate(model, [(x, y)], cost)
     whole = x.lengths.double() * (CELL + HEAD)
     torch.testing.assert_close(torch.from_numpy(frontier.table.macs[:, -1]), whole, rtol=1e-9, atol=0)
     budget = Budget(macs=0.6 * whole.mean().item())
@@ -191,7 +192,7 @@ def test_nan_stays_in_its_row_and_a_session_refuses_it():
     x[1, 2, 0] = torch.nan
     for sparse in (False, True):
         torch.testing.assert_close(execute(model, sparse=sparse)(x)[[0, 2]], clean[[0, 2]])
-    session = infer.Session(model, torch.randn(3, 6, 3), engines="eager")
+    session = Session(model, torch.randn(3, 6, 3), engines="eager")
     with pytest.raises(InputError, match="NaN"):
         session(x)
 
@@ -199,6 +200,6 @@ def test_nan_stays_in_its_row_and_a_session_refuses_it():
 @pytest.mark.parametrize("kind", [nn.GRUCell, nn.LSTMCell])
 def test_a_session_streams_sequences(kind):
     model, xs = stopper(kind, threshold=-0.4).float().eval(), torch.randn(12, 8, 3)
-    session = infer.Session(model, xs, engines="eager")
+    session = Session(model, xs, engines="eager")
     answers = list(session.stream(iter(xs)))
     torch.testing.assert_close(torch.stack(answers), model(xs))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from dynanet import infer, train
+from dynanet import calibrate, train
 from dynanet.core.budget import Budget
 from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import everything, execute, forced, record
@@ -15,6 +15,7 @@ from dynanet.core.errors import ConfigError, InputError, StructureError
 from dynanet.core.macs import CountMacs
 from dynanet.data.ragged import Sequences
 from dynanet.mechanisms.frame_exit import ExitGate, ExitLabels, FrameExit, coarse_to_fine, frames_read
+from dynanet.session import Session
 
 BACKBONE, CLASSIFIER = 16 * 6, 6 * 3
 FIRST, LATER = 6 * 5 + 5 * 4 + 4, 2 * (6 * 5 + 5 * 4) + 8
@@ -102,7 +103,7 @@ def test_calibration_finds_thresholds_for_budgets():
     model, x = model_of().eval(), videos(*[7, 5, 2, 7, 3] * 8)
     y = model(x).argmax(1).where(torch.rand(40) < 0.8, 0)
     cost = CostModel(model, Sequences(x.x[:1], x.lengths[:1]))
-    frontier = infer.calibrate(model, [(x, y)], cost)
+    frontier = calibrate.calibrate(model, [(x, y)], cost)
     budget = Budget(macs=0.6 * float(frontier.table.mean_macs[-1]))
     early = execute(frontier.at(budget), sparse=True)
     with torch.no_grad(), record(early) as trace:
@@ -115,7 +116,7 @@ def test_calibration_finds_thresholds_for_budgets():
 def test_a_session_is_the_eager_sparse_form():
     model, x = execute(model_of(steps=2).float().eval(), sparse=True), videos(7, 1, 2, 7, 3, 4, 7, 5)
     x = Sequences(x.x.float(), x.lengths)
-    session = infer.Session(model, x, engines="eager", batches=(4,))
+    session = Session(model, x, engines="eager", batches=(4,))
     with torch.no_grad(), record(model) as trace:
         expected = model(x)
     with record(session) as ran:

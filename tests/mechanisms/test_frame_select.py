@@ -4,17 +4,18 @@ import pytest
 import torch
 from torch import nn
 
-from dynanet import infer, train
+from dynanet import train
 from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import everything, execute, forced, record
 from dynanet.core.errors import ConfigError, InputError, StructureError
 from dynanet.core.gate import Gate
 from dynanet.core.macs import CountMacs
 from dynanet.data.ragged import Sequences
-from dynanet.gates.rules import Gumbel, Pick
+from dynanet.gates.rules import Gumbel, RelaxedTopK
 from dynanet.mechanisms.frame_select import EvenUse, FrameCost, FrameSelect
 from dynanet.mechanisms.layer_skip import LayerSkip
 from dynanet.nets.spatial_transformer import resize
+from dynanet.session import Session
 
 SIZES, SKIPS = (2, (5, 3), 6), (1, 2, 4)
 LOOK, MEMORY = 2 * 4 * 5, 4 * 6 * (5 + 6) + 6 * 6  # the policy's network; LSTM and scores
@@ -160,7 +161,7 @@ def test_any_batch_and_any_number_of_frames(sparse, batch, frames):
 def test_a_session_is_the_eager_sparse_form():
     model, x = execute(layer().float().eval(), sparse=True), videos(9, 9, 1, 4, 9, 7)
     x = Sequences(x.x.float(), x.lengths)
-    session = infer.Session(model, x, engines="eager", batches=(4,))
+    session = Session(model, x, engines="eager", batches=(4,))
     with torch.no_grad(), record(model) as trace:
         expected = model(x)
     with record(session) as ran:
@@ -184,7 +185,7 @@ def test_in_training_all_networks_see_all_frames_and_draws_decide():
     with torch.no_grad():
         drawn = {tuple(_actions(model, x)) for _ in range(5)}
     assert len(drawn) == 5
-    soft = layer(rule=Pick()).train()
+    soft = layer(rule=RelaxedTopK()).train()
     with record(soft) as trace:
         soft(x)
     assert torch.equal(trace["policy"][0][..., 0], there.double()), "a soft rule leaves out nothing"
@@ -274,7 +275,7 @@ def test_what_does_not_fit_together_is_refused():
     with pytest.raises(StructureError, match="3 sizes and 3 networks beside a light head; .* none for the first"):
         make(light=nn.Linear(6, 3))
     with pytest.raises(StructureError, match="keeps 2 of sizes and skips"):
-        make(rule=Pick(2))
+        make(rule=RelaxedTopK(2))
     with pytest.raises(StructureError, match="holds dynamic layers"):
         make(look=LayerSkip(nn.Linear(8, 8), Gate(nn.Linear(8, 1), Gumbel())))
     with pytest.raises(StructureError, match=r"policy's network answered a tensor of shape \(18, 4\); .* \(rows, 5\)"):

@@ -4,23 +4,24 @@ import pytest
 import torch
 from torch import nn
 
-from dynanet import Budget, infer, train
+from dynanet import Budget, calibrate, train
 from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import execute, forced, record
 from dynanet.core.errors import ConfigError, InputError, StructureError
 from dynanet.core.macs import CountMacs
 from dynanet.gates.confidence import LearnedGate, Patience, PerExit
 from dynanet.mechanisms.glance_focus import (
-    Anywhere,
-    Drawn,
     GlanceFocus,
     JoinedHead,
+    LearnedCrops,
     PlacePolicy,
     PlaceReward,
+    RandomCrops,
     RecurrentHead,
-    Steered,
+    SampledCrops,
 )
 from dynanet.nets.spatial_transformer import crop, resize
+from dynanet.session import Session
 from dynanet.testing import check_equal, check_neighbours
 
 
@@ -147,7 +148,7 @@ def test_a_session_is_the_eager_sparse_form(x, engine, confidence):
     else:
         between(model, x)
     execute(model, sparse=True)
-    session = infer.Session(model, x, engines=engine, batches=(4,))
+    session = Session(model, x, engines=engine, batches=(4,))
     cost = CostModel(model, x[:1])
     with torch.no_grad():
         for batch in (x, x[:1], x[:0]):
@@ -170,7 +171,7 @@ def test_calibration_finds_thresholds_for_budgets():
     with torch.no_grad():
         y = model.answers(x)[2].argmax(1)  # so that the last answers are right
     cost = CostModel(model, x[:1])
-    frontier = infer.calibrate(model, [(x, y)], cost)
+    frontier = calibrate.calibrate(model, [(x, y)], cost)
     budget = Budget(macs=0.7 * float(frontier.table.mean_macs[-1]))
     early, choice = execute(frontier.at(budget), sparse=True), frontier.choose(budget)
     with torch.no_grad(), record(early) as trace:
@@ -178,7 +179,7 @@ def test_calibration_finds_thresholds_for_budgets():
     spent = cost.spent(trace).mean().item()
     assert spent == pytest.approx(choice.macs) and spent <= budget.macs
     assert (answers.argmax(1) == y).double().mean().item() == pytest.approx(choice.accuracy)
-    capped = frontier.at(Budget(cap_macs=float(frontier.table.dearest[1])))
+    capped = frontier.at(Budget(cap_macs=float(frontier.table.most_expensive[1])))
     torch.testing.assert_close(capped(x), model.answers(x)[1])
 
 
@@ -194,7 +195,7 @@ def test_steered_places_learn_from_the_loss_and_encoders_not_from_the_policy(x):
     class LastOnly(nn.Module):
         """So that the glance can reach the last answer through the policy only."""
 
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.map = nn.Linear(4, 3)
 
@@ -207,22 +208,22 @@ def test_steered_places_learn_from_the_loss_and_encoders_not_from_the_policy(x):
     assert not any(p.grad.any() for p in model.glance.parameters())
 
 
-@pytest.mark.parametrize("places", [Anywhere(), Drawn(0.2)])
+@pytest.mark.parametrize("places", [RandomCrops(), SampledCrops(0.2)])
 def test_places_are_random_in_training_only(x, places):
     model, wanted = glances(places=places), torch.rand(4, 2)
     steered = copy.deepcopy(model)
-    steered.places = Steered()
+    steered.places = LearnedCrops()
     torch.testing.assert_close(model.eval()(x), steered.eval()(x))
     place, likelihood = places.train()(wanted)
     assert not torch.equal(place, wanted) and place.min() >= 0 and place.max() <= 1
-    assert (likelihood is not None) == isinstance(places, Drawn)
+    assert (likelihood is not None) == isinstance(places, SampledCrops)
     place, likelihood = places.eval()(wanted)
     assert place is wanted and likelihood is None
 
 
 def test_the_policy_gradient_is_that_of_the_log_density(x):
     """Of a normal distribution: d log p / d mean = (place - mean) / std^2, times what the glimpses were worth."""
-    places, taken = Drawn(0.3), []
+    places, taken = SampledCrops(0.3), []
     model, y = glances(places=places), torch.tensor([0, 1, 2, 0, 1, 2])
 
     def see(module, inputs, outputs):
@@ -263,7 +264,7 @@ def test_the_policy_learns_where_to_look():
         nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()),
         nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()),
         PlacePolicy(8, width=8, hidden=32, grid=6), RecurrentHead(8, 16, 2),
-        glance_size=6, crop_size=8, glimpses=2, places=Drawn(0.15),
+        glance_size=6, crop_size=8, glimpses=2, places=SampledCrops(0.15),
     )  # fmt: skip
     objective, optimizer = train.MultiExit() + PlaceReward(), torch.optim.Adam(model.parameters(), 0.003)
     for _ in range(200):
@@ -302,17 +303,17 @@ def test_what_it_refuses(x):
     with pytest.raises(StructureError, match="one per exit but the last"):
         glances(confidence=PerExit([LearnedGate()]))
     with pytest.raises(ConfigError, match="standard deviation of 0"):
-        Drawn(0)
+        SampledCrops(0)
     with pytest.raises(ConfigError, match="discount of 1.5"):
         PlaceReward(1.5)
     y, model = torch.tensor([0, 1, 2, 0, 1, 2]), glances()
     with record(model.train()) as trace:
         answer = model(x)
-    with pytest.raises(StructureError, match="by Steered.*give it Drawn"):
+    with pytest.raises(StructureError, match="by LearnedCrops.*give it SampledCrops"):
         PlaceReward()(answer, y, trace)
     with pytest.raises(StructureError, match="'nobody' was named"):
         PlaceReward(halt="nobody")(answer, y, trace)
-    model.places = Drawn()
+    model.places = SampledCrops()
     with forced(model, lambda d: torch.zeros_like(d.keep)), record(model) as trace:
         answer = model(x[:3])
     with pytest.raises(StructureError, match="use train mode"):
@@ -326,5 +327,5 @@ def test_one_glimpse_is_the_glance_alone(x):
         torch.testing.assert_close(model(x), model.head(features, None)[0])
     with record(model.train()) as trace:
         answer = model(x)
-    model.places = Drawn()
+    model.places = SampledCrops()
     assert PlaceReward()(answer, torch.zeros(6).long(), trace) == 0

@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from dynanet import infer, train
+from dynanet import train
 from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import execute, forced, record
 from dynanet.core.errors import ConfigError, InputError, StructureError
 from dynanet.core.macs import CountMacs
 from dynanet.data.ragged import Sequences, pad
 from dynanet.mechanisms.jump import Jump, OneOf, ReinforceJumps
+from dynanet.session import Session
 from dynanet.train.collapse import loads
 
 
@@ -276,13 +277,13 @@ def test_nan_stays_in_its_row_and_a_session_refuses_it():
     for sparse in (False, True):
         torch.testing.assert_close(execute(layer, sparse=sparse)(x)[[0, 2]], clean[[0, 2]])
     with pytest.raises(InputError, match="NaN"):
-        infer.Session(layer, torch.randn(3, 9, 3), engines="eager")(x)
+        Session(layer, torch.randn(3, 9, 3), engines="eager")(x)
 
 
 @pytest.mark.parametrize("kind", [nn.GRUCell, nn.LSTMCell])
 def test_a_session_answers_as_the_model(kind):
     layer, x = jumping(kind).float().eval(), torch.randn(6, 12, 3)
-    torch.testing.assert_close(infer.Session(layer, x, engines="eager")(x), layer(x))
+    torch.testing.assert_close(Session(layer, x, engines="eager")(x), layer(x))
 
 
 @pytest.mark.parametrize("size", ["inputs", "hidden", "read", "reach", "jumps"])

@@ -10,7 +10,7 @@ from dynanet.core.gate import Gate
 from dynanet.data.ragged import Sequences
 from dynanet.gates.confidence import LearnedGate, LearnedScore, Patience, PerExit
 from dynanet.gates.recurrent import RecurrentGate
-from dynanet.gates.rules import Gumbel, Pick, Soft, StraightThrough, Threshold, TopK
+from dynanet.gates.rules import Gumbel, RelaxedTopK, Sigmoid, StraightThrough, Threshold, TopK
 from dynanet.gates.scorers import ContextScorer, PooledScorer, TileScorer
 from dynanet.mechanisms.cascade import Cascade
 from dynanet.mechanisms.channel_gating import ChannelGating
@@ -38,7 +38,7 @@ from dynanet.mechanisms.skim import Skim
 from dynanet.mechanisms.slimmable import DoubleHead, Slimmable
 from dynanet.mechanisms.soft_tree import SoftTree, expected
 from dynanet.mechanisms.spatial_skip import SpatialSkip
-from dynanet.mechanisms.token_drop import ClassAttention, Share, TokenDrop, TokenPredictor
+from dynanet.mechanisms.token_drop import ClassAttention, RankScorer, TokenDrop, TokenPredictor
 from dynanet.mechanisms.token_halting import TokenHalting
 from dynanet.mechanisms.token_merge import TokenMerge
 from dynanet.mechanisms.update_skip import UpdateSkip
@@ -120,7 +120,7 @@ def cascade(wrap, ensemble="none"):
 
 def residual(wrap):
     class Residual(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.branch = nn.Sequential(conv(3), nn.BatchNorm2d(C), nn.ReLU(), conv(3), nn.BatchNorm2d(C))
 
@@ -138,7 +138,7 @@ def shared_cell(wrap):
     """One layer called three times: a trace hears it three times."""
 
     class Shared(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.cell = LayerSkip(wrap(mlp()), row_gate())
 
@@ -153,7 +153,7 @@ def shared_cell(wrap):
 class Block(nn.Module):
     """A pre-norm transformer block on Tokens; the feed-forward part may be any layer from rows to rows."""
 
-    def __init__(self, feed_forward):
+    def __init__(self, feed_forward) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
         self.qkv, self.out, self.feed_forward = nn.Linear(D, 3 * D), nn.Linear(D, D), feed_forward
@@ -165,7 +165,7 @@ class Block(nn.Module):
 
 
 class SmallViT(nn.Module):
-    def __init__(self, *body):
+    def __init__(self, *body) -> None:
         super().__init__()
         self.cls, self.body, self.head = nn.Parameter(torch.randn(1, 1, D)), nn.Sequential(*body), nn.Linear(D, 4)
 
@@ -197,7 +197,7 @@ def predicted_drop(wrap):
 
 def fused_drop(wrap):
     def drop(*rest):
-        return TokenDrop(nn.Sequential(*rest), Gate(Share(ClassAttention()), Threshold(0.4)), fuse=True)
+        return TokenDrop(nn.Sequential(*rest), Gate(RankScorer(ClassAttention()), Threshold(0.4)), fuse=True)
 
     return SmallViT(Telling(mlp()), drop(Telling(wrap(mlp())), drop(Block(wrap(mlp())), Block(mlp()))))
 
@@ -209,7 +209,7 @@ def token_merge(wrap):
 
 def point_refine(wrap):
     class Coarse(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.fine, self.coarse = nn.Conv2d(C, 6, 3, 2, 1), nn.Conv2d(6, 4, 3, 2, 1)
 
@@ -273,7 +273,9 @@ def widths(wrap):
         SlimConv2d((C, C, C), slim, 3, 2), SlimBatchNorm2d(slim), nn.ReLU(),
         SlimConv2d(slim, slim, 3, depthwise=True), SlimBatchNorm2d(slim), SlimConv2d(slim, (C, C, C), 1),
     )  # fmt: skip
-    return warm(Slimmable(net, Gate(PooledScorer(C, 3, hidden=4, bias=0.0), Pick(noise=True, hard=True), units=3)))
+    return warm(
+        Slimmable(net, Gate(PooledScorer(C, 3, hidden=4, bias=0.0), RelaxedTopK(noise=True, hard=True), units=3))
+    )
 
 
 def double_head(wrap):
@@ -282,7 +284,9 @@ def double_head(wrap):
     branch = SlimSequential(SlimConv2d(same, slim, 3), SlimBatchNorm2d(slim), nn.ReLU(), SlimConv2d(slim, same, 3))
     heads = DoubleHead(C, 2)
     nn.init.normal_(heads.attention.weight)
-    return warm(Slimmable(SlimSequential(SlimResidual(branch)), Gate(heads, Pick(noise=True, hard=True), units=2)))
+    return warm(
+        Slimmable(SlimSequential(SlimResidual(branch)), Gate(heads, RelaxedTopK(noise=True, hard=True), units=2))
+    )
 
 
 def images(height, width, batch=5):
@@ -320,13 +324,13 @@ def sizes(wrap):
         nn.Flatten(), nn.Linear(6, 4),
     )  # fmt: skip
     look = nn.Sequential(Resize(4), conv(3, C, 4), nn.ReLU(), PooledScorer(4, 3, 4, bias=0.0))
-    return warm(ResolutionSelect(net, [4, (7, 5), 12], Gate(look, Pick(noise=True, hard=True), units=3)))
+    return warm(ResolutionSelect(net, [4, (7, 5), 12], Gate(look, RelaxedTopK(noise=True, hard=True), units=3)))
 
 
 class OfPatches(nn.Module):
     """Flattens a patch, so that units from rows to rows fit behind it."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.map = nn.Linear(C * 9, D)
 
@@ -420,7 +424,7 @@ def image_paths(wrap):
 def tree(wrap):
     """A leaf at depth 1, two at 2, transformers before both decisions. All paths differ in price."""
     inner = SoftTree(row_gate(Gumbel()), nn.Linear(D, D), wrap(mlp()), before=wrap(nn.Linear(D, D)), mix=expected)
-    return SoftTree(row_gate(Soft()), wrap(mlp()), inner, before=nn.Tanh(), mix=expected)
+    return SoftTree(row_gate(Sigmoid()), wrap(mlp()), inner, before=nn.Tanh(), mix=expected)
 
 
 def early_stop(wrap, kind=nn.GRUCell, threshold=-0.8, **options):
@@ -432,7 +436,7 @@ def early_stop(wrap, kind=nn.GRUCell, threshold=-0.8, **options):
 class OfLengths(nn.Module):
     """Cuts sequences (B, T, D) to lengths of their own; the layer inside sees how long each one is."""
 
-    def __init__(self, layer):
+    def __init__(self, layer) -> None:
         super().__init__()
         self.layer = layer
 
@@ -493,7 +497,7 @@ def neurons(rule, scorer=None):
 class OfTheMean(nn.Module):
     """One decision for all tokens of a sample."""
 
-    def __init__(self, units):
+    def __init__(self, units) -> None:
         super().__init__()
         self.map = nn.Linear(D, units)
 
@@ -534,7 +538,7 @@ LAYERS = {
     "cascade, mean logits": (lambda wrap: cascade(wrap, "logits"), torch.randn(7, D)),
     "cascade, mean probabilities": (lambda wrap: cascade(wrap, "probabilities"), torch.randn(7, D)),
     "layer skip, samples": (rows_to_rows, torch.randn(7, D)),
-    "layer skip, tokens": (lambda wrap: LayerSkip(wrap(mlp()), row_gate(Soft())), torch.randn(4, 5, D)),
+    "layer skip, tokens": (lambda wrap: LayerSkip(wrap(mlp()), row_gate(Sigmoid())), torch.randn(4, 5, D)),
     "layer skip, images": (layer_skip_image, images(6, 7)),
     "layer skip, shared cell": (shared_cell, torch.randn(7, D)),
     "branch skip, a shape that changes": (branch_skip, images(6, 7)),
@@ -603,8 +607,8 @@ LAYERS = {
     "glance and focus, joined": (glances(JoinedHead, 3), images(11, 7, 3)),
     "resolution select": (sizes, images(11, 7, 3)),
     "scene exit": (scene_exit, images(4, 5, 3)),
-    "path select, one of three": (lambda wrap: paths(wrap, Pick()), torch.randn(7, D)),
-    "path select, two of three, tokens": (lambda wrap: paths(wrap, Pick(2), mix=by_score), torch.randn(4, 5, D)),
+    "path select, one of three": (lambda wrap: paths(wrap, RelaxedTopK()), torch.randn(7, D)),
+    "path select, two of three, tokens": (lambda wrap: paths(wrap, RelaxedTopK(2), mix=by_score), torch.randn(4, 5, D)),
     "path select, any number, images": (image_paths, images(6, 7)),
     "soft tree": (tree, torch.randn(9, D)),
     "early stop": (early_stop, torch.randn(5, 6, D)),

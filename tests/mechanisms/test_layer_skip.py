@@ -7,16 +7,16 @@ from dynanet.core.dynamic import execute, forced, record
 from dynanet.core.errors import StructureError
 from dynanet.core.gate import Gate
 from dynanet.gates.recurrent import RecurrentGate
-from dynanet.gates.rules import Given, Gumbel, Soft, StraightThrough, Threshold
-from dynanet.infer import Session
+from dynanet.gates.rules import Given, Gumbel, Sigmoid, StraightThrough, Threshold
 from dynanet.mechanisms.layer_skip import BranchSkip, LayerSkip, RecurrentSkip
+from dynanet.session import Session
 from dynanet.train import CrossEntropy, TargetRate
 
 
 def test_branch_skip_is_the_papers_sum():
     torch.manual_seed(0)
     branch, shortcut, x = nn.Linear(4, 6), nn.Linear(4, 6), torch.randn(5, 4)
-    skip = BranchSkip(branch, Gate(nn.Linear(4, 1), Soft()), shortcut, nn.ReLU()).train()
+    skip = BranchSkip(branch, Gate(nn.Linear(4, 1), Sigmoid()), shortcut, nn.ReLU()).train()
     keep = skip.gate(x).keep
     torch.testing.assert_close(skip(x), (shortcut(x) + keep * branch(x)).relu())
 
@@ -26,7 +26,7 @@ def test_branch_skip_runs_the_shortcut_once_and_layer_skip_twice():
     gate = Gate(nn.Linear(4, 1), Given(torch.ones(1)))
 
     class Block(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.branch, self.shortcut = branch, shortcut
 
@@ -98,7 +98,7 @@ class SignOfSecond(nn.Module):
         return torch.stack([-4 * x[:, 1], 4 * x[:, 1]], 1)
 
 
-@pytest.mark.parametrize("rule", [Gumbel(), Soft(), StraightThrough()], ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize("rule", [Gumbel(), Sigmoid(), StraightThrough()], ids=lambda rule: type(rule).__name__)
 def test_a_trained_gate_beats_a_random_one_of_its_rate(rule):
     """ConvNet-AIG's loss on a given network, of which half the rows need the branch and nothing says which."""
     generator = torch.Generator().manual_seed(5)

@@ -7,7 +7,7 @@ from dynanet import execute, record
 from dynanet.core.errors import ConfigError, StructureError
 from dynanet.mechanisms.mixture_of_depths import MixtureOfDepths, PredictTopTokens, causal_predictor
 from dynanet.ops.tokens import Tokens
-from dynanet.zoo.causal_transformer import Block
+from dynanet.zoo.causal_transformers import Block
 
 D = 8
 

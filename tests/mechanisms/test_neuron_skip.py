@@ -53,7 +53,7 @@ def test_rows_that_agree_run_together(keep):
 
 def test_one_decision_per_sample_for_all_its_tokens():
     class OfTheMean(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.map = nn.Linear(D, BLOCKS)
 

@@ -9,11 +9,11 @@ from dynanet.core.dynamic import execute, forced, record
 from dynanet.core.errors import BudgetError, ConfigError, StructureError
 from dynanet.core.gate import Gate
 from dynanet.core.macs import CountMacs
-from dynanet.gates.rules import Pick, Soft, Threshold
-from dynanet.infer.session import Session
+from dynanet.gates.rules import RelaxedTopK, Sigmoid, Threshold
 from dynanet.mechanisms.path_select import PathBalance, PathSelect, averaged, by_score, price_for, summed
+from dynanet.session.session import Session
 from dynanet.testing import check_gradients
-from dynanet.train.objectives import CrossEntropy, Within
+from dynanet.train.objectives import BudgetPenalty, CrossEntropy
 from dynanet.train.schedules import anneal_temperature, exponential
 
 D = 12
@@ -42,7 +42,7 @@ def one_by_one(model, x):
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_rows_take_their_best_branches(k, mix):
     torch.manual_seed(0)
-    model, x = paths(Pick(k), mix=mix).double().eval(), torch.randn(20, D).double()
+    model, x = paths(RelaxedTopK(k), mix=mix).double().eval(), torch.randn(20, D).double()
     for sparse in (False, True):
         with record(execute(model, sparse=sparse)) as trace:
             torch.testing.assert_close(model(x), one_by_one(model, x), rtol=1e-12, atol=1e-12)
@@ -50,7 +50,9 @@ def test_rows_take_their_best_branches(k, mix):
         assert trace[""][0].mean(0).min() > 0 or k == 1
 
 
-@pytest.mark.parametrize("rule", [Pick(), Pick(hard=True), Pick(2, noise=True), Pick(2, noise=True, hard=True)])
+@pytest.mark.parametrize(
+    "rule", [RelaxedTopK(), RelaxedTopK(hard=True), RelaxedTopK(2, noise=True), RelaxedTopK(2, noise=True, hard=True)]
+)
 @pytest.mark.parametrize("mix", [averaged, by_score, summed])
 def test_gradients_reach_the_gate(rule, mix):
     torch.manual_seed(0)
@@ -62,7 +64,7 @@ def test_gradients_reach_the_gate(rule, mix):
 def test_gradients_of_the_sparse_form_are_those_of_the_dense_one(otherwise):
     """Fine-tuning in eval mode; the sparse form adds in place."""
     torch.manual_seed(0)
-    model, x = paths(Pick(2), mix=by_score, otherwise=otherwise).double().eval(), torch.randn(9, D).double()
+    model, x = paths(RelaxedTopK(2), mix=by_score, otherwise=otherwise).double().eval(), torch.randn(9, D).double()
     gradients = []
     for sparse in (False, True):
         y = execute(model, sparse=sparse)(x)
@@ -72,7 +74,7 @@ def test_gradients_of_the_sparse_form_are_those_of_the_dense_one(otherwise):
 
 def test_only_the_rows_that_take_a_branch_run_it():
     torch.manual_seed(0)
-    model, x = execute(paths(Pick()).eval(), sparse=True), torch.randn(40, D)
+    model, x = execute(paths(RelaxedTopK()).eval(), sparse=True), torch.randn(40, D)
     cost = CostModel(model, x[:1])
     prices = [D * w + 3 * w for w in (4, 16, 64)]
     assert cost.unit[""].tolist() == prices and cost.always == 3 * D
@@ -88,7 +90,7 @@ def test_softness_falls_with_the_temperature_to_the_hard_choice():
     torch.manual_seed(0)
     score = torch.randn(50, 5).double()
     for k in (1, 2, 4):
-        rule, before = Pick(k), torch.inf
+        rule, before = RelaxedTopK(k), torch.inf
         anneal = anneal_temperature(rule, exponential(10.0, 1e-3))
         hard = rule.eval()(score)
         rule.train()
@@ -108,8 +110,8 @@ def test_the_gradient_of_the_relaxed_choice():
     torch.manual_seed(0)
     score = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
     for k in (1, 2, 4):
-        assert torch.autograd.gradcheck(Pick(k, temperature=0.7), score)
-        (moved,) = torch.autograd.grad(Pick(k)(score).sum(), score)
+        assert torch.autograd.gradcheck(RelaxedTopK(k, temperature=0.7), score)
+        (moved,) = torch.autograd.grad(RelaxedTopK(k)(score).sum(), score)
         torch.testing.assert_close(moved, torch.zeros_like(moved))
 
 
@@ -117,7 +119,7 @@ def test_noise_draws_branches_as_often_as_the_softmax_says():
     """Gumbel-max: for k = 1 the hard choices are samples of softmax(score)."""
     torch.manual_seed(0)
     score = torch.tensor([1.0, 0.0, -1.0])
-    drawn = Pick(noise=True, hard=True)(score.expand(20_000, -1)).mean(0)
+    drawn = RelaxedTopK(noise=True, hard=True)(score.expand(20_000, -1)).mean(0)
     torch.testing.assert_close(drawn, score.softmax(0), rtol=0, atol=0.02)
 
 
@@ -150,7 +152,7 @@ def test_a_gate_learns_where_its_branches_are_good_and_what_they_cost():
     torch.manual_seed(0)
 
     class Kind(nn.Module):
-        def __init__(self, knows, width):
+        def __init__(self, knows, width) -> None:
             super().__init__()
             self.knows, self.cost = knows, nn.Linear(D, width, bias=False)
 
@@ -160,9 +162,11 @@ def test_a_gate_learns_where_its_branches_are_good_and_what_they_cost():
 
     x = torch.randn(256, D)
     y = (x[:, 1] < 0).long()
-    model = PathSelect([Kind(False, 4), Kind(True, 64)], Gate(nn.Linear(D, 2), Pick(noise=True, hard=True), units=2))
+    model = PathSelect(
+        [Kind(False, 4), Kind(True, 64)], Gate(nn.Linear(D, 2), RelaxedTopK(noise=True, hard=True), units=2)
+    )
     cost = CostModel(model, x[:1])
-    objective = CrossEntropy() + 5.0 * Within(Budget(macs=0.6 * cost.full), cost)
+    objective = CrossEntropy() + 5.0 * BudgetPenalty(Budget(macs=0.6 * cost.full), cost)
     anneal = anneal_temperature(model, exponential(2.0, 0.5))
     optimizer = torch.optim.Adam(model.gate.parameters(), 0.1)
     for step in range(60):
@@ -181,7 +185,7 @@ def test_a_gate_learns_where_its_branches_are_good_and_what_they_cost():
 
 def test_the_price_serves_every_budget_after_training():
     torch.manual_seed(0)
-    model, x = paths(Pick(costs=[0.0, 0.0, 0.0])).eval(), torch.randn(200, D)
+    model, x = paths(RelaxedTopK(costs=[0.0, 0.0, 0.0])).eval(), torch.randn(200, D)
     cost = CostModel(model, x[:1])
     rule = model.gate.rule
     rule.costs.copy_(cost.unit[""] / cost.unit[""].max())
@@ -198,14 +202,14 @@ def test_the_price_serves_every_budget_after_training():
         rule.price.fill_(0.98 * price)
         assert price == 0 or (rule(scores) @ rule.costs).mean() > mean - 0.05  # no more is saved than was asked
     assert rates[0] > rates[1] > rates[2] > rates[3]
-    fresh = paths(Pick(costs=[0.0, 0.0, 0.0]))
+    fresh = paths(RelaxedTopK(costs=[0.0, 0.0, 0.0]))
     fresh.load_state_dict(model.state_dict())
     assert fresh.gate.rule.price == rule.price and fresh.gate.rule.costs.tolist() == rule.costs.tolist()
 
 
 def test_balance_is_zero_when_balanced_and_pushes_towards_it():
     torch.manual_seed(0)
-    model, x = paths(Pick()), torch.randn(64, D)
+    model, x = paths(RelaxedTopK()), torch.randn(64, D)
     with record(model) as trace:
         penalty = PathBalance(0.5)(model(x), None, trace)
     taken = trace[""][0].mean(0)
@@ -224,7 +228,7 @@ def test_balance_is_zero_when_balanced_and_pushes_towards_it():
 
 def test_a_session_answers_the_same():
     torch.manual_seed(0)
-    model, x = paths(Pick(2), mix=by_score).eval(), torch.randn(7, D)
+    model, x = paths(RelaxedTopK(2), mix=by_score).eval(), torch.randn(7, D)
     session = Session(model, x, engines="eager")
     with record(model) as dense:
         y = model(x)
@@ -239,21 +243,21 @@ WRONG = {
     "a gate for two": (
         StructureError,
         "a gate for 2 units",
-        lambda: PathSelect([mlp(4)] * 3, Gate(nn.Linear(D, 2), Soft(), 2)),
+        lambda: PathSelect([mlp(4)] * 3, Gate(nn.Linear(D, 2), Sigmoid(), 2)),
     ),
-    "k of too few": (ConfigError, "k = 4 of only 3", lambda: paths(Pick(4))),
-    "costs of two": (ConfigError, "2 costs for 3 units", lambda: paths(Pick(costs=[1.0, 2.0]))),
-    "no branch": (ConfigError, "k = 0", lambda: Pick(0)),
-    "frozen": (ConfigError, "temperature of 0", lambda: Pick(temperature=0.0)),
-    "a gift": (ConfigError, "0 or more", lambda: Pick(costs=[1.0, -2.0])),
-    "costs of nothing": (ConfigError, "finite", lambda: Pick(costs=[1.0, float("nan")])),
+    "k of too few": (ConfigError, "k = 4 of only 3", lambda: paths(RelaxedTopK(4))),
+    "costs of two": (ConfigError, "2 costs for 3 units", lambda: paths(RelaxedTopK(costs=[1.0, 2.0]))),
+    "no branch": (ConfigError, "k = 0", lambda: RelaxedTopK(0)),
+    "frozen": (ConfigError, "temperature of 0", lambda: RelaxedTopK(temperature=0.0)),
+    "a gift": (ConfigError, "0 or more", lambda: RelaxedTopK(costs=[1.0, -2.0])),
+    "costs of nothing": (ConfigError, "finite", lambda: RelaxedTopK(costs=[1.0, float("nan")])),
     "a budget below all": (BudgetError, "below the 3", lambda: price_for(torch.randn(4, 3), [1.0, 2.0, 5.0], 2.5, k=2)),
     "annealed to zero": (ConfigError, "temperature of 0", lambda: annealed_to_zero()),
 }
 
 
 def annealed_to_zero():
-    rule = Pick()
+    rule = RelaxedTopK()
     rule.temperature = 0.0
     rule(torch.zeros(1, 2))
 

@@ -6,8 +6,8 @@ from torch.nn import functional
 from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import execute, forced, record
 from dynanet.core.errors import ConfigError, StructureError
-from dynanet.infer import Session
 from dynanet.mechanisms.point_refine import PointHead, PointLoss, PointRefine, sampled
+from dynanet.session import Session
 
 FINE, CLASSES = 6, 4
 
@@ -15,7 +15,7 @@ FINE, CLASSES = 6, 4
 class Coarse(nn.Module):
     """Fine features at half the size, coarse logits at a quarter."""
 
-    def __init__(self, channels=3):
+    def __init__(self, channels=3) -> None:
         super().__init__()
         self.fine, self.coarse = nn.Conv2d(channels, FINE, 3, 2, 1), nn.Conv2d(FINE, CLASSES, 3, 2, 1)
 
@@ -155,7 +155,7 @@ def test_refining_learns_what_the_coarse_map_cannot():
     """Pixels by their brightness: the head reads it from fine features at full size."""
 
     class Bright(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.coarse = nn.Conv2d(1, 2, 8, 8)
 

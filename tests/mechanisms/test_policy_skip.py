@@ -6,8 +6,8 @@ from dynanet.core.dynamic import record
 from dynanet.core.errors import ConfigError, StructureError
 from dynanet.core.gate import Gate
 from dynanet.gates.rules import Bernoulli, Threshold
-from dynanet.infer import Session
 from dynanet.mechanisms.policy_skip import Bounded, PolicySkip, curriculum
+from dynanet.session import Session
 from dynanet.train.reinforce import surrogate
 
 

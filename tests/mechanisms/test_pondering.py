@@ -8,9 +8,9 @@ from dynanet.core.dynamic import execute, forced, record
 from dynanet.core.errors import ConfigError, StructureError
 from dynanet.core.gate import Gate
 from dynanet.gates.rules import Threshold
-from dynanet.infer import Session
 from dynanet.mechanisms.layer_skip import LayerSkip
 from dynanet.mechanisms.pondering import ACT, PonderCost, PonderLoss, PonderNet, log_stopping
+from dynanet.session import Session
 
 
 def told(scores, eps=0.01):
@@ -18,7 +18,7 @@ def told(scores, eps=0.01):
     steps = scores.shape[1] + 1
 
     class Add(nn.Module):
-        def __init__(self, k):
+        def __init__(self, k) -> None:
             super().__init__()
             self.k = k
 
@@ -26,7 +26,7 @@ def told(scores, eps=0.01):
             return x * (self.k + 1) / max(self.k, 1)
 
     class Of(nn.Module):
-        def __init__(self, k):
+        def __init__(self, k) -> None:
             super().__init__()
             self.k = k
 
@@ -284,10 +284,10 @@ def test_learnt_halting_beats_halting_at_random_with_the_same_rate(kind):
     x, y, hard = flagged(2000, generator)
     with torch.no_grad(), record(execute(model.eval(), sparse=True)) as trace:
         answer = model(x)
-    goes_on = trace["0"][0][:, 0]
-    shuffled = goes_on[torch.randperm(len(x), generator=generator)]
+    should_continue = trace["0"][0][:, 0]
+    shuffled = should_continue[torch.randperm(len(x), generator=generator)]
     with torch.no_grad(), forced(model, lambda d: shuffled[:, None]):
         random = model(x)
     learnt, by_chance = ((a.argmax(1) == y).double().mean().item() for a in (answer, random))
-    assert goes_on[hard].mean() > goes_on[~hard].mean() + 0.3
+    assert should_continue[hard].mean() > should_continue[~hard].mean() + 0.3
     assert learnt > by_chance + 0.05

@@ -15,7 +15,7 @@ from dynanet.ops.tiles import Tiles
 class Told(nn.Module):
     """A halting logit that is told: input channel k of a map that the cells leave alone."""
 
-    def __init__(self, k):
+    def __init__(self, k) -> None:
         super().__init__()
         self.k = k
 
@@ -34,7 +34,7 @@ VECTORS = [
 class Count(nn.Conv2d):
     """Adds 1 to the last channel and nothing to the others, as a residual branch."""
 
-    def __init__(self, channels):
+    def __init__(self, channels) -> None:
         super().__init__(channels, channels, 1)
         nn.init.zeros_(self.weight)
         self.bias.data = torch.tensor([0.0] * (channels - 1) + [1.0])

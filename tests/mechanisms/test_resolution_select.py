@@ -2,17 +2,18 @@ import pytest
 import torch
 from torch import nn
 
-from dynanet import infer, train
+from dynanet import train
 from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import everything, execute, forced, record
 from dynanet.core.errors import BudgetError, ConfigError, StructureError
 from dynanet.core.gate import Gate
 from dynanet.core.macs import CountMacs
-from dynanet.gates.rules import Pick
+from dynanet.gates.rules import RelaxedTopK
 from dynanet.gates.scorers import PooledScorer
 from dynanet.mechanisms.path_select import price_for
 from dynanet.mechanisms.resolution_select import ResolutionCost, ResolutionSelect
 from dynanet.nets.spatial_transformer import Resize, resize
+from dynanet.session import Session
 from dynanet.testing import check_equal, check_neighbours
 
 SIZES = (5, (9, 7), 12)
@@ -27,7 +28,7 @@ def network(channels=3):
 
 def gate(channels=3, units=3, **rule):
     scorer = nn.Sequential(Resize(4), nn.Conv2d(channels, 4, 3), nn.ReLU(), PooledScorer(4, units, 0, bias=0.0))
-    return Gate(scorer, Pick(noise=True, hard=True, **rule), units=units)
+    return Gate(scorer, RelaxedTopK(noise=True, hard=True, **rule), units=units)
 
 
 def layer(channels=3, **rule):
@@ -120,7 +121,7 @@ def test_no_row_and_one(x, rows):
 @pytest.mark.parametrize("engine", ["eager", "onnxruntime"])
 def test_a_session_is_the_eager_sparse_form(x, engine):
     model = execute(undecided(layer().eval(), x), sparse=True)
-    session = infer.Session(model, x, engines=engine, batches=(4,))
+    session = Session(model, x, engines=engine, batches=(4,))
     cost = CostModel(model, x[:1])
     with torch.no_grad():
         for batch in (x, x[:1], x[:0]):
@@ -181,7 +182,7 @@ def test_a_gate_learns_which_images_need_the_large_size():
         nn.Linear(8, 2),
     )  # fmt: skip
     scorer = nn.Sequential(Resize(4), PooledScorer(1, 2, 8, bias=0.0))
-    model = ResolutionSelect(net, (6, 12), Gate(scorer, Pick(noise=True, hard=True), units=2))
+    model = ResolutionSelect(net, (6, 12), Gate(scorer, RelaxedTopK(noise=True, hard=True), units=2))
 
     def draw(rows):
         y, fine, at = torch.randint(2, (rows,)), torch.randint(2, (rows,)), torch.arange(12)

@@ -8,9 +8,9 @@ from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import execute, record
 from dynanet.core.errors import ConfigError, InputError, StructureError
 from dynanet.data.ragged import Sequences, pad
-from dynanet.gates.rules import Gumbel, Soft
-from dynanet.infer import Session
+from dynanet.gates.rules import Gumbel, Sigmoid
 from dynanet.mechanisms.skim import Skim, SkimCost
+from dynanet.session import Session
 
 
 def skim(kind=nn.GRUCell, rule=None, **options):
@@ -61,7 +61,7 @@ def test_skimming_costs_less():
 
 
 def test_gradients_of_the_choice_are_those_of_the_mixture():
-    layer, x = skim(rule=Soft()).train(), torch.randn(4, 1, 3).double()
+    layer, x = skim(rule=Sigmoid()).train(), torch.randn(4, 1, 3).double()
     reads = layer.gate(torch.cat([x[:, 0], x.new_zeros(4, 6)], 1)).keep
     step = (x[:, 0], x.new_zeros(4, 6))
     torch.testing.assert_close(layer(x), reads * layer._read(step) + (1 - reads) * layer._skim(step))

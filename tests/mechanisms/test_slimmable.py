@@ -8,9 +8,8 @@ from dynanet.core.dynamic import execute, forced, record
 from dynanet.core.errors import ConfigError, StructureError
 from dynanet.core.gate import Gate
 from dynanet.core.macs import CountMacs
-from dynanet.gates.rules import Pick
+from dynanet.gates.rules import RelaxedTopK
 from dynanet.gates.scorers import PooledScorer
-from dynanet.infer import Session
 from dynanet.mechanisms.slimmable import (
     DoubleHead,
     EnsembleBootstrapping,
@@ -20,6 +19,7 @@ from dynanet.mechanisms.slimmable import (
     separate,
 )
 from dynanet.nets.slim import SlimBatchNorm2d, SlimConv2d, SlimLinear, SlimSequential
+from dynanet.session import Session
 from dynanet.testing import check_equal, check_gradients
 
 WIDTHS = (4, 8, 12)
@@ -40,7 +40,7 @@ def net(classes=5, shared=False):
 
 
 def layer(**options):
-    return Slimmable(net(**options), Gate(PooledScorer(6, 3, 4, bias=0.0), Pick(noise=True, hard=True), units=3))
+    return Slimmable(net(**options), Gate(PooledScorer(6, 3, 4, bias=0.0), RelaxedTopK(noise=True, hard=True), units=3))
 
 
 def picking(*widths):
@@ -125,7 +125,7 @@ def test_the_sandwich_runs_both_ends_and_some_between(x):
     model = Slimmable(
         SlimSequential(SlimConv2d((6,) * 6, (2, 3, 4, 5, 6, 7), 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                        SlimLinear((2, 3, 4, 5, 6, 7), 3)),
-        Gate(PooledScorer(6, 6, 4), Pick(noise=True, hard=True), units=6),
+        Gate(PooledScorer(6, 6, 4), RelaxedTopK(noise=True, hard=True), units=6),
     )  # fmt: skip
     model.between = 2
     drawn = set()
@@ -187,7 +187,7 @@ def test_a_moving_average_teaches_all_but_the_widest(x):
 
 
 def test_attention_starts_as_nothing_and_then_reaches_every_width(x):
-    model = Slimmable(net(), Gate(DoubleHead(6, 3), Pick(noise=True, hard=True), units=3)).eval()
+    model = Slimmable(net(), Gate(DoubleHead(6, 3), RelaxedTopK(noise=True, hard=True), units=3)).eval()
     with torch.no_grad():
         plain = [model.net(x, u) for u in range(3)]
         for u in range(3):
@@ -247,7 +247,7 @@ def test_training_terms_say_what_they_need(x):
 
 def test_one_width_draws_in_training_by_its_scores():
     torch.manual_seed(0)
-    rule, score = Pick(noise=True, hard=True), torch.tensor([0.0, 2.0, -1.0]).expand(4000, 3)
+    rule, score = RelaxedTopK(noise=True, hard=True), torch.tensor([0.0, 2.0, -1.0]).expand(4000, 3)
     drawn = rule.train()(score).mean(0)
     torch.testing.assert_close(drawn, score[0].softmax(0), atol=0.03, rtol=0)
     assert Decision(rule.eval()(score), score).keep[0].tolist() == [0, 1, 0]
@@ -255,7 +255,7 @@ def test_one_width_draws_in_training_by_its_scores():
 
 def test_what_does_not_fit_together_is_refused():
     with pytest.raises(StructureError, match="scores 2 widths and the net has 3"):
-        Slimmable(net(), Gate(PooledScorer(6, 2), Pick(noise=True, hard=True), units=2))
+        Slimmable(net(), Gate(PooledScorer(6, 2), RelaxedTopK(noise=True, hard=True), units=2))
     with pytest.raises(ConfigError, match="decay of 1"):
         layer().bootstrap(1.0)
 
@@ -263,6 +263,6 @@ def test_what_does_not_fit_together_is_refused():
 def test_a_session_attends_too(x):
     heads = DoubleHead(6, 3)
     nn.init.normal_(heads.attention.weight)
-    model = Slimmable(net(), Gate(heads, Pick(), units=3)).eval()
+    model = Slimmable(net(), Gate(heads, RelaxedTopK(), units=3)).eval()
     with torch.no_grad():
         torch.testing.assert_close(Session(model, x[:1], engines="eager")(x), execute(model, sparse=False)(x))

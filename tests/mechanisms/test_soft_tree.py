@@ -9,8 +9,7 @@ from dynanet.core.dynamic import execute, forced, layers, record
 from dynanet.core.errors import ConfigError, StructureError
 from dynanet.core.gate import Gate
 from dynanet.core.macs import CountMacs
-from dynanet.gates.rules import Gumbel, Pick, Soft, StraightThrough, TopK
-from dynanet.infer.session import Session
+from dynanet.gates.rules import Gumbel, RelaxedTopK, Sigmoid, StraightThrough, TopK
 from dynanet.mechanisms.soft_tree import (
     Forest,
     LeafClassifier,
@@ -23,13 +22,14 @@ from dynanet.mechanisms.soft_tree import (
     mixture,
     soft_decision_tree,
 )
+from dynanet.session.session import Session
 from dynanet.train.objectives import CrossEntropy
 
 D, CLASSES = 6, 3
 
 
 def node(left, right, **settings):
-    return SoftTree(Gate(nn.Linear(D, 1), Soft()), left, right, **settings)
+    return SoftTree(Gate(nn.Linear(D, 1), Sigmoid()), left, right, **settings)
 
 
 def leaf():
@@ -171,7 +171,7 @@ def test_a_node_that_no_row_reaches_is_not_penalised():
 
 
 def test_balance_is_finite_in_bfloat16_when_all_go_one_way():
-    tree = full_tree(1, lambda: Gate(nn.Linear(D, 1), Soft()), leaf).bfloat16()
+    tree = full_tree(1, lambda: Gate(nn.Linear(D, 1), Sigmoid()), leaf).bfloat16()
     nn.init.constant_(tree.gate.scorer.bias, 100.0)
     with record(tree.train()) as trace:
         tree(torch.randn(4, D).bfloat16())
@@ -187,7 +187,7 @@ def test_a_tree_learns_what_one_linear_map_cannot(mix, loss):
     x = torch.randn(400, D)
     y = ((x[:, 0] > 0) ^ (x[:, 1] > 0)).long()
     balance = RouteBalance()
-    tree = full_tree(2, lambda: Gate(nn.Linear(D, 1), Soft()), lambda: LeafDistribution(2), mix=mix)
+    tree = full_tree(2, lambda: Gate(nn.Linear(D, 1), Sigmoid()), lambda: LeafDistribution(2), mix=mix)
     optimizer = torch.optim.Adam(tree.parameters(), 0.1)
     for _ in range(150):
         with record(tree.train()) as trace:
@@ -237,10 +237,14 @@ WRONG = {
     "two scores": (
         StructureError,
         "gate for 2 units",
-        lambda: SoftTree(Gate(nn.Linear(D, 2), Soft(), 2), leaf(), leaf()),
+        lambda: SoftTree(Gate(nn.Linear(D, 2), Sigmoid(), 2), leaf(), leaf()),
     ),
     "top-k": (StructureError, "TopK", lambda: SoftTree(Gate(nn.Linear(D, 1), TopK(1)), leaf(), leaf())),
-    "the best of one": (StructureError, "Pick", lambda: SoftTree(Gate(nn.Linear(D, 1), Pick()), leaf(), leaf())),
+    "the best of one": (
+        StructureError,
+        "RelaxedTopK",
+        lambda: SoftTree(Gate(nn.Linear(D, 1), RelaxedTopK()), leaf(), leaf()),
+    ),
     "no trees": (StructureError, "no trees", lambda: Forest([])),
     "a bad weight": (ConfigError, "weight=-1", lambda: RouteBalance(-1)),
     "a bad decay": (ConfigError, "decay=0", lambda: RouteBalance(decay=0)),
@@ -254,7 +258,7 @@ def test_bad_input(case):
         build()
 
 
-@pytest.mark.parametrize("rule", [StraightThrough(), Gumbel(), Soft()], ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize("rule", [StraightThrough(), Gumbel(), Sigmoid()], ids=lambda rule: type(rule).__name__)
 @pytest.mark.parametrize("good", [0, 1])
 def test_a_gate_learns_towards_the_better_leaf_whichever_it_took(rule, good):
     answers = [torch.tensor([0.9, 0.1]).log(), torch.tensor([0.1, 0.9]).log()]
@@ -270,7 +274,7 @@ def test_a_gate_learns_towards_the_better_leaf_whichever_it_took(rule, good):
 
 
 class Constant(nn.Module):
-    def __init__(self, answer):
+    def __init__(self, answer) -> None:
         super().__init__()
         self.answer = answer
 

@@ -8,17 +8,17 @@ from dynanet.core.errors import ConfigError, StructureError
 from dynanet.core.gate import Gate
 from dynanet.core.macs import CountMacs
 from dynanet.gates.rules import Gumbel, Threshold
-from dynanet.infer import Session
 from dynanet.mechanisms.token_drop import (
     ClassAttention,
-    Share,
-    Taught,
+    RankScorer,
     TokenDistillation,
     TokenDrop,
     TokenPredictor,
     TokenRatio,
+    WithTeacher,
 )
 from dynanet.ops.tokens import Tokens, attend
+from dynanet.session import Session
 
 D = 8
 
@@ -26,7 +26,7 @@ D = 8
 class Rest(nn.Module):
     """Attention and a linear map, and what was there is remembered."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.map, self.seen = nn.Linear(D, D), []
 
@@ -38,7 +38,7 @@ class Rest(nn.Module):
 class OfImages(nn.Module):
     """A tensor (B, T, D) as tokens, and the first token's answer."""
 
-    def __init__(self, layer):
+    def __init__(self, layer) -> None:
         super().__init__()
         self.layer = layer
 
@@ -113,7 +113,7 @@ def test_a_share_is_kept_whatever_the_scores(share, kept):
     """To the nearest whole number: 2.5 of 10 are 2. The class token comes on top."""
     x = torch.randn(4, 11, D) * torch.tensor([1e-3, 1, 5, 100])[:, None, None]
     x[:, 0, 0] = -1e9
-    layer = OfImages(TokenDrop(Rest(), Gate(Share(Told()), Threshold(1 - share)))).eval()
+    layer = OfImages(TokenDrop(Rest(), Gate(RankScorer(Told()), Threshold(1 - share)))).eval()
     for sparse in (False, True):
         with torch.no_grad(), record(execute(layer, sparse=sparse)) as trace:
             layer(x)
@@ -127,7 +127,7 @@ def test_a_share_is_kept_whatever_the_scores(share, kept):
 @pytest.mark.parametrize("sparse", [False, True])
 def test_what_is_dropped_is_fused_into_one_token_at_the_place_of_the_best(sparse):
     x, attention = torch.randn(2, 5, D).double(), torch.tensor([[0.1, 0.3, 0.1, 0.2, 0.3], [0.6, 0.2, 0.1, 0.1, 0.0]])
-    layer = TokenDrop(Rest(), Gate(Share(ClassAttention()), Threshold(0.5)), fuse=True).double().eval()
+    layer = TokenDrop(Rest(), Gate(RankScorer(ClassAttention()), Threshold(0.5)), fuse=True).double().eval()
     execute(layer, sparse=sparse)
     with torch.no_grad(), record(layer) as trace:
         out = layer(Tokens(x, attention=attention.double())).x
@@ -142,7 +142,10 @@ def test_what_is_dropped_is_fused_into_one_token_at_the_place_of_the_best(sparse
 
 
 def test_nothing_is_fused_where_nothing_is_dropped():
-    layer, x = TokenDrop(Rest(), Gate(Share(ClassAttention()), Threshold(0.0)), fuse=True).eval(), torch.randn(2, 4, D)
+    layer, x = (
+        TokenDrop(Rest(), Gate(RankScorer(ClassAttention()), Threshold(0.0)), fuse=True).eval(),
+        torch.randn(2, 4, D),
+    )
     tokens = Tokens(x, attention=torch.rand(2, 4))
     with torch.no_grad():
         torch.testing.assert_close(layer(tokens).x, layer.rest(Tokens(x)).x)
@@ -181,7 +184,7 @@ def test_ratios_by_hand_and_what_they_teach():
 
 
 class Net(nn.Module):
-    def __init__(self, body):
+    def __init__(self, body) -> None:
         super().__init__()
         self.body, self.head = body, nn.Linear(D, 3)
 
@@ -200,7 +203,7 @@ def test_a_student_learns_from_its_teacher():
     student = Net(TokenDrop(Rest(), Gate(TokenPredictor(D), Gumbel())))
     student.body.rest.load_state_dict(teacher.body.state_dict())
     student.head.load_state_dict(teacher.head.state_dict())
-    taught = Taught(student, teacher)
+    taught = WithTeacher(student, teacher)
     assert not any(name.startswith("teacher") for name in taught.state_dict())
     with record(taught.eval()) as trace:
         torch.testing.assert_close(taught(x), student(x))
@@ -232,7 +235,7 @@ def test_what_is_refused():
         TokenPredictor(6)
     with pytest.raises(ConfigError, match="between 0 and 1"):
         TokenRatio([0.5, 1.2])
-    layer = OfImages(TokenDrop(Rest(), Gate(Share(ClassAttention()), Threshold(0.5)), fuse=True))
+    layer = OfImages(TokenDrop(Rest(), Gate(RankScorer(ClassAttention()), Threshold(0.5)), fuse=True))
     with pytest.raises(StructureError, match="class_attention"):
         layer(torch.randn(2, 4, D))
     with record(layer) as trace, pytest.raises(StructureError, match="for 2 layers"):

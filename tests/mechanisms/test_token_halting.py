@@ -5,10 +5,10 @@ from torch import nn
 from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import execute, forced, record
 from dynanet.core.errors import ConfigError, StructureError
-from dynanet.infer import Session
 from dynanet.mechanisms.layer_skip import LayerSkip
 from dynanet.mechanisms.token_halting import HaltingDepth, TokenHalting, TokenPonderCost, blocks_taken
 from dynanet.ops.tokens import Tokens, attend
+from dynanet.session import Session
 
 D = 6
 
@@ -23,7 +23,7 @@ VECTORS = [
 class Told(nn.Module):
     """Block k writes the k-th told logit into the first entry, and counts in the last."""
 
-    def __init__(self, k):
+    def __init__(self, k) -> None:
         super().__init__()
         self.k = k
 
@@ -34,7 +34,7 @@ class Told(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.map = nn.Linear(D, D)
 
@@ -44,7 +44,7 @@ class Block(nn.Module):
 
 
 class OfImages(nn.Module):
-    def __init__(self, layer):
+    def __init__(self, layer) -> None:
         super().__init__()
         self.layer = layer
 

@@ -5,9 +5,9 @@ from torch import nn
 from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import execute, forced, record
 from dynanet.core.errors import ConfigError
-from dynanet.infer import Session
 from dynanet.mechanisms.token_merge import TokenMerge
 from dynanet.ops.tokens import Tokens, attend
+from dynanet.session import Session
 
 D = 8
 
@@ -15,7 +15,7 @@ D = 8
 class Rest(nn.Module):
     """Attention with weights of its own; what was there is remembered."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.map, self.seen = nn.Linear(D, D), []
 
@@ -26,7 +26,7 @@ class Rest(nn.Module):
 
 
 class OfImages(nn.Module):
-    def __init__(self, layer):
+    def __init__(self, layer) -> None:
         super().__init__()
         self.layer = layer
 

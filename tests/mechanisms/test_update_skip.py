@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from dynanet import infer
 from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import everything, execute, forced, record
 from dynanet.core.errors import ConfigError, InputError, StructureError
@@ -16,6 +15,7 @@ from dynanet.data.ragged import Sequences, pad
 from dynanet.gates.rules import Threshold
 from dynanet.mechanisms.layer_skip import LayerSkip
 from dynanet.mechanisms.update_skip import UpdateCost, UpdateSkip
+from dynanet.session import Session
 
 
 def skipping(cell=None, bias=-1.0, **options):
@@ -113,7 +113,7 @@ def test_a_cell_that_decides_is_heard_step_by_step(sparse):
     class Skipping(nn.Module):
         """A cell with a layer inside that some rows skip."""
 
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.read = nn.GRUCell(3, 5)
             self.more = LayerSkip(nn.Linear(5, 5), Gate(nn.Linear(5, 1), Threshold(0.0)))
@@ -135,7 +135,7 @@ def test_a_cell_that_decides_is_heard_step_by_step(sparse):
 def test_a_session_runs_it(cell):
     layer, xs = skipping(cell).float().eval(), [torch.randn(n, 3) for n in (9, 3, 14, 2)]
     x = pad(xs)
-    session = infer.Session(layer, x, engines="eager")
+    session = Session(layer, x, engines="eager")
     with torch.no_grad():
         torch.testing.assert_close(session(x), layer(x))
     assert bool(session.engines()) != layer.requires_grad_(False).runs_whole, "the update is a part, or all is one call"
@@ -208,7 +208,7 @@ def test_nan_stays_in_its_row_and_a_session_refuses_it():
     for sparse in (False, True):
         answer = execute(layer, sparse=sparse)(x)
         torch.testing.assert_close(answer[[0, 2]], clean[[0, 2]])
-    session = infer.Session(layer, torch.randn(3, 6, 3), engines="eager")
+    session = Session(layer, torch.randn(3, 6, 3), engines="eager")
     with pytest.raises(InputError, match="NaN"):
         session(x)
 

@@ -1,12 +1,12 @@
 import pytest
 import torch
-from portable import check_alone, check_portable
 from torch.nn import functional as F
 
 from dynanet.core.cost import CostModel
 from dynanet.core.errors import ConfigError
 from dynanet.core.macs import CountMacs
 from dynanet.nets.condconv import CondConv2d, conv2d_per_sample
+from tests.nets.portable import check_alone, check_portable
 
 SHAPES = [{}, {"stride": 2, "padding": 1}, {"groups": 2, "padding": 2, "dilation": 2}, {"bias": False}]
 

@@ -1,12 +1,12 @@
 import pytest
 import torch
-from portable import check_alone, check_portable
 from torch.nn import functional as F
 
 from dynanet.core.errors import ConfigError
 from dynanet.core.macs import CountMacs
 from dynanet.nets.dynamic_conv import DynamicConv2d
 from dynanet.train.schedules import anneal_temperature, linear
+from tests.nets.portable import check_alone, check_portable
 
 
 def test_a_batch_is_the_loop():

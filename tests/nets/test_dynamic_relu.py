@@ -1,10 +1,10 @@
 import pytest
 import torch
-from portable import check_alone, check_portable
 
 from dynanet.core.errors import ConfigError
 from dynanet.core.macs import CountMacs
 from dynanet.nets.dynamic_relu import DynamicReLU
+from tests.nets.portable import check_alone, check_portable
 
 FORMS = pytest.mark.parametrize("per_channel", [True, False])
 

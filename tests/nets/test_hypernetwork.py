@@ -1,12 +1,12 @@
 import pytest
 import torch
-from portable import check_alone, check_portable
 from torch import nn
 from torch.nn import functional as F
 
 from dynanet.core.errors import ConfigError
 from dynanet.core.macs import CountMacs
 from dynanet.nets.hypernetwork import HyperConv2d, KernelWriter, LayerCode, SampleCode
+from tests.nets.portable import check_alone, check_portable
 
 
 def predicted(**settings):

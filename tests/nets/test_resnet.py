@@ -23,7 +23,8 @@ def parameters(model):
 
 def test_macs_of_resnet_32():
     """137.73 million floating point operations, two per multiply-accumulate, without the linear layer: by Figurnov et
-    al.'s counter (arXiv:1612.02297) for the network of the same convolutions."""
+    al.'s counter (arXiv:1612.02297) for the network of the same convolutions.
+    """
     assert 2 * (macs(built(cifar_resnet, num_classes=10, depth=32), 32) - 640) == pytest.approx(137.73e6, rel=1e-4)
 
 

@@ -1,11 +1,11 @@
 import pytest
 import torch
-from portable import check_alone, check_portable
 from torch import nn
 
 from dynanet.core.errors import ConfigError, InputError
 from dynanet.core.macs import CountMacs
 from dynanet.nets.spatial_transformer import Resize, SpatialTransformer, affine, crop, resize
+from tests.nets.portable import check_alone, check_portable
 
 
 @pytest.fixture

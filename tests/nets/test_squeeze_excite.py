@@ -1,11 +1,11 @@
 import pytest
 import torch
-from portable import check_alone, check_portable
 from torch import nn
 
 from dynanet.core.errors import ConfigError
 from dynanet.core.macs import CountMacs
 from dynanet.nets.squeeze_excite import SqueezeExcite
+from tests.nets.portable import check_alone, check_portable
 
 
 def test_a_batch_is_its_samples():

@@ -29,7 +29,7 @@ def fence():
 class Fenced:
     """Tensors that end where memory that must not be touched begins: a read beyond them ends the process."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.libc, self.maps = ctypes.CDLL(None, use_errno=True), []
 
     def __call__(self, values):

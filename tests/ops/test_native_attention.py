@@ -1,17 +1,16 @@
 """Native attention among packed rows answers what torch answers, sample by sample, and touches nothing else."""
 
-
 import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from test_native_products import drawn
 from torch.nn import functional
 
 from dynanet.core.macs import CountMacs
 from dynanet.ops.native import library
 from dynanet.ops.native.attention import attend_packed, mean_packed
 from dynanet.ops.tokens import Tokens, attend
+from tests.ops.test_native_products import drawn
 
 inf, nan = torch.inf, torch.nan
 quick = hypothesis.settings(

@@ -12,12 +12,12 @@ from dynanet.core.gate import Gate
 from dynanet.core.macs import CountMacs
 from dynanet.gates.rules import StraightThrough, TopK
 from dynanet.gates.scorers import ContextScorer
-from dynanet.infer import Session
 from dynanet.mechanisms.experts import Experts, RouterScorer
 from dynanet.mechanisms.neuron_skip import LowRankScorer, NeuronSkip
 from dynanet.mechanisms.spatial_skip import SpatialSkip
 from dynanet.ops.native import library
 from dynanet.ops.tiles import Tiles
+from dynanet.session import Session
 from dynanet.testing import check_equal, check_neighbours, random_decisions
 
 
@@ -28,7 +28,7 @@ def neurons(activation=None):
 
 def tokens_of_samples():
     class OfTheMean(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.map = nn.Linear(9, 6)
 
@@ -91,7 +91,7 @@ def made(name):
 class Ran:
     """Which native operators were called."""
 
-    def __init__(self, monkeypatch):
+    def __init__(self, monkeypatch) -> None:
         self.names = []
         chosen = library.chosen()
         for name in ("neurons_up", "neurons_down", "product", "convolutions"):

@@ -13,7 +13,7 @@ from dynanet.core.macs import CountMacs
 from dynanet.ops.native import library
 from dynanet.ops.native.chains import fused
 from dynanet.ops.native.neurons import neurons_down, neurons_up
-from dynanet.ops.native.products import Packed, product, product_add_
+from dynanet.ops.native.products import PackedWeights, product, product_add_
 
 quick = hypothesis.settings(
     deadline=None, max_examples=25, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
@@ -73,7 +73,7 @@ def test_products(kernels, n, counts, relu):
     m, groups, generator = sum(counts), len(counts), torch.Generator().manual_seed(n["seed"])
     weights = drawn(1, groups, n["outputs"], n["taps"] * n["channels"])
     biases = drawn(2, groups, n["outputs"]) if n["seed"] % 2 else None
-    packed, bias = Packed().of(list(weights), [None] * groups if biases is None else list(biases))
+    packed, bias = PackedWeights().of(list(weights), [None] * groups if biases is None else list(biases))
     rows = drawn(3, n["channels"], n["rows"]).t()
     around = torch.randint(-1, n["rows"], (m, n["taps"]), generator=generator)
     gathered = torch.cat([rows, rows.new_zeros(1, n["channels"])])[around].flatten(1)
@@ -95,7 +95,7 @@ def test_products(kernels, n, counts, relu):
 
 def test_threads_share_the_columns(kernels):
     weight, x = drawn(1, 300, 128), drawn(2, 400, 128)
-    packed, _ = Packed().of([weight], [None])
+    packed, _ = PackedWeights().of([weight], [None])
     before, answers = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
@@ -109,13 +109,13 @@ def test_threads_share_the_columns(kernels):
 
 def test_nan_goes_through_a_relu(kernels):
     x = torch.tensor([[torch.nan] * 3])
-    packed, _ = Packed().of([torch.ones(33, 3)], [None])
+    packed, _ = PackedWeights().of([torch.ones(33, 3)], [None])
     assert product(x, packed, None, 33, counts=[1], relu=True).isnan().all()
     assert neurons_up(x, torch.ones(4, 3), None, torch.ones(1, 1), relu=True).isnan().all()
 
 
 def test_indices_that_point_outside_are_refused(kernels):
-    packed, _ = Packed().of([torch.ones(4, 3)], [None])
+    packed, _ = PackedWeights().of([torch.ones(4, 3)], [None])
     x, answer = torch.ones(5, 3), torch.ones(2, 4)
     with pytest.raises(ValueError, match="outside"):
         product(x, packed, None, 4, counts=[1], around=torch.tensor([[5]]))
@@ -132,7 +132,7 @@ def test_nothing_is_read_beyond_the_arrays(kernels, fence, size):
     hidden = neurons_up(x, weight, bias, keep, relu=False)
     close(hidden, functional.linear(x, weight, bias))
     close(neurons_down(fence(hidden), weight, None, keep), hidden @ weight)
-    packed, stacked = Packed().of([drawn(4, size, 9 * size)], [drawn(5, size)])
+    packed, stacked = PackedWeights().of([drawn(4, size, 9 * size)], [drawn(5, size)])
     around, to = fence(torch.randint(-1, 5, (13, 9))), fence(torch.arange(13))
     answer, scale = fence(torch.zeros(13, size)), fence(torch.ones(13))
     packed, stacked = fence(packed), fence(stacked)
@@ -142,7 +142,7 @@ def test_nothing_is_read_beyond_the_arrays(kernels, fence, size):
 
 def test_packed_weights_follow_their_source(kernels):
     weight, x = drawn(1, 5, 4), drawn(2, 3, 4)
-    packed = Packed()
+    packed = PackedWeights()
 
     def answer():
         return product(x, *packed.of([weight], [None]), 5, counts=[3])
@@ -157,13 +157,13 @@ def test_packed_weights_follow_their_source(kernels):
     other = copy.deepcopy(packed)
     assert other.of([weight], [None])[0] is not packed.of([weight], [None])[0]
     with torch.inference_mode():
-        assert Packed().of([drawn(1, 5, 4)], [None]) is None, "nothing would tell when it changes"
+        assert PackedWeights().of([drawn(1, 5, 4)], [None]) is None, "nothing would tell when it changes"
     for unfit in (weight.double(), nn.Parameter(weight)):
         assert packed.of([unfit], [None]) is None
 
 
 def test_packed_weights_are_packed_again_for_another_instruction_set():
-    weight, x, packed = drawn(1, 40, 4), drawn(2, 3, 4), Packed()
+    weight, x, packed = drawn(1, 40, 4), drawn(2, 3, 4), PackedWeights()
     for name in library.instruction_sets():
         with library.using(name):
             close(product(x, *packed.of([weight], [None]), 40, counts=[3]), x @ weight.t())
@@ -171,7 +171,7 @@ def test_packed_weights_are_packed_again_for_another_instruction_set():
 
 def test_large_weights_lie_on_large_pages(kernels):
     weight = drawn(1, 1100, 1024)
-    packed, _ = Packed().of([weight], [None])
+    packed, _ = PackedWeights().of([weight], [None])
     assert packed.data_ptr() % 2**21 == 0
     close(product(drawn(2, 2, 1024), packed, None, 1100, counts=[2]), drawn(2, 2, 1024) @ weight.t())
 

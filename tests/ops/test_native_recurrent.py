@@ -13,11 +13,11 @@ from dynanet.core.dynamic import execute, forced, record
 from dynanet.core.errors import InputError
 from dynanet.core.macs import CountMacs
 from dynanet.data.ragged import Sequences
-from dynanet.gates.rules import Soft, Threshold
-from dynanet.infer import Session
+from dynanet.gates.rules import Sigmoid, Threshold
 from dynanet.mechanisms.skim import Skim
 from dynanet.mechanisms.update_skip import UpdateSkip
 from dynanet.ops.native import library, recurrent
+from dynanet.session import Session
 
 quick = hypothesis.settings(
     deadline=None, max_examples=15, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
@@ -165,7 +165,7 @@ def test_the_rule_decides(ran):
         shares.append(float(torch.stack(sparse[""])[..., 0].sum()))
     assert ran and shares[0] == x.lengths.sum() > shares[1] > shares[2] == 0
     del ran[:]
-    both(skimming(rule=Soft()), x)
+    both(skimming(rule=Sigmoid()), x)
     assert not ran
 
 

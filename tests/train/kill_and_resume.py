@@ -32,7 +32,7 @@ KINDS = ("in a save", "after a save", "any time")
 class Slow:
     """A disk that takes its time, so that kills fall into saves."""
 
-    def __init__(self, file):
+    def __init__(self, file) -> None:
         self.file = file
 
     def write(self, content):

@@ -19,7 +19,7 @@ D, E = 8, 4
 class Scores(nn.Module):
     """The input is the score."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(()))
 

@@ -4,18 +4,18 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
-from train_toys import data
 
 from dynanet import train
 from dynanet.core.errors import ConfigError
 from dynanet.train import batches
 from dynanet.train.seeds import seed_all, seeded
+from tests.train.train_toys import data
 
 
 class Draws(Dataset):
     """Every sample draws from all three generators."""
 
-    def __len__(self):
+    def __len__(self) -> int:
         return 11
 
     def __getitem__(self, index):

@@ -1,7 +1,6 @@
 import pytest
 import torch
 from torch import nn
-from train_toys import toy
 
 from dynanet import train
 from dynanet.core.dynamic import execute, forced
@@ -9,6 +8,7 @@ from dynanet.core.errors import DataError
 from dynanet.core.gate import Gate
 from dynanet.gates.rules import Threshold
 from dynanet.mechanisms.layer_skip import LayerSkip
+from tests.train.train_toys import toy
 
 
 def test_statistics_are_the_average_over_batches_and_nothing_else_changes():
@@ -35,7 +35,7 @@ def test_in_the_sparse_form_a_norm_sees_the_rows_that_run_it():
     before = norm.running_mean.clone()
     with forced(skip, lambda d: torch.zeros_like(d.keep)):
         train.recalibrate_batchnorm(skip, [x])
-    assert torch.equal(norm.running_mean, before)       # nothing ran it: nothing to go by
+    assert torch.equal(norm.running_mean, before)  # nothing ran it: nothing to go by
 
 
 def test_an_empty_loader_changes_nothing():

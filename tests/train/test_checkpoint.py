@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from train_toys import toy
 
 from dynanet import train
 from dynanet.core.errors import CheckpointError
@@ -18,6 +17,7 @@ from dynanet.gates.confidence import Patience
 from dynanet.gates.rules import Gumbel, StraightThrough, TopK
 from dynanet.mechanisms.layer_skip import LayerSkip
 from dynanet.train.checkpoint import decisions, is_whole, step_file, step_files, sweep
+from tests.train.train_toys import toy
 
 STATE = {"state_dict": {"a": torch.arange(300.0), "b": torch.ones(2, dtype=torch.int64)}, "names": ["x", None]}
 

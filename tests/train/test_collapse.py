@@ -7,7 +7,7 @@ from torch import nn
 from dynanet.core.dynamic import Dynamic, record
 from dynanet.core.gate import Gate
 from dynanet.gates.recurrent import RecurrentGate
-from dynanet.gates.rules import Bernoulli, Gumbel, Pick, StraightThrough, TopK
+from dynanet.gates.rules import Bernoulli, Gumbel, RelaxedTopK, StraightThrough, TopK
 from dynanet.mechanisms.early_exit import EarlyExit
 from dynanet.mechanisms.experts import BatchCoupledTopK
 from dynanet.mechanisms.layer_skip import LayerSkip, RecurrentSkip
@@ -17,7 +17,7 @@ from dynanet.train.collapse import CollapseAlarm, collapsed, loads
 class Experts(Dynamic):
     """Runs the expert that its gate keeps; here it only decides."""
 
-    def __init__(self, bias, k=1, padding=0.0, rule=None):
+    def __init__(self, bias, k=1, padding=0.0, rule=None) -> None:
         super().__init__()
         self.padding = padding
         self.gate = Gate(nn.Linear(4, len(bias)), rule or TopK(k), units=len(bias))
@@ -87,12 +87,12 @@ def test_too_few_decisions_tell_nothing():
 
 def test_a_loop_of_your_own_is_warned_once():
     alarm, model = CollapseAlarm(), skip(20.0)
-    alarm.hear(traced(model, 150))
+    alarm.log(traced(model, 150))
     alarm.warn()  # too early: counted on
-    alarm.hear(traced(model, 150))
+    alarm.log(traced(model, 150))
     with pytest.warns(UserWarning, match="the gate of '' has collapsed"):
         alarm.warn()
-    alarm.hear(traced(model))
+    alarm.log(traced(model))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         alarm.warn()
@@ -101,7 +101,7 @@ def test_a_loop_of_your_own_is_warned_once():
 @pytest.mark.parametrize(
     "units, settings",
     [
-        *((2, {}), (4, {}), (8, {"padding": 0.3}), (8, {"k": 2}), (4, {"rule": Pick()})),
+        *((2, {}), (4, {}), (8, {"padding": 0.3}), (8, {"k": 2}), (4, {"rule": RelaxedTopK()})),
         (8, {"rule": BatchCoupledTopK(2, 2.0)}),
     ],
     ids=str,

@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch import Callback
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from train_toys import data, run, toy
 
 from dynanet import train
 from dynanet.core.budget import Budget
@@ -21,6 +20,7 @@ from dynanet.core.gate import Gate
 from dynanet.gates.rules import Bernoulli, Gumbel
 from dynanet.mechanisms.layer_skip import LayerSkip
 from dynanet.train.checkpoint import step_files
+from tests.train.train_toys import data, run, toy
 
 
 def rows(folder, version=0):
@@ -67,7 +67,7 @@ def test_any_mechanism_and_a_model_that_is_none(tmp_path):
         nn.Linear(8, 3),
     )
     cost = CostModel(gated, torch.zeros(1, 8))
-    objective = train.CrossEntropy() + train.TargetRate(0.5) + train.Within(Budget(macs=0.8 * cost.full), cost)
+    objective = train.CrossEntropy() + train.TargetRate(0.5) + train.BudgetPenalty(Budget(macs=0.8 * cost.full), cost)
     for name, model, wanted in (("gated", gated, objective), ("plain", nn.Linear(8, 3), train.CrossEntropy())):
         batches = train.Batches(data(), 5)
         done = train.fit(model, batches, batches, objective=wanted, epochs=2, folder=tmp_path / name, progress=False)
@@ -88,7 +88,7 @@ def test_a_collapsed_gate_is_named_once_and_an_exit_is_no_gate(tmp_path, rule):
 class Spoil(Callback):
     """Puts a NaN into the data or a weight at some step."""
 
-    def __init__(self, what):
+    def __init__(self, what) -> None:
         self.what = what
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):

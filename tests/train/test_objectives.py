@@ -2,7 +2,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from train_toys import data, toy
 
 from dynanet import train
 from dynanet.core.budget import Budget
@@ -10,9 +9,10 @@ from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import everything, execute, forced, record
 from dynanet.core.errors import BudgetError, ConfigError, StructureError
 from dynanet.core.gate import Gate
-from dynanet.gates.rules import Soft
+from dynanet.gates.rules import Sigmoid
 from dynanet.mechanisms.early_exit import EarlyExit
 from dynanet.mechanisms.layer_skip import LayerSkip
+from tests.train.train_toys import data, toy
 
 
 def passed(model, x):
@@ -65,26 +65,26 @@ def test_objectives_add_and_scale():
 
 def test_within_is_the_squared_relative_excess_and_presses_on_the_gate():
     torch.manual_seed(0)
-    skip = LayerSkip(nn.Linear(8, 8), Gate(nn.Linear(8, 1), Soft())).double().train()
+    skip = LayerSkip(nn.Linear(8, 8), Gate(nn.Linear(8, 1), Sigmoid())).double().train()
     x, y = batch()
     cost = CostModel(skip, x)
     skip.train()
     answer, trace = passed(skip, x)
     spent = cost.spent(trace).mean()
     budget = Budget(macs=cost.always + 1)
-    loss = train.Within(budget, cost)(answer, y, trace)
+    loss = train.BudgetPenalty(budget, cost)(answer, y, trace)
     torch.testing.assert_close(loss, ((spent - budget.macs) / cost.full) ** 2)
     loss.backward()
-    assert skip.gate.scorer.bias.grad > 0           # less bias: lower scores, fewer rows kept
-    assert train.Within(Budget(macs=cost.worst), cost)(answer, y, trace) == 0
+    assert skip.gate.scorer.bias.grad > 0  # less bias: lower scores, fewer rows kept
+    assert train.BudgetPenalty(Budget(macs=cost.worst), cost)(answer, y, trace) == 0
 
 
 def test_within_refuses_what_it_cannot_keep():
     cost = CostModel(toy(), torch.zeros(1, 8))
     with pytest.raises(BudgetError, match="in MACs only"):
-        train.Within(Budget(ms=1.0), cost)
+        train.BudgetPenalty(Budget(ms=1.0), cost)
     with pytest.raises(BudgetError, match="below the .* that always run"):
-        train.Within(Budget(macs=0.5 * cost.always), cost)
+        train.BudgetPenalty(Budget(macs=0.5 * cost.always), cost)
 
 
 def test_target_rate_sums_over_layers():

@@ -11,7 +11,7 @@ from dynanet.core.dynamic import execute, forced, record
 from dynanet.core.errors import ConfigError, StructureError
 from dynanet.core.gate import Gate
 from dynanet.gates.recurrent import RecurrentGate
-from dynanet.gates.rules import Bernoulli, Soft, Threshold
+from dynanet.gates.rules import Bernoulli, Sigmoid, Threshold
 from dynanet.mechanisms.early_exit import EarlyExit
 from dynanet.mechanisms.layer_skip import LayerSkip, RecurrentSkip
 from dynanet.mechanisms.policy_skip import PolicySkip
@@ -146,7 +146,7 @@ def test_deployed_reward_leaves_the_model_as_it_was():
     answer, trace = passed(model.eval(), x)
     torch.testing.assert_close(reward, SkipReward(0.3)(answer, y, trace))
     with pytest.raises(StructureError, match="no gate of this model samples"):
-        deployed_reward(net(Soft), x, y, SkipReward(0.3))
+        deployed_reward(net(Sigmoid), x, y, SkipReward(0.3))
 
 
 def test_what_cannot_be_reinforced_is_refused():
@@ -155,7 +155,7 @@ def test_what_cannot_be_reinforced_is_refused():
         Reinforce(SkipReward(0.1))(*_answer_y_trace(model, x, y))
     with pytest.raises(StructureError, match="no gate of this model has a differentiable rule"):
         sample_gates(model)
-    assert isinstance(sample_gates(net(Soft))[0].gate.rule, Bernoulli)
+    assert isinstance(sample_gates(net(Sigmoid))[0].gate.rule, Bernoulli)
 
 
 def _answer_y_trace(model, x, y):

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
-from train_toys import data, noisy, run, toy
 
 from dynanet import train
 from dynanet.core.errors import CheckpointError
 from dynanet.train.checkpoint import step_file, step_files
+from tests.train.train_toys import data, noisy, run, toy
 
 
 class PowerCut(Exception):
@@ -22,7 +22,7 @@ class PowerCut(Exception):
 class CutAt(Callback):
     """Stops the run at the beginning of its n-th batch."""
 
-    def __init__(self, batch):
+    def __init__(self, batch) -> None:
         self.left = batch
 
     def on_train_batch_start(self, *args):
@@ -112,7 +112,7 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(tmp_path):
     with pytest.warns(UserWarning, match="step 10.*damaged; going back to the one before"):
         resumed = run(tmp_path / "cut", resume=True)
     assert same(resumed.model, expected)
-    assert train.load_checkpoint(last)["global_step"] == 10     # written again
+    assert train.load_checkpoint(last)["global_step"] == 10  # written again
 
 
 def test_nothing_whole_left_is_an_error_and_no_new_beginning(tmp_path):

@@ -1,12 +1,12 @@
 import pytest
 import torch
 from torch import nn
-from train_toys import toy
 
 from dynanet import train
 from dynanet.core.budget import Budget
 from dynanet.core.cost import CostModel
 from dynanet.core.errors import ConfigError
+from tests.train.train_toys import toy
 
 
 @pytest.mark.parametrize("schedule", [train.linear, train.exponential])
@@ -27,12 +27,12 @@ def test_the_temperature_reaches_every_rule():
 
 def test_the_budget_tightens_from_full_to_what_is_asked():
     cost = CostModel(toy(), torch.zeros(1, 8))
-    within = train.Within(Budget(macs=0.6 * cost.full), cost)
+    within = train.BudgetPenalty(Budget(macs=0.6 * cost.full), cost)
     told, tighten = repr(within), train.tighten_budget(within, share=0.5)
     for progress, share in ((0.0, 1.0), (0.25, 0.8), (0.5, 0.6), (1.0, 0.6)):
         tighten(progress)
         assert within.macs == pytest.approx(share * cost.full)
-    assert repr(within) == told         # the run is the same at any moment of it
+    assert repr(within) == told  # the run is the same at any moment of it
 
 
 @pytest.mark.parametrize("make", [lambda: train.linear(1, 0, share=0), lambda: train.exponential(1, 0)])

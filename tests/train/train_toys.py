@@ -31,11 +31,11 @@ def noisy(samples):
     return x + 0.1 * torch.randn_like(x), y
 
 
-def run(folder, *, model=None, samples=22, epochs=3, held_out=True, **options) -> train.Run:
+def run(folder, *, model=None, samples=22, epochs=3, held_out=True, **options) -> train.FitResult:
     """The run that tests kill, resume and compare."""
     model = model if model is not None else toy()
     cost = CostModel(model, torch.zeros(1, 8))
-    within = train.Within(_budget(cost), cost)
+    within = train.BudgetPenalty(_budget(cost), cost)
     return train.fit(
         model,
         train.Batches(data(samples), 5, shuffle=True, collate=noisy),

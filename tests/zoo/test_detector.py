@@ -6,10 +6,10 @@ from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import everything, execute, forced, layers, record
 from dynanet.core.errors import ConfigError
 from dynanet.core.macs import CountMacs
-from dynanet.infer.detect import decode
 from dynanet.mechanisms.position_halting import PositionHalting, PositionPonderCost, steps_taken
+from dynanet.tasks.detection.decoding import decode
+from dynanet.tasks.detection.loss import DetectionLoss
 from dynanet.testing import check_dynamic, check_equal, check_neighbours
-from dynanet.train.detection import DetectionLoss
 from dynanet.zoo import detector_halting, detector_skip, detector_static
 
 SMALL = {"num_classes": 3, "widths": (4, 6, 8), "depths": (1, 2), "head": 6}

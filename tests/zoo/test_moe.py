@@ -19,7 +19,7 @@ SMALL = {"width": 16, "depth": 2, "heads": 2, "hidden": 12, "experts": 4}
 class OfNumbers(nn.Module):
     """Token numbers made of a tensor of any dtype, about a third of them padding."""
 
-    def __init__(self, model):
+    def __init__(self, model) -> None:
         super().__init__()
         self.model = model
 

@@ -11,7 +11,7 @@ from dynanet.core.architecture import architecture_of
 from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import everything, execute, forced, record
 from dynanet.core.errors import StructureError
-from dynanet.export.bundle import bundle
+from dynanet.export.bundles import bundle
 from dynanet.mechanisms.early_exit import EarlyExit
 
 BANDS, P = 7, 5

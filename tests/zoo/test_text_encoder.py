@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from dynanet import Budget, CostModel, execute, forced, infer, record, zoo
+from dynanet import Budget, CostModel, calibrate, execute, forced, record, zoo
 from dynanet.core.dynamic import everything
 from dynanet.core.errors import ConfigError, InputError
 from dynanet.gates.confidence import Entropy, Patience
-from dynanet.infer.session import Session
+from dynanet.session.session import Session
 from dynanet.testing import check_dynamic, check_equal
 from dynanet.train import MultiExit
 from dynanet.zoo.text_encoder import exits_only, with_confidence
@@ -36,7 +36,7 @@ def sentences(count, shortest=2):
 class OfFloats(nn.Module):
     """Words and lengths drawn from floats (B, T, 2), which the laws can convert and mix."""
 
-    def __init__(self, model):
+    def __init__(self, model) -> None:
         super().__init__()
         self.model = model
 
@@ -143,7 +143,7 @@ def test_a_budget_is_kept():
     model, ids = encoder(), sentences(40)
     labels = torch.randint(3, (40,), generator=torch.Generator().manual_seed(0))
     cost = CostModel(model, ids[:4])
-    frontier = infer.calibrate(model, [(ids[:20], labels[:20]), (ids[20:], labels[20:])], cost)
+    frontier = calibrate.calibrate(model, [(ids[:20], labels[:20]), (ids[20:], labels[20:])], cost)
     table = frontier.table
     assert table.macs.ndim == 2, "sentences of different lengths cost differently"
     budget = 0.6 * float(table.mean_macs[-1])

@@ -9,8 +9,8 @@ from dynanet.core.errors import ConfigError, InputError
 from dynanet.core.gate import Gate
 from dynanet.core.macs import CountMacs
 from dynanet.gates.rules import Threshold
-from dynanet.infer import Session
-from dynanet.mechanisms.token_drop import Share, TokenDrop
+from dynanet.mechanisms.token_drop import RankScorer, TokenDrop
+from dynanet.session import Session
 from dynanet.testing import check_dynamic
 
 TINY = {"num_classes": 3, "in_channels": 2, "size": 12, "patch": 4, "width": 12, "depth": 3, "heads": 2}
@@ -112,7 +112,7 @@ def test_a_fixed_share_at_inference_is_one_line():
     model, x = make("dynamic_vit"), torch.randn(4, 2, 12, 12)
     for m in model.modules():
         if isinstance(m, TokenDrop):
-            m.gate = Gate(Share(m.gate.scorer), Threshold(1 / 3))
+            m.gate = Gate(RankScorer(m.gate.scorer), Threshold(1 / 3))
     with torch.no_grad(), record(model) as trace:
         model(x)
     assert [keep[0].sum(1).flatten().tolist() for keep in map(trace.__getitem__, trace.keys())] == [[7] * 4, [5] * 4]

@@ -4,7 +4,7 @@ import torch
 from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import everything, forced, record
 from dynanet.core.errors import ConfigError, InputError
-from dynanet.infer import Session
+from dynanet.session import Session
 from dynanet.testing import check_dynamic
 from dynanet.zoo.reference import macs_per_exit
 from dynanet.zoo.vit import vit_exits, vit_static

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dynanet.ops.native.library import fit
 from dynanet.ops.native.pixels import Convolution
-from dynanet.ops.native.products import TAPS, Packed
+from dynanet.ops.native.products import TAPS, PackedWeights
 
 Ready = dict[nn.Module, tuple[Tensor, Tensor | None]]
 
@@ -16,11 +16,12 @@ class Chain:
     """Keeps the packed weights of a chain's convolutions."""
 
     def __init__(self) -> None:
-        self._packed: dict[nn.Module, Packed] = {}
+        self._packed: dict[nn.Module, PackedWeights] = {}
 
     def ready(self, layers: Sequence[nn.Module], rows: Tensor | None = None) -> Ready | None:
         """Every convolution's (packed weights, bias); None where native kernels cannot run the layers on these rows:
-        there are none, weights are not frozen, or a convolution has groups or a very large kernel, or there is none."""
+        there are none, weights are not frozen, or a convolution has groups or a very large kernel, or there is none.
+        """
         if not fit(rows):
             return None
         ready: Ready = {}
@@ -28,7 +29,7 @@ class Chain:
             if isinstance(layer, nn.Conv2d):
                 if layer.groups > 1 or layer.weight[0, 0].numel() > TAPS:
                     return None
-                packed = self._packed.setdefault(layer, Packed()).of([layer.weight], [layer.bias])
+                packed = self._packed.setdefault(layer, PackedWeights()).of([layer.weight], [layer.bias])
                 if packed is None:
                     return None
                 ready[layer] = packed
@@ -46,7 +47,7 @@ def fused(layers: Sequence[nn.Module]) -> list[tuple[nn.Module, bool]]:
     return steps
 
 
-class Run(NamedTuple):
+class LayerRun(NamedTuple):
     """Layers of a chain of parts that run together: convolutions in one call, or one other layer.
 
     Attributes:
@@ -62,18 +63,18 @@ class Run(NamedTuple):
     other: nn.Module | None
 
 
-def runs(parts: Sequence[Sequence[nn.Module]], reach: Sequence[int], *, apart: bool) -> list[Run]:
+def runs(parts: Sequence[Sequence[nn.Module]], reach: Sequence[int], *, apart: bool) -> list[LayerRun]:
     """The layers of a chain in as few runs as possible; `apart`: none that spans two parts."""
-    found: list[Run] = []
+    found: list[LayerRun] = []
     for j, part in enumerate(parts):
         for layer, relu in fused(part):
             if not isinstance(layer, nn.Conv2d):
-                found.append(Run(j, reach[j], [], layer))
+                found.append(LayerRun(j, reach[j], [], layer))
                 continue
             step = Convolution(layer, relu, reach[j])
             if found and found[-1].convolutions and not (apart and found[-1].part != j):
                 before = found.pop()
-                found.append(Run(before.part, reach[j], [*before.convolutions, step], None))
+                found.append(LayerRun(before.part, reach[j], [*before.convolutions, step], None))
             else:
-                found.append(Run(j, reach[j], [step], None))
+                found.append(LayerRun(j, reach[j], [step], None))
     return found

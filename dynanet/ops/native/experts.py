@@ -9,18 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from dynanet.ops.native.library import chosen, fit
-from dynanet.ops.native.products import Packed, product, product_add_
+from dynanet.ops.native.products import PackedWeights, product, product_add_
 
 
 class PackedExperts:
-    """The packed weights of experts that are all Linear, activation, Linear of one size; see `Packed` for the rest.
+    """The packed weights of experts that are all Linear, activation, Linear of one size; see `PackedWeights` for the
+    rest.
 
     They are packed anew when a weight was changed or a layer exchanged. Where a layer has hooks, nothing is done
     natively; hooks on an expert as a whole are not heard.
     """
 
     def __init__(self) -> None:
-        self._up, self._down = Packed(), Packed()
+        self._up, self._down = PackedWeights(), PackedWeights()
         self._wide = 0
         self._held: list[tuple[dict[str, Any], list[object]]] = []
         self._weights: list[Tensor] = []

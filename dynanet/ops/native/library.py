@@ -46,7 +46,7 @@ class Kernels:
         means: of the rows of every sample.
     """
 
-    def __init__(self, library: ctypes.CDLL, name: str):
+    def __init__(self, library: ctypes.CDLL, name: str) -> None:
         def bound(function: str, *kinds: Any, result: Any = None) -> Any:
             found = getattr(library, f"dynanet_{function}_{name}")
             found.argtypes, found.restype = kinds, result

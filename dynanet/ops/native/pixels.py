@@ -95,7 +95,7 @@ def convolutions(
     Args:
         rows: (n, channels): all positions of the images, or those within `before` of a kept one, in order.
         steps: each of padding that keeps the size, and of the reach of the one before it, less its padding.
-        packed: weights and biases, see `products.Packed`.
+        packed: weights and biases, see `products.PackedWeights`.
         keep: (B, 1, H, W), not 0 at the positions that are kept.
         before: see `rows`; None: all positions.
         into: (positions, outputs), contiguous: the answer is added there, and nothing else is answered.

@@ -31,7 +31,7 @@ _LIBRARY.define(
 )
 
 
-class Packed:
+class PackedWeights:
     """Weights as the kernels read them, panel by panel; made once, and again when a weight has changed.
 
     Only for weights that are frozen (no gradient is wanted of them): training changes weights at every step. A session
@@ -74,7 +74,7 @@ class Packed:
         return self._packed, self._bias
 
     def __reduce__(self) -> Any:
-        return Packed, ()
+        return PackedWeights, ()
 
 
 def product(
@@ -91,7 +91,7 @@ def product(
 
     Args:
         rows: (N, channels). All tensors are on the CPU, and float32 if they are no index; see `library.fit`.
-        packed: of as many groups as `counts` has, see `Packed`.
+        packed: of as many groups as `counts` has, see `PackedWeights`.
         bias: (groups, outputs), or None.
         outputs: columns of the answer.
         counts: how many rows of the answer belong to each group, one group after the other; M together.

@@ -46,7 +46,7 @@ class Ready(NamedTuple):
 
 
 class PackedCells:
-    """The packed weights of cells and of the linear that decides; see `products.Packed`.
+    """The packed weights of cells and of the linear that decides; see `products.PackedWeights`.
 
     They are packed anew when a weight was changed or exchanged. Where one of the modules has hooks, nothing is done
     natively.

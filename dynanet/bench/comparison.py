@@ -1,0 +1,326 @@
+"""A session against the same weights without skipping: equivalence first, then the four numbers, in one process."""
+
+import copy
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from dynanet.bench.dense import check_dense, dense_engines, rectangle_engines
+from dynanet.bench.timing import paired, ratio
+from dynanet.core.cost import CostModel
+from dynanet.core.decision import Decision
+from dynanet.core.dynamic import execute, layers, record
+from dynanet.core.errors import ConfigError, InputError
+from dynanet.core.halt import Halt, highest_score
+from dynanet.data.ragged import Sequences, trimmed
+from dynanet.session.engines import Engine, folded
+from dynanet.session.session import Session
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell of a comparison: a batch size on so many threads.
+
+    Attributes:
+        batch: samples per call.
+        threads: of torch and of ONNX Runtime.
+        samples: timed per round.
+        rounds: interleaved repetitions; the figures are medians.
+        session_ms: of the session, per sample.
+        stream_ms: of `session.stream` with this batch, per sample; NaN for a model without steps.
+        reference_ms: of the untouched model in eager torch: everything computed, thresholds applied afterwards.
+        best_dense_ms: of the quickest engine for the full network (last answer only). Of samples of different lengths
+            it gets the same batches, each padded to its own longest sample.
+        best_dense: which engine that is.
+        over_reference: reference_ms / session_ms.
+        over_same_engine: the session on its dearest path (`CostModel.most_expensive`) / session_ms. First of the four
+            numbers. No path is longer than its sample.
+        over_best_dense: best_dense_ms / session_ms. Second.
+        over_flop_ratio: over_same_engine / macs_ratio. Third.
+        over_latency_theory: the engines' own time for the same calls / session_ms. Fourth: 1 means that deciding,
+            gathering and scattering cost nothing.
+        stream_over_latency_theory: the same for the stream: the session's engine time / stream_ms.
+        macs_ratio: MACs of the dearest path / MACs spent.
+        spread: interquartile range of the per-round over_reference, as "low-high".
+    """
+
+    batch: int
+    threads: int
+    samples: int
+    rounds: int
+    session_ms: float
+    stream_ms: float
+    reference_ms: float
+    best_dense_ms: float
+    best_dense: str
+    over_reference: float
+    over_same_engine: float
+    over_best_dense: float
+    over_flop_ratio: float
+    over_latency_theory: float
+    stream_over_latency_theory: float
+    macs_ratio: float
+    spread: str
+
+
+def compare(
+    model: nn.Module,
+    samples: Any,
+    *,
+    batches: Sequence[int] = (1, 8, 64, 256),
+    threads: Sequence[int] = (1,),
+    rounds: int = 7,
+    full: nn.Module | None = None,
+    cut: Callable[[Any], Any] | None = None,
+    cache: Path | None = None,
+    echo: Callable[[str], None] = lambda line: None,
+) -> list[Row]:
+    """Time a model with its thresholds against the same weights without skipping.
+
+    Args:
+        model: as deployed: with the thresholds (or gates) that decide.
+        samples: real inputs; at least as many as the largest batch. A tensor, or `data.ragged.Sequences`.
+        batches: samples per call.
+        threads: how many threads to try.
+        rounds: interleaved repetitions.
+        full: the network to beat in `over_best_dense`; the model itself, with everything kept, if None. Give one where
+            units exclude each other (widths, branches): the dense form of such a model computes more than any row runs.
+        cut: of samples of different lengths, from a batch to the rectangle that its longest sample needs: what engines
+            that skip nothing are given. `Sequences` need not say; None for samples of one size.
+        cache: of exported graphs.
+        echo: gets a line per cell as it is done.
+
+    Returns:
+        One row per batch and thread count.
+
+    Raises:
+        ConfigError: batches, threads or rounds below 1.
+        InputError: fewer samples than the largest batch, or answers that are not those of the dense model.
+    """
+    if cut is None and isinstance(samples, Sequences):
+        cut = trimmed
+    if not batches or min(batches) < 1:
+        raise ConfigError(f"batches is {list(batches)}; expected samples per call, 1 or more each")
+    if not threads or min(threads) < 1 or rounds < 1:
+        raise ConfigError(f"threads is {list(threads)} and rounds is {rounds}; expected 1 or more of each")
+    count = tree_leaves(samples)[0].shape[0]
+    if count < max(batches):
+        raise InputError(f"{count} samples for a batch of {max(batches)}; give more samples or smaller batches")
+    model = copy.deepcopy(model).eval()
+    example = _longest(samples, cut)
+    before, rows = torch.get_num_threads(), []
+    try:
+        for n in threads:
+            torch.set_num_threads(n)
+            busy = os.getloadavg()[0]
+            if n > 1 and busy > (os.cpu_count() or 1) - n + 0.5:
+                log.warning("other programs run (load %.1f): they inflate times and ratios on %d threads", busy, n)
+            session = Session(model, example, threads=n, batches=sorted({*batches, 1, 4, 16}), cache=cache)
+            check_equivalent(model, session, samples)
+            rivals = _rivals(model if full is None else copy.deepcopy(full).eval(), samples, cut, cache, echo)
+            job = _Job(model, session, samples, cut, CostModel(model, example), rivals)
+            for batch in batches:
+                rows.append(_row(job, batch, rounds))
+                echo(line(rows[-1]))
+    finally:
+        torch.set_num_threads(before)
+    return rows
+
+
+def line(row: Row) -> str:
+    """A row in a line of text."""
+    speeds = f"{row.session_ms:.3f} ms/sample, {row.over_reference:.2f} times the untouched model"
+    engines = f"{row.over_same_engine:.2f} the same engine dense, {row.over_best_dense:.2f} the best ({row.best_dense})"
+    theory = f"{row.over_flop_ratio:.2f} of the FLOP ratio, {row.over_latency_theory:.2f} of the latency theory"
+    stream = f"; stream {row.stream_ms:.3f} ms/sample, {row.stream_over_latency_theory:.2f} of the latency theory"
+    told = f"batch {row.batch:>3}, {row.threads} thread(s): {speeds}; {engines}; {theory}"
+    return told + (stream if math.isfinite(row.stream_ms) else "")
+
+
+def check_equivalent(model: nn.Module, session: Session, samples: Any, margin: float = 1e-3) -> None:
+    """The session answers what the dense model answers, decisions within `margin` of a threshold aside.
+
+    Raises:
+        InputError: it does not.
+    """
+    model = execute(folded(model), sparse=False)
+    with torch.no_grad(), record(model) as dense:
+        expected = model(samples)
+    with record(session) as sparse:
+        answer = session(samples)
+    differs = ((answer - expected).abs() > 1e-3 + 1e-3 * expected.abs()).flatten(1).any(1)
+    decided_alike = torch.ones_like(differs)
+    for name in sparse.keys():  # a sparse run may stop before the last decisions: nobody was left
+        for ours, theirs in zip(sparse[name], dense[name], strict=False):
+            decided_alike &= (ours == theirs).flatten(1).all(1)
+    allowed = max(1, round(margin * len(differs)))
+    if bool((differs & decided_alike).any()) or int(differs.sum()) > allowed:
+        raise InputError(
+            f"{int(differs.sum())} of {len(differs)} answers of the session differ from the dense model's, "
+            f"{int((differs & decided_alike).sum())} of them after the same decisions; nothing is timed"
+        )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is compared on so many threads.
+
+    Attributes:
+        model: as deployed.
+        session: of it.
+        samples: all of them.
+        cut: a batch to its rectangle; None for samples of one size.
+        cost: of the model.
+        rivals: engines of the full network.
+    """
+
+    model: nn.Module
+    session: Session
+    samples: Any
+    cut: Callable[[Any], Any] | None
+    cost: CostModel
+    rivals: dict[str, Engine]
+
+
+def _rivals(
+    full: nn.Module, samples: Any, cut: Callable[[Any], Any] | None, cache: Path | None, echo: Callable[[str], None]
+) -> dict[str, Engine]:
+    """Engines of the full network. Those that take rectangles have answered as the model does."""
+    if cut is None:
+        return dense_engines(full, samples, cache, echo)
+    groups = _groups(samples, 64)
+    engines = rectangle_engines(full, groups[0], echo)
+    check_dense(engines, full, groups, [cut(x) for x in groups])
+    return engines
+
+
+def _row(job: _Job, batch: int, rounds: int) -> Row:
+    # Enough samples for a stable mean of where they exit, few enough that a round stays short.
+    model, session, cost = job.model, job.session, job.cost
+    count = max(batch, min(_count(job.samples), 64 if batch == 1 else 256) // batch * batch)
+    samples = _rows(job.samples, slice(0, count))
+    groups = _groups(samples, batch)
+    rectangles = groups if job.cut is None else [job.cut(x) for x in groups]
+    flat = [tree_leaves(x) for x in rectangles]
+    calls = engine_calls(session, groups)
+    lengths_differ = job.cut is not None
+    contestants: dict[str, Callable[[], object]] = {
+        "session": lambda: [session(x) for x in groups],
+        "theory": lambda: [engine(inputs) for engine, inputs in calls],
+        "same": lambda: _run_dearest(session, cost, groups, lengths_differ),
+        "reference": lambda: [_reference(model, x) for x in rectangles],
+        **{name: lambda engine=engine: [engine(x) for x in flat] for name, engine in job.rivals.items()},
+    }
+    if isinstance(session.model, Halt):
+        singles = [_rows(samples, i) for i in range(count)]
+        contestants["stream"] = lambda: list(session.stream(singles, batch=batch))
+    with torch.no_grad():
+        seconds = paired(contestants, rounds=rounds)
+    best = min(job.rivals, key=lambda name: np.median(seconds[name]))
+    ms = {name: 1e3 * float(np.median(s)) / count for name, s in seconds.items()}
+    over_reference, low, high = ratio(seconds["reference"], seconds["session"])
+    over_same = ratio(seconds["same"], seconds["session"])[0]
+    spent, kept = _spent(session, cost, samples), cost.worst
+    if lengths_differ:  # the dearest path of these samples is not that of the longest one
+        with _on_dearest(session, cost, lengths_differ):
+            kept = _spent(session, cost, samples)
+    streamed = "stream" in seconds
+    return Row(
+        batch=batch, threads=torch.get_num_threads(), samples=count, rounds=rounds,
+        session_ms=ms["session"], stream_ms=ms.get("stream", float("nan")), reference_ms=ms["reference"],
+        best_dense_ms=ms[best], best_dense=best,
+        over_reference=over_reference, over_same_engine=over_same,
+        over_best_dense=ratio(seconds[best], seconds["session"])[0],
+        over_flop_ratio=over_same / (kept / spent),
+        over_latency_theory=ratio(seconds["theory"], seconds["session"])[0],
+        stream_over_latency_theory=ratio(seconds["theory"], seconds["stream"])[0] if streamed else float("nan"),
+        macs_ratio=kept / spent, spread=f"{low:.2f}-{high:.2f}",
+    )  # fmt: skip
+
+
+def _count(x: Any) -> int:
+    return tree_leaves(x)[0].shape[0]
+
+
+def _rows(x: Any, rows: slice | int) -> Any:
+    return tree_map(lambda t: t[rows], x)
+
+
+def _groups(x: Any, batch: int) -> list[Any]:
+    return [_rows(x, slice(first, first + batch)) for first in range(0, _count(x), batch)]
+
+
+def _longest(samples: Any, cut: Callable[[Any], Any] | None) -> Any:
+    """One sample, as it comes: the first; of different lengths the longest, in which every unit runs."""
+    if cut is None:
+        return _rows(samples, slice(0, 1))
+    ones = _groups(samples, 1)
+    return max(ones, key=lambda x: tree_leaves(cut(x))[0].shape[1])
+
+
+def _reference(model: nn.Module, x: Any) -> object:
+    """What published code does: compute everything, then look where it would have stopped."""
+    if not isinstance(model, Halt):
+        return execute(model, sparse=False)(x)
+    answers = model.answers(x)
+    sure = torch.stack([answer.softmax(-1).amax(-1) for answer in answers])
+    return torch.stack(answers), sure
+
+
+@contextmanager
+def _on_dearest(session: Session, cost: CostModel, lengths_differ: bool) -> Iterator[None]:
+    with cost.most_expensive(session):
+        for layer in layers(session).values() if lengths_differ else ():
+            if isinstance(layer, Halt):
+                layer.force = _to_the_end
+        yield
+
+
+def _to_the_end(decision: Decision) -> Tensor:
+    """Nobody leaves who has something left to do."""
+    return (decision.score < highest_score(decision.score.dtype)).to(decision.keep)
+
+
+def _run_dearest(session: Session, cost: CostModel, groups: Sequence[Any], lengths_differ: bool) -> None:
+    with _on_dearest(session, cost, lengths_differ):
+        for x in groups:
+            session(x)
+
+
+def _spent(session: Session, cost: CostModel, samples: Any) -> float:
+    """MACs per sample."""
+    with record(session) as trace:
+        session(samples)
+    return float(cost.spent(trace).mean()) if trace.calls else cost.always
+
+
+def engine_calls(session: Session, groups: Sequence[Any]) -> list[tuple[Any, list[Tensor]]]:
+    """Every engine call that the session makes for these batches, in order, with its inputs."""
+    calls: list[tuple[Any, list[Tensor]]] = []
+    with _listening(session, calls):
+        for x in groups:
+            session(x)
+    return calls
+
+
+@contextmanager
+def _listening(session: Session, calls: list[tuple[Any, list[Tensor]]]) -> Iterator[None]:
+    for engine in session.engines():
+        engine.listener = lambda inputs, engine=engine: calls.append((engine, [t.clone() for t in inputs]))
+    try:
+        yield
+    finally:
+        for engine in session.engines():
+            engine.listener = None

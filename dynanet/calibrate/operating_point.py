@@ -1,0 +1,210 @@
+"""An operating point is thresholds for a budget, made from a table alone, and what they do there."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from dynanet.calibrate.budgeted import leaving, outcome
+from dynanet.calibrate.risk import GRID_SHARE, certified, common_levels, is_binary, least_samples, lost_answers
+from dynanet.calibrate.table import ExitTable
+from dynanet.calibrate.thresholds import SLACK, ThresholdSearch
+from dynanet.core.budget import Budget
+from dynanet.core.errors import BudgetError, DataError
+
+
+@dataclass(frozen=True, eq=False)
+class OperatingPoint:
+    """Thresholds for a budget, and what they do on the held-out samples.
+
+    Attributes:
+        asked: the budget.
+        thresholds: (K - 1,), +inf: nobody leaves at this exit, -inf: everybody.
+        limit: at most this many steps run, for the hard cap; None: no cap.
+        macs: per sample, in the mean.
+        ms: per sample, in the mean; None where not measured.
+        accuracy: on the held-out samples.
+        share: (K,) of the samples that leave at every exit.
+        promised: the asked risk is promised; None: none was asked.
+        note: what the user should know beyond the figures; "" mostly.
+    """
+
+    asked: Budget
+    thresholds: np.ndarray
+    limit: int | None
+    macs: float
+    ms: float | None
+    accuracy: float
+    share: np.ndarray
+    promised: bool | None
+    note: str
+
+    def __str__(self) -> str:
+        spent = f"{self.macs:,.0f} MACs" + ("" if self.ms is None else f", {self.ms:.3g} ms")
+        shares = " ".join(f"{share:.0%}" for share in self.share)
+        promise = {None: "", True: "; risk promised", False: "; risk NOT promised"}[self.promised]
+        note = f"\n  {self.note}" if self.note else ""
+        return f"{self.asked}: {spent} per sample, accuracy {self.accuracy:.2%}, exits {shares}{promise}{note}"
+
+
+def choose(table: ExitTable, budget: Budget, losses: np.ndarray | None = None) -> OperatingPoint:
+    """Thresholds for a budget.
+
+    Without a risk: the highest held-out accuracy within the mean cost (`optimal`). With a risk: the most eager member
+    of a family fixed in advance whose expected loss is promised (`risk`). With a risk and a mean cost: a member for
+    which both are promised, with the confidence together (Bonferroni); the most careful one. A cap cuts the model off
+    after so many steps, whatever the scores say.
+
+    Args:
+        table: of held-out data.
+        budget: what is asked.
+        losses: (N, K) at most 1, what the answer of every exit loses; for budgets with a risk. None:
+            `risk.lost_answers`, 1 where the early answer is wrong and the whole model's is right.
+
+    Raises:
+        BudgetError: below the cheapest or above the dearest path, with the possible range; ms that were not measured;
+            a risk and a cost that cannot both be promised; losses without a risk.
+        DataError: losses of another shape.
+    """
+    if losses is not None and budget.risk is None:
+        raise BudgetError("losses were given for a budget without a risk; add risk=, or leave them out")
+    losses = lost_answers(table) if losses is None else np.asarray(losses, dtype=np.float64)
+    if losses.shape != table.correct.shape:
+        raise DataError(f"losses of shape {losses.shape} for {table.samples} samples and {table.exits} exits")
+    limit = None if budget.cap_macs is None else _limit(table, budget.cap_macs)
+    cut = table if limit is None else table.first(limit)
+    bounds = {name: bound for name in ("macs", "ms") if (bound := getattr(budget, name)) is not None}
+    for name, bound in bounds.items():
+        _check_reachable(cut, name, bound)
+    promised, note = None, ""
+    if budget.risk is not None:
+        thresholds, promised, note = _promised(cut, losses[:, : cut.exits], budget.risk, budget.confidence, bounds)
+    elif bounds and cut.exits > 1:
+        thresholds, note = _within(cut, bounds)
+    else:
+        thresholds = _never(cut)
+    if cut.exits < table.exits:
+        thresholds = np.concatenate([thresholds, [-np.inf], np.full(table.exits - 1 - cut.exits, np.inf)])
+    return _choice(table, budget, thresholds, limit, promised, note)
+
+
+def curve(table: ExitTable, points: int = 25) -> list[OperatingPoint]:
+    """The best choices from the cheapest path to the dearest, at budgets evenly apart in MACs; one search for all."""
+    cost = _cost(table, "macs")
+    problem = ThresholdSearch(table.scores, table.correct.astype(np.float64), cost)
+    choices = []
+    for macs in np.linspace(*_range(cost), points):
+        thresholds = problem.best_within(macs)
+        note = _leftover(table, thresholds, {"macs": macs})
+        choices.append(_choice(table, Budget(macs=macs), thresholds, None, None, note))
+    return choices
+
+
+def _within(table: ExitTable, bounds: dict[str, float]) -> tuple[np.ndarray, str]:
+    """(thresholds, note) within bounds on mean costs: of one alone if that keeps the others, else of all at once."""
+    values = table.correct.astype(np.float64)
+    for name, bound in bounds.items():
+        thresholds = ThresholdSearch(table.scores, values, _cost(table, name)).best_within(bound)
+        if all(_spent(table, thresholds, other) <= most * (1 + SLACK) for other, most in bounds.items()):
+            return thresholds, _leftover(table, thresholds, bounds)
+    # The mean of the larger is no smaller than the larger of the means: this bound keeps them all.
+    shares = np.maximum.reduce([_cost(table, name) / bound for name, bound in bounds.items()])
+    if _range(shares)[0] > 1 + SLACK:
+        raise BudgetError(f"no path that was found keeps all of {bounds} together; ask for more of one of them")
+    thresholds = ThresholdSearch(table.scores, values, shares).best_within(1.0)
+    return thresholds, _leftover(table, thresholds, bounds)
+
+
+def _promised(
+    table: ExitTable, losses: np.ndarray, risk: float, confidence: float, bounds: dict[str, float]
+) -> tuple[np.ndarray, bool, str]:
+    """(thresholds, promised, note) for a risk, and for mean costs beside it."""
+    delta = (1 - confidence) / (1 + len(bounds))
+    # Shuffled: the betting bound reads the samples in order, and files are often sorted by class.
+    order = np.random.default_rng(0).permutation(table.samples)
+    chooses, tests = np.split(order, [math.ceil(GRID_SHARE * table.samples)])
+    family = common_levels(table.scores[chooses])
+    exits = np.stack([leaving(table.scores[tests], thresholds) for thresholds in family], 1)
+    tested = np.take_along_axis(losses[tests], exits, 1)
+    safe = certified(tested, risk, delta)  # family[:safe] keep the risk
+    asked, note = f"a risk of {risk:g} with confidence {confidence:g}", ""
+    if safe < min(2, len(family)):
+        needed = least_samples(risk, delta, binary=is_binary(tested))
+        if len(tests) < needed:
+            enough = math.ceil(needed / (1 - GRID_SHARE)) + 1
+            why = f"{table.samples} held-out samples are too few; give at least {enough}"
+        elif safe == 0:
+            why = f"without any early exit the held-out loss is {tested[:, 0].mean():.3g}; ask for more than that"
+        else:
+            why = f"the surest early answers lose too much for {table.samples} samples to tell; give more of them"
+        note = f"never exits early: {asked} cannot be promised for any early exit; {why}"
+        if not bounds:
+            return _never(table), safe == 1, note
+    cheap = 0  # family[cheap:] keep the mean costs
+    for name, bound in bounds.items():
+        most_expensive = table.most_expensive[-1] if name == "macs" else _cost(table, name).max()
+        costs = np.minimum(np.take_along_axis(_cost(table, name)[tests], exits, 1) / most_expensive, 1.0)
+        if bound < most_expensive:
+            cheap = max(cheap, len(family) - certified(costs[:, ::-1], bound / most_expensive, delta))
+    if cheap >= safe and note:
+        raise BudgetError(f"{note}. Mean costs of {bounds} need early exits; drop the risk or the cost")
+    if cheap >= safe:
+        spends = ", ".join(f"{_spent(table, family[safe - 1], name):.6g} {name}" for name in bounds)
+        raise BudgetError(
+            f"{asked} and mean costs of {bounds} cannot be promised together: this risk takes about {spends}; ask for "
+            f"more risk or more cost, or give more held-out samples"
+        )
+    return family[cheap if bounds else safe - 1], True, note
+
+
+def _choice(
+    table: ExitTable, budget: Budget, thresholds: np.ndarray, limit: int | None, promised: bool | None, note: str
+) -> OperatingPoint:
+    done = outcome(table, thresholds)
+    return OperatingPoint(budget, thresholds, limit, done.macs, done.ms, done.accuracy, done.share, promised, note)
+
+
+def _limit(table: ExitTable, cap: float) -> int:
+    """How many steps a hard cap allows."""
+    steps = int((table.most_expensive <= cap * (1 + SLACK)).sum())
+    if steps == 0:
+        least = f"{table.most_expensive[0]:.6g}"
+        raise BudgetError(f"cap_macs={cap:.6g} is below the first exit, which takes up to {least}; ask for no less")
+    return steps
+
+
+def _check_reachable(table: ExitTable, name: str, bound: float) -> None:
+    low, high = _range(_cost(table, name))
+    if low * (1 - SLACK) <= bound <= high * (1 + SLACK):
+        return
+    where = "below the cheapest" if bound < low else "above the dearest"
+    raise BudgetError(
+        f"{name}={bound:.6g} is {where} path: per sample this model can spend {low:.6g} to {high:.6g}; ask within that"
+    )
+
+
+def _leftover(table: ExitTable, thresholds: np.ndarray, bounds: dict[str, float]) -> str:
+    if any(_spent(table, thresholds, name) >= 0.95 * bound for name, bound in bounds.items()):
+        return ""
+    return "part of the budget is left: with more, the held-out accuracy falls, or scores that are tied do not fit"
+
+
+def _cost(table: ExitTable, name: str) -> np.ndarray:
+    """(N, K) of leaving at every exit."""
+    cost = table.macs if name == "macs" else table.ms
+    if cost is None:
+        raise BudgetError("a budget in ms needs measured times: give them as frontier.timed(ms), or ask in macs")
+    return np.broadcast_to(cost, table.correct.shape)
+
+
+def _range(cost: np.ndarray) -> tuple[float, float]:
+    means = cost.mean(0)
+    return float(means.min()), float(means.max())
+
+
+def _spent(table: ExitTable, thresholds: np.ndarray, name: str) -> float:
+    return float(_cost(table, name)[np.arange(table.samples), leaving(table.scores, thresholds)].mean())
+
+
+def _never(table: ExitTable) -> np.ndarray:
+    return np.full(table.exits - 1, np.inf)

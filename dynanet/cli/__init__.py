@@ -1,0 +1,1 @@
+"""The command line: `main`, its commands, and how arguments are read."""

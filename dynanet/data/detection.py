@@ -1,0 +1,196 @@
+"""Images with boxes in memory, at one size, and the augmentation of whole batches of them.
+
+A batch's boxes are one tensor (B, M, 5): label, left, top, right, bottom in pixels; label -1 fills up images of fewer
+boxes, and M may be 0.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import Dataset
+
+from dynanet.core.errors import ConfigError, DataError
+from dynanet.data.augment import normalise
+from dynanet.data.images import to_float
+from dynanet.data.voc import Boxes, DetectionImages, reversed_corners
+
+
+class DetectionTensors(Dataset[tuple[Tensor, Boxes]]):
+    """Images and their boxes; `to_memory` makes it of files.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        boxes: per image, in pixels of these images.
+        classes: the classes' names.
+
+    Raises:
+        DataError: images and boxes do not fit together, there are no images, a label is no class, or a box has its
+            corners the wrong way round.
+    """
+
+    def __init__(self, images: Tensor, boxes: Sequence[Boxes], classes: Sequence[str]) -> None:
+        if images.dtype != torch.uint8 or images.dim() != 4 or len(images) != len(boxes) or not len(boxes):
+            raise DataError(
+                f"images {tuple(images.shape)} {images.dtype} with the boxes of {len(boxes)}; expected uint8 "
+                f"(N, C, H, W) and boxes for each, N > 0"
+            )
+        for k, each in enumerate(boxes):
+            if len(each.labels) and not 0 <= int(each.labels.min()) <= int(each.labels.max()) < len(classes):
+                raise DataError(
+                    f"image {k} has labels from {int(each.labels.min())} to {int(each.labels.max())}; expected 0 to "
+                    f"{len(classes) - 1}, of the classes {', '.join(classes)}"
+                )
+            if bool((backwards := reversed_corners(each.boxes)).any()):
+                corners = each.boxes[backwards][0].tolist()
+                raise DataError(f"image {k} has the box {corners}; expected left, top, right, bottom in this order")
+        self.images, self.boxes, self.classes = images, tuple(boxes), tuple(classes)
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Boxes]:
+        return self.images[index], self.boxes[index]
+
+    def part(self, indices: Tensor) -> "DetectionTensors":
+        """The images of these indices."""
+        return DetectionTensors(self.images[indices], [self.boxes[i] for i in indices.tolist()], self.classes)
+
+
+def to_memory(data: DetectionImages, size: tuple[int, int] | None = None) -> DetectionTensors:
+    """Decode and resize every image once; its boxes are scaled with it.
+
+    Sides are scaled apart: an image of another shape is stretched. A corrupt image's place is taken by the next one.
+
+    Args:
+        data: of `load_voc`, not transformed otherwise than by default.
+        size: (height, width); None where all images agree.
+
+    Raises:
+        ConfigError: a size that is none.
+        DataError: images of several sizes, and none given.
+    """
+    if size is not None and min(size) < 1:
+        raise ConfigError(f"size is {size}; expected (height, width) of at least 1")
+    pairs = [data[k] for k in range(len(data))]
+    found = {tuple(image.shape[1:]) for image, _ in pairs}
+    if size is None and len(found) > 1:
+        raise DataError(f"images of {len(found)} sizes, {sorted(found)[:3]}; images in one tensor agree: give a size")
+    height, width = size if size is not None else pairs[0][0].shape[1:]
+    images, boxes = [], []
+    for image, (corners, labels, difficult) in pairs:
+        across, down = width / image.shape[2], height / image.shape[1]
+        images.append(_resized(image, (height, width)))
+        boxes.append(Boxes(corners * torch.tensor([across, down, across, down]), labels, difficult))
+    return DetectionTensors(torch.stack(images), boxes, data.classes)
+
+
+def padded(boxes: Sequence[Boxes]) -> Tensor:
+    """Boxes of several images in one tensor (B, M, 5), difficult ones left out; M is the most that an image has."""
+    kept = [torch.cat([b.labels[:, None].to(b.boxes), b.boxes], 1)[~b.difficult] for b in boxes]
+    most = max((len(k) for k in kept), default=0)
+    out = torch.zeros(len(kept), most, 5)
+    out[..., 0] = -1
+    for row, k in zip(out, kept, strict=True):
+        row[: len(k)] = k
+    return out
+
+
+def unpadded(y: Tensor) -> list[Boxes]:
+    """The boxes of every image again, from (B, M, 5)."""
+    kept = [row[row[:, 0] >= 0] for row in y]
+    return [Boxes(k[:, 1:], k[:, 0].long(), torch.zeros(len(k), dtype=torch.bool)) for k in kept]
+
+
+class RandomResizedFlipBoxes:
+    """The training augmentation of boxed images: mirrored, zoomed, shifted and lit differently, then normalised.
+
+    What a shift brings in from outside is the image's edge, repeated. A box of which less than `visible` is left is
+    left out; the part of it that shows teaches nothing then.
+
+    Args:
+        mean: (C,) of images in [0, 1].
+        std: (C,) of images in [0, 1].
+        zoom: images are enlarged or shrunk up to this factor; 1: not at all.
+        flip: mirror left-right and top-down, each for half the images.
+        light: contrast varies by this share, brightness by so many deviations.
+        visible: the least share of a box.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    def __init__(
+        self, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor, *, zoom: float = 1.25, flip: bool = True,
+        light: float = 0.2, visible: float = 0.4,
+    ) -> None:  # fmt: skip
+        if zoom < 1 or not 0 <= light < 1 or not 0 <= visible <= 1:
+            raise ConfigError(
+                f"ZoomFlipBoxes got zoom = {zoom}, light = {light}, visible = {visible}; expected a zoom of at least 1 "
+                f"and shares"
+            )
+        self.mean, self.std, self.zoom, self.flip, self.light, self.visible = mean, std, zoom, flip, light, visible
+
+    def collate(self, samples: Sequence[tuple[Tensor, Boxes]]) -> tuple[Tensor, Tensor]:
+        """(image, Boxes) pairs -> an augmented batch (B, C, H, W) and its boxes (B, M, 5)."""
+        images, boxes = torch.stack([image for image, _ in samples]), padded([each for _, each in samples])
+        x = normalise(images, self.mean, self.std)
+        batch = len(x)
+        scale = self.zoom ** (2 * torch.rand(batch, 1) - 1)
+        # An output place p shows what lies at scale * p + shift, in coordinates from -1 to 1; negative scales mirror.
+        mirror = torch.where(torch.rand(batch, 2) < 0.5, -1.0, 1.0) if self.flip else torch.ones(batch, 2)
+        shift = (2 * torch.rand(batch, 2) - 1) * (1 - 1 / self.zoom)
+        scale = scale * mirror
+        theta = torch.diag_embed(scale)
+        grid = functional.affine_grid(torch.cat([theta, shift[..., None]], 2), list(x.shape), align_corners=False)
+        x = functional.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
+        contrast = 1 + self.light * (2 * torch.rand(batch, 1, 1, 1) - 1)
+        x = contrast * x + self.light * (2 * torch.rand(batch, 1, 1, 1) - 1)
+        return x, moved(boxes, scale, shift, (x.shape[2], x.shape[3]), self.visible)
+
+
+class Normalize:
+    """Images normalised and nothing else: for held-out data.
+
+    Args:
+        mean: (C,) of images in [0, 1].
+        std: (C,) of images in [0, 1].
+    """
+
+    def __init__(self, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor) -> None:
+        self.mean, self.std = mean, std
+
+    def collate(self, samples: Sequence[tuple[Tensor, Boxes]]) -> tuple[Tensor, Tensor]:
+        """(image, Boxes) pairs -> a batch (B, C, H, W) and its boxes (B, M, 5)."""
+        images = torch.stack([image for image, _ in samples])
+        return normalise(images, self.mean, self.std), padded([each for _, each in samples])
+
+
+def moved(y: Tensor, scale: Tensor, shift: Tensor, size: tuple[int, int], visible: float) -> Tensor:
+    """Where boxes lie in images that show, at place p, what lay at scale * p + shift; clipped to the image.
+
+    Args:
+        y: (B, M, 5).
+        scale: (B, 2) across and down; negative where mirrored.
+        shift: (B, 2), in halves of the image.
+        size: (height, width).
+        visible: boxes of which a smaller share shows become padding.
+    """
+    side = torch.tensor([size[1], size[0]], dtype=y.dtype)
+    corners = y[..., 1:].unflatten(-1, (2, 2)) * 2 / side - 1  # from -1 to 1
+    corners = (corners - shift[:, None, None]) / scale[:, None, None]
+    corners = (corners + 1) / 2 * side
+    least, most = corners.amin(2), corners.amax(2)
+    inside_least, inside_most = (torch.minimum(edge.clamp(min=0), side) for edge in (least, most))
+    share = (inside_most - inside_least).clamp(min=0).prod(-1) / (most - least).prod(-1).clamp(min=1e-6)
+    label = torch.where((share >= visible) & (share > 0), y[..., 0], -1.0)
+    return torch.cat([label[..., None], inside_least, inside_most], -1)
+
+
+def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Float (C, H, W) in [0, 1] to uint8 of another size."""
+    image = image if image.is_floating_point() else to_float(image)
+    if tuple(image.shape[1:]) != size:
+        image = functional.interpolate(image[None], size=size, mode="bilinear", antialias=True, align_corners=False)[0]
+    return (255 * image).round().clamp(0, 255).byte()

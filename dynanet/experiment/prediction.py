@@ -1,0 +1,180 @@
+"""Answers of a saved model for files: arrays, images, sounds and sentences."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from dynanet.core.architecture import architecture_of
+from dynanet.core.cost import CostModel
+from dynanet.core.dynamic import record
+from dynanet.core.errors import ConfigError, InputError
+from dynanet.core.halt import Halt
+from dynanet.data.folder import SUFFIXES
+from dynanet.data.images import Images, to_float
+from dynanet.data.ragged import Sequences, pad
+from dynanet.data.speech import log_mel, read_wav
+from dynanet.data.text import Sentences, Vocabulary
+from dynanet.experiment.problem import WORDS
+from dynanet.export.bundles import Bundle
+from dynanet.session.session import Session
+from dynanet.zoo.saved import read
+
+
+def predict(model: Path, inputs: Path) -> list[dict[str, Any]]:
+    """Classify the inputs of a file or folder.
+
+    Args:
+        model: a bundle, or a run that holds one in model/.
+        inputs: an .npy file, (C, H, W) or (N, C, H, W), as the model takes it; an image file or a folder of images; a
+            .wav file or a folder of them, for a model of sounds; a .txt file with a sentence per line, for a run on
+            sentences.
+
+    Returns:
+        One row per input: input, class, index, probability, exit (from 1), macs.
+
+    Raises:
+        BundleError: the model cannot be loaded.
+        ConfigError: a run that is not trained yet.
+        DataError: images that cannot be decoded; single ones among many are left out, and named in the log.
+        InputError: inputs that cannot be read, or that the model cannot take.
+    """
+    is_run = (model / "config.yaml").exists()
+    if is_run and not (model / "model").exists():
+        raise ConfigError(f"{model} holds no trained model yet; run: dynanet train {model}")
+    bundle = read(model / "model" if is_run else model)
+    words = model / WORDS if is_run else None
+    x, names = _read_inputs(inputs, bundle, words)
+    if not names:
+        return []
+    session = Session(bundle.model, x, batches=(64,), engines="eager" if len(names) < 64 else "fastest")
+    cost = CostModel(bundle.model, _rows(x, slice(0, 1)))
+    halts = [name for name, layer in session.named_modules() if isinstance(layer, Halt)]
+    rows: list[dict[str, Any]] = []
+    for group in (_rows(x, slice(k, k + 256)) for k in range(0, len(names), 256)):
+        with record(session) as trace:
+            logits = session(group)
+        if not isinstance(logits, Tensor) or logits.dim() != 2:
+            raise InputError(
+                f"{type(bundle.model).__name__} answers maps, of shape {tuple(logits.shape)}; predict tells the class "
+                f"of inputs: take a model that classifies them, or `tasks.detection.decode` for boxes"
+            )
+        spent = cost.spent(trace).tolist() if trace.calls else [cost.full] * len(logits)
+        exits = sum((keep[:, 0] for name in halts[:1] for keep in trace[name]), torch.zeros(len(logits)))
+        chance, index = logits.softmax(-1).max(-1)
+        for i in range(len(logits)):
+            number = int(index[i])
+            rows.append(
+                {
+                    "input": names[len(rows)],
+                    "class": bundle.classes[number] if bundle.classes else str(number),
+                    "index": number,
+                    "probability": round(float(chance[i]), 6),
+                    "exit": int(exits[i]) + 1,
+                    "macs": spent[i],
+                }
+            )
+    return rows
+
+
+def _rows(x: Any, rows: slice) -> Any:
+    return tree_map(lambda t: t[rows], x)
+
+
+def _read_inputs(place: Path, bundle: Bundle, words: Path | None) -> tuple[Any, list[str]]:
+    if place.suffix == ".txt" and place.exists():
+        return _sentences(place, bundle, words)
+    sounds = [path for path in ([place] if place.is_file() else place.rglob("*")) if path.suffix.lower() == ".wav"]
+    if sounds:
+        return _sounds(sorted(sounds), bundle)
+    if place.suffix == ".npy" and place.exists():
+        x = _array(place, bundle)
+        return x, [str(i) for i in range(len(x))]
+    inside = place.rglob("*") if place.is_dir() else [place] if place.exists() else []
+    files = sorted(str(path) for path in inside if path.suffix.lower() in SUFFIXES)
+    if not files:
+        what = "holds no inputs" if place.exists() else "does not exist"
+        kinds = ", ".join(SUFFIXES)
+        raise InputError(
+            f"{place} {what}; expected an .npy file, an image ({kinds}), a folder of images, a sound (.wav), a folder "
+            f"of sounds, or sentences (.txt)"
+        )
+    return _images(files, bundle)
+
+
+def _sounds(files: list[Path], bundle: Bundle) -> tuple[Sequences, list[str]]:
+    """Frames as for training: log-mel bands, standardised."""
+    wanted = bundle.inputs
+    if wanted is None or wanted.size is not None or wanted.mean is None or wanted.std is None:
+        raise InputError(f"{files[0]} is a sound, and the model does not take any; give what it was trained on")
+    frames = [log_mel(*read_wav(file), bands=wanted.channels) for file in files]
+    mean, std = torch.tensor(wanted.mean), torch.tensor(wanted.std)
+    return pad([(each - mean) / std for each in frames]), [str(file) for file in files]
+
+
+def _sentences(place: Path, bundle: Bundle, words: Path | None) -> tuple[Tensor, list[str]]:
+    """Numbers of words, by the vocabulary of the run; a line each."""
+    if words is None or not words.exists():
+        raise InputError(
+            f"{place} holds sentences, and only a run that was trained on sentences knows the words; give its folder"
+        )
+    longest = getattr(architecture_of(bundle.model), "arguments", {}).get("longest", 64)
+    try:
+        lines = [line for line in place.read_bytes().decode().split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{place} cannot be read ({error}); expected a sentence per line, in UTF-8") from error
+    if not lines:
+        raise InputError(f"{place} holds no sentences; expected one per line")
+    data = Sentences(lines, torch.zeros(len(lines), dtype=torch.int64), Vocabulary.read(words), longest=longest)
+    return Sentences.collate([data[i] for i in range(len(data))], width=longest)[0], lines
+
+
+def _array(place: Path, bundle: Bundle) -> Tensor:
+    try:
+        array = np.load(place, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{place} cannot be read as an .npy array ({error}); save it with numpy.save") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu" or array.ndim not in (3, 4):
+        what = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise InputError(f"{place} holds {what}; expected numbers (N, C, H, W) or (C, H, W)")
+    x = torch.from_numpy(array.astype(np.float32))
+    x = x[None] if x.dim() == 3 else x
+    wanted = bundle.inputs
+    if wanted is not None and (x.shape[1] != wanted.channels or wanted.size not in (None, tuple(x.shape[2:]))):
+        raise InputError(
+            f"{place} holds inputs of {tuple(x.shape[1:])}; the model takes {wanted.channels} channels of {wanted.size}"
+        )
+    spoiled = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist() if len(x) else []
+    if spoiled:
+        which = f"{spoiled[:5]}{f' and {len(spoiled) - 5} more' if len(spoiled) > 5 else ''}"
+        raise InputError(f"{place} holds NaN or infinite values in input(s) {which}; mend or leave them out")
+    return x
+
+
+def _images(files: list[str], bundle: Bundle) -> tuple[Tensor, list[str]]:
+    """Decoded, cut and scaled as for training."""
+    wanted = bundle.inputs
+    if wanted is None or wanted.channels not in (1, 3) or wanted.size is None:
+        raise InputError(f"{files[0]} is an image, but the model does not say that it takes images; give an .npy file")
+    mode = "RGB" if wanted.channels == 3 else "L"
+    loaded = Images(_Files(files), torch.zeros(len(files)), ["any"], mode=mode, size=wanted.size).to_memory()
+    x = to_float(loaded.images)
+    if wanted.mean is not None and wanted.std is not None:
+        x = (x - torch.tensor(wanted.mean)[:, None, None]) / torch.tensor(wanted.std)[:, None, None]
+    return x, [file for file in files if file not in loaded.corrupt]
+
+
+class _Files:
+    """Image files by path, for `Images`."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self._paths = paths
+
+    def read(self, row: int) -> bytes:
+        return Path(self._paths[row]).read_bytes()
+
+    def name(self, row: int) -> str:
+        return self._paths[row]
