@@ -25,10 +25,12 @@ class Halt(Dynamic):
         steps: how many steps there are.
         limit: at most this many steps run, whatever the scores say: the hard cap per sample. None: all.
         rows: how rows leave; a session puts preallocated workspaces here.
+        multi_exit: in training the exits of all steps answer every row, and each is to be trained (`train.MultiExit`).
     """
 
     steps: int
     limit: int | None = None
+    multi_exit: bool = False
     rows: Rows = LEADING
 
     @property

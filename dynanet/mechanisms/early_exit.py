@@ -38,6 +38,8 @@ class EarlyExit(ThresholdHalt):
         StructureError: no stages, not one exit per stage, or a confidence that does not speak of every exit.
     """
 
+    multi_exit = True
+
     def __init__(
         self, stages: Sequence[nn.Module], exits: Sequence[nn.Module], confidence: Confidence | None = None
     ) -> None:

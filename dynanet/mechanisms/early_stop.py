@@ -80,6 +80,7 @@ class EarlyStop(ThresholdHalt, FrameByFrame):
         self.longest, self.every = longest, every
         self._pair = isinstance(cell, nn.LSTMCell)  # asked now: a session puts an engine in the cell's place
         self.policy = policy
+        self.multi_exit = policy is None
 
     def start(self, x: Tensor | Sequences) -> Any:
         """Frames, lengths, an empty state, no answer, and no memory of earlier answers.
