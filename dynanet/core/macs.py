@@ -35,6 +35,11 @@ class CountMacs(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # By default torch hides a dispatch mode from its compiler, and imports the compiler for that: a second or more.
+        return False
+
     def __init__(self, trace: Trace | None = None) -> None:
         super().__init__()
         self.trace = trace
