@@ -67,7 +67,9 @@ def written_out(arguments: list[str]) -> list[str]:
     written: list[str] = []
     for argument in arguments:
         number = re.fullmatch(r"[\d.]+(e-?\d+)?(,[\d.]+(e-?\d+)?)*", argument)
-        lists = _LISTS if number else () if argument.startswith(("-", "[")) else _LISTS_OF_PATHS
+        lists: tuple[str, ...] = _LISTS if number else _LISTS_OF_PATHS
+        if not number and argument.startswith(("-", "[")):
+            lists = ()
         if written and written[-1] in lists:
             written.append(f"[{argument}]")
         elif len(written) > 1 and written[-2] in lists and written[-1].endswith("]"):

@@ -140,7 +140,7 @@ def _described(point: "OperatingPoint", full: float) -> str:
 
 
 def evaluate(run: Path, json: bool = False) -> None:
-    """Measure every exit and every calibrated budget on test data; a network without exits as it was trained.
+    """Measure every exit and every calibrated budget on test data; of a network without exits, the trained one.
 
     Args:
         run: a calibrated run; of a network without exits any trained one.
@@ -190,7 +190,7 @@ def bench(
     Args:
         run: a calibrated run; of a network without exits any trained one.
         share: the budget, as a share of the full model's MACs. Not of a network without exits.
-        batches: samples per call; 1, 8, 64 and 256, as far as there are so many test samples, if not given.
+        batches: samples per call; those of 1, 8, 64 and 256 that the test split can fill, if not given.
         threads: how many threads to try; 1 and all of them, if not given.
         rounds: interleaved repetitions; figures are medians.
         json: print the result as JSON.

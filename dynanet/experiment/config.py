@@ -96,7 +96,7 @@ class Model:
             ConfigError: no such model, or arguments it does not take.
         """
         if self.name not in zoo.MODELS:
-            raise ConfigError(f"there is no model {self.name!r}; the zoo has {', '.join(zoo.MODELS)}")
+            raise ConfigError(f"model.name is {self.name!r}; expected a model of the zoo: {', '.join(zoo.MODELS)}")
         given = data.arguments
         for name, value in self.arguments.items():
             if name in given and value != given[name]:

@@ -33,7 +33,7 @@ def write_report(run: Run, path: Path | None = None, *, static: Sequence[pages.P
     """Write the report of a run, one HTML file.
 
     Args:
-        run: evaluated, or at least calibrated; trained where there are no exits.
+        run: evaluated, or at least calibrated; trained without exits.
         path: of the file; report.html in the run's folder if None.
         static: other networks to show beside it, of `static_point`.
 
@@ -56,7 +56,8 @@ def static_point(run: Run) -> pages.Point:
     Raises:
         ConfigError: a run of a network with exits.
     """
-    model, data, name = run.model, run.data, run.folder.name
+    model, data = run.model, run.data
+    name = run.folder.name
     if run.has_exits and not data.task.figures:
         raise ConfigError(
             f"{run.folder} is the run of a {type(model).__name__}; expected one of a network with one answer"
@@ -75,7 +76,8 @@ def static_point(run: Run) -> pages.Point:
 
 def _exit_findings(run: Run, static: Sequence[pages.Point]) -> pages.Findings:
     """Of a task that is scored from the table of exits."""
-    frontier, table, data = run.frontier, run.test_table, run.data
+    frontier, table = run.frontier, run.test_table
+    data = run.data
     ms = _exit_ms(Session(run.model, data.example(), batches=(BATCH,)), table.exits)
     if np.isfinite(ms).all():
         table, frontier = replace(table, ms=ms), frontier.timed(ms)

@@ -21,6 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -159,7 +160,7 @@ class Run:
 
         Raises:
             CheckpointError: the folder holds a run already and `resume` is off, or another experiment and it is on.
-            ConfigError: the folder holds something else, or there is no such model.
+            ConfigError: the folder holds something else, or the zoo does not have the model.
             TrainingError: the loss is NaN or infinite.
         """
         from dynanet.train.fitting import fit  # imports Lightning, which takes seconds
@@ -236,7 +237,7 @@ class Run:
 
         With exits: the accuracy of every exit and operating point, beside random exits at the same rates. Where the
         rows of the table are parts of an answer (segmentation), whole answers are scored instead, and `points` are
-        their figures. Without exits `points` holds one, of the network as it was trained.
+        their figures. Without exits `points` holds one, of the trained network.
 
         Raises:
             ConfigError: training is not finished, or a model with exits was not calibrated.
@@ -266,7 +267,7 @@ class Run:
     def explained(self) -> tuple[nn.Module, str]:
         """The model that the report looks at in detail, and the name of its setting.
 
-        At the operating point nearest to half of the MACs; as it was trained where there are no exits.
+        It is at the operating point nearest to half of the MACs; without exits it is the trained model.
         """
         if not self.has_exits:
             return copy.deepcopy(self.model), AS_TRAINED
@@ -308,7 +309,7 @@ class Run:
             InputError: the data has no scene.
         """
         if self.data.scene is None:
-            raise InputError(f"{self.data.title} is not a scene, so there is no map to make; take indian_pines")
+            raise InputError(f"{self.data.title} is not a scene and has no map; expected a run on indian_pines")
         return classified(self.frontier.at(budget_of(self.frontier, share)), self.data.scene, rounds=rounds)
 
     def export(self, folder: Path, share: float | None) -> str:
@@ -346,7 +347,7 @@ class Run:
         if self.data.inputs.varies:
             return replace(table, worst=table.mean_macs)
         macs = None if self.data.scene is None else exit_macs(self.model, self.data.scene)
-        return table if macs is None else replace(table, macs=macs, worst=macs)
+        return table if macs is None else replace(table, macs=np.array(macs), worst=np.array(macs))
 
     def _check_free(self, resume: bool) -> None:
         """The folder is new, or holds this very run and `resume` is on."""
@@ -371,7 +372,7 @@ class Run:
         else:
             what = f"holds a {type(self.model).__name__}, which has no layer that halts"
         raise ConfigError(
-            f"{self.folder} {what}: there are no thresholds to calibrate; run: dynanet evaluate {self.folder}"
+            f"{self.folder} {what}, so it has no thresholds to calibrate; run: dynanet evaluate {self.folder}"
         )
 
     def _not_calibrated(self) -> str:

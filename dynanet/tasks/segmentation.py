@@ -59,7 +59,8 @@ class Segmentation(Task):
 
         jaccard = MulticlassJaccardIndex(self.classes, average=None, ignore_index=self.void)
         accuracy = MulticlassAccuracy(self.classes, average="micro", ignore_index=self.void)
-        spent, samples, labelled = 0.0, 0, 0
+        spent = 0.0
+        samples = labelled = 0
         for x, y in batches:
             with record(model) as trace:
                 answer = model(x)

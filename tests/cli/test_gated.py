@@ -33,4 +33,4 @@ def test_from_training_to_the_report_without_calibration(call, refused, tmp_path
     assert code == 0 and "of the FLOP ratio" in out, err
     assert "ONNX Runtime cannot run the full network" in out.splitlines()[0], "EViT ranks tokens: eager is the rival"
     for command, *more in (["calibrate"], ["export-bundle", tmp_path / "b", "--share", "0.5"]):
-        assert "no layer that halts: there are no thresholds to calibrate" in refused(command, folder, *more)
+        assert "no layer that halts, so it has no thresholds to calibrate" in refused(command, folder, *more)

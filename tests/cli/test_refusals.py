@@ -31,7 +31,7 @@ from tests.cli.digits import DIGITS, contents
         (["train", "new", *DIGITS, "--data.place", "/nope"], "data.place is not supported for digits"),
         (["train", "new", "--data.size", "9"], "data.size is not supported for indian_pines"),
         (["train", "new", "--recipe.lr", "-1"], "lr is -1"),
-        (["train", "new", *DIGITS, "--model.name", "resnet50"], "no model 'resnet50'; the zoo has "),
+        (["train", "new", *DIGITS, "--model.name", "resnet50"], "model.name is 'resnet50'; expected a model"),
         (["train", "new", *DIGITS, "--model.arguments.num_classes", "3"], "num_classes = 3, but the data has 10"),
         (["train", "new", *DIGITS, "--model.arguments.colour", "red"], "'colour'; it takes widths, "),
         (["train", "new", *DIGITS, "--model.arguments.widths", "[0, 8]"], "widths"),
@@ -146,7 +146,7 @@ def test_a_network_of_one_exit(call, refused, tmp_path):
     code, out, _ = call("train", tmp_path / "static", *arguments, "{widths: [4], depths: [1]}")
     assert code == 0 and "by exit" not in out and f"next: dynanet evaluate {tmp_path / 'static'}" in out
     said = refused("calibrate", tmp_path / "static")
-    assert "no layer that halts: there are no thresholds to calibrate; run: dynanet evaluate" in said
+    assert "no layer that halts, so it has no thresholds to calibrate; run: dynanet evaluate" in said
     np.save(tmp_path / "x.npy", np.zeros((2, 1, 8, 8)))
     answers = json.loads(call("predict", tmp_path / "static", tmp_path / "x.npy", "--json")[1])["answers"]
     assert [row["exit"] for row in answers] == [1, 1] and answers[0]["macs"] > 0

@@ -150,5 +150,5 @@ def test_models_get_classes_and_channels_from_the_data(digits):
     ]:
         with pytest.raises(ConfigError, match=says):
             Model("staged_resnet", arguments).build(digits)
-    with pytest.raises(ConfigError, match="no model 'resnet50'; the zoo has .*msdnet, "):
+    with pytest.raises(ConfigError, match="model.name is 'resnet50'; expected a model of the zoo: .*msdnet, "):
         Model("resnet50").build(digits)
