@@ -48,7 +48,8 @@ class EarlyExit(ThresholdHalt):
         super().__init__(len(exits), confidence if confidence is not None else MaxProbability())
         self.stages, self.exits = nn.ModuleList(stages), nn.ModuleList(exits)
         self.leaves: Tensor
-        self.register_buffer("leaves", torch.arange(len(stages) - 1), persistent=False)
+        # Not by `arange`, which imports sympy when a bundle is checked on the meta device: half a second.
+        self.register_buffer("leaves", torch.tensor(range(len(stages) - 1), dtype=torch.int64), persistent=False)
         self._active = tuple(range(len(stages)))
 
     @property
