@@ -1,8 +1,8 @@
 """Code in the documents runs, what they name exists, and their words are plain."""
 
 import ast
-import functools
 import importlib
+import operator
 import re
 import shlex
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 
 import dynanet
 from dynanet.cli.commands import main
+from tests.test_floors import FLOORS
 from tests.test_style import WORDS
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +23,7 @@ RESULTS = ROOT / "results" / "README.md"
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
 CARDS = sorted((ROOT / "dynanet" / "mechanisms" / "cards").glob("*.md"))
 DOCUMENTS = [README, ARCHITECTURE, CONTRIBUTING, RESULTS, *GUIDES, *CARDS]
+FILES = {"py", "md", "csv", "json", "yaml", "html", "txt", "toml"}
 MOST_README_LINES = 120
 MOST_CARD_LINES = 120  # written by hand: generated tables do not count
 HEADINGS = [
@@ -64,7 +66,7 @@ def names(path):
 def dotted(path):
     """Every dotted name in inline code: `calibrate.calibrate`, and the `torch.tensor` of `torch.tensor(p).logit()`."""
     found = {name for span in spans(path) for name in re.findall(r"(?<![\w./-])[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+", span)}
-    return sorted(name for name in found if not (ROOT / name).suffix in (".py", ".md", ".csv", ".json", ".yaml", ".html"))
+    return sorted(name for name in found if name.rsplit(".")[-1] not in FILES)
 
 
 def exists(name):
@@ -117,7 +119,7 @@ def test_code_runs(path, run):
     for name in dotted(path):
         first, *rest = name.split(".")
         if first in assigned(path) & left.keys():
-            assert functools.reduce(lambda thing, part: getattr(thing, part, None), rest, left[first]) is not None, name
+            operator.attrgetter(".".join(rest))(left[first])
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -144,6 +146,12 @@ def test_cards_begin_with_a_verdict_and_are_short(path):
     assert re.match(r"Worth it when .*; not when .*\.", verdict.replace("\n", " ")), verdict
     by_hand = re.sub(r"<!-- results:.*?<!-- end of results -->\n", "", path.read_text(), flags=re.DOTALL)
     assert by_hand.count("\n") <= MOST_CARD_LINES
+
+
+def test_floors_of_the_architecture_are_those_of_the_test():
+    rows = re.findall(r"^\| (\d) \| (.*?) \|", ARCHITECTURE.read_text(), re.MULTILINE)
+    shown = {name: int(floor) for floor, cell in rows for name in re.findall(r"`(\w+)/?`", cell)}
+    assert shown == {name: floor for name, floor in FLOORS.items() if not name.startswith("__")}
 
 
 def test_readme_is_short():
