@@ -212,8 +212,8 @@ def headlines():
         f"- **{median(text, 'over_best_static'):.1f} times the sentences per second** for {lost:.1f} points of accuracy: "
         "MiniLM on SST-2, one sentence at a time ([rows](results/text_exits_speed.csv)).",
         "",
-        f"And where it does not pay: on CIFAR-10 at batch 1 a smaller static network ({percent(float(small['static_accuracy']))} "
-        f"correct) is {1 / float(small['times']):.1f} times faster than early exit ({percent(float(small['accuracy']))}; "
+        f"Where it does not pay: on CIFAR-10 at batch 1 a smaller static network ({percent(float(small['static_accuracy']))} "
+        f"accuracy) is {1 / float(small['times']):.1f} times faster than early exit ({percent(float(small['accuracy']))}; "
         "[rows](results/cifar10_speed.csv)). See [when nothing pays](docs/trust.md#when-nothing-pays).",
     ]
 
