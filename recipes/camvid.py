@@ -5,7 +5,7 @@
     python recipes/camvid.py picture --data DIR --out docs/camvid.png
 
 DIR holds CamVid in SegNet's layout. Thresholds are found on its validation split, and the test split is looked at once.
-A cascade is measured at every budget, and beside exits drawn by lot at the same rates; rows of speed have the accuracy of
+A cascade is measured at every budget, and beside random exits at the same rates; rows of speed have the accuracy of
 held-out positions, by which to choose a budget. `static, same weights` is the cascade's own last
 exit with nothing skipped. Frames are timed one by one, the cascade and its dense rivals interleaved in one process.
 """

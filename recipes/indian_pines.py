@@ -41,7 +41,7 @@ def statics(seed, args):
         run.train(progress=False, resume=True)
         reached = static_point(run)
         row = {"seed": seed, "share": share, "channels": channels, "accuracy": reached.accuracy}
-        row["macs_share"] = reached.macs / Run(args.runs / str(seed)).full_macs()
+        row["macs_share"] = reached.macs / Run(args.runs / str(seed)).full_macs
         append_rows(args.results / "indian_pines_static.csv", [row], {})
         print(row, flush=True)
 
