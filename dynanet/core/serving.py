@@ -1,4 +1,4 @@
-"""What a Halt adds so that a session can serve it frame by frame, or one row at a time."""
+"""Interfaces of a Halt that a session serves frame by frame, or as one graph per step for a single row."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 class FrameByFrame(ABC):
-    """What a Halt over sequences adds so that frames can be served as they arrive: `Session.stream`.
+    """Interface of a Halt over sequences whose frames are served as they arrive: `Session.stream`.
 
-    Sequences that are not equally far are read together. Step k reads the `every` frames behind frame k * every, so a
-    sequence decides after every so many frames, and answers at the latest after `longest`.
+    Sequences at different positions are read together. Step k reads the `every` frames behind frame k * every, so a
+    sequence decides after `every` frames, and answers at the latest after `longest`.
 
     Attributes:
         every: frames read between two decisions.
@@ -27,7 +27,7 @@ class FrameByFrame(ABC):
 
     @abstractmethod
     def begin(self, rows: int) -> Any:
-        """The state of so many sequences before their first frame: a pytree of tensors, rows first."""
+        """The state of `rows` sequences before their first frame: a pytree of tensors, rows first."""
 
     @abstractmethod
     def read(self, frame: Any, state: Any) -> Any:
@@ -35,37 +35,40 @@ class FrameByFrame(ABC):
 
     @abstractmethod
     def conclude(self, steps: Sequence[int], state: Any, memories: Sequence[Any]) -> "Conclusion":
-        """The answers after the frames of a step, and who goes on.
+        """The answers after the frames of a step, and which rows continue.
 
         Args:
             steps: of every row, the step that it has read.
-            state: as `read` answered it.
-            memories: of every row, what its last conclusion remembered; None at its first.
+            state: as `read` returned it.
+            memories: of every row, the memory of its last conclusion; None at its first.
         """
 
 
 class PartByPart(ABC):
-    """What a Halt adds whose rows are made of parts that see each other (the tokens of a sentence), so that a session
-    can run one row by itself as one graph per step. In a batch such rows have different lengths, and need several.
+    """Interface of a Halt whose rows are made of parts that see each other (the tokens of a sentence).
+
+    A session runs a single row as one graph per step. In a batch such rows have different lengths, and need several.
     """
 
     @abstractmethod
     def parts(self, x: Any) -> Tensor:
-        """What the first step takes of an input with one row: (n, ...), its parts."""
+        """The parts (n, ...) that the first step takes of an input with one row."""
 
     @abstractmethod
     def one_row(self, k: int) -> nn.Module | None:
-        """Step k of one row, from its parts to (answer, score, parts), the last step to (answer,). The first two stand
-        once per part, all alike. None: something inside decides, or must be remembered, and takes the usual way.
+        """Step k of one row, from its parts to (answer, score, parts); of the last step to (answer,).
+
+        Answer and score are repeated for every part. None: a layer inside decides or has a memory, so that the step
+        runs as in a batch.
         """
 
 
 class Conclusion(NamedTuple):
-    """What rows answer after a step of frames.
+    """The answers of rows after a step of frames.
 
     Attributes:
         answer: a pytree, rows first.
-        score: how sure the rows are, (rows, 1), whether or not somebody asks at this step.
+        score: how sure the rows are, (rows, 1), also at steps without a threshold.
         should_continue: (rows,) bool; False at the last step.
         memories: of every row, for its next conclusion.
     """

@@ -110,7 +110,9 @@ class Place:
     __slots__ = ("highest", "layer", "outer", "unit")
 
     def __init__(self, layer: str = "", unit: int = -1, outer: "Place | None" = None) -> None:
-        self.layer, self.unit, self.outer = layer, unit, outer
+        self.layer = layer
+        self.unit = unit
+        self.outer = outer
         self.highest: dict[str, int] = {}
         if outer is not None:
             self.highest = {**outer.highest, layer: max(unit, outer.highest.get(layer, unit))}
@@ -119,7 +121,7 @@ class Place:
 class Trace:
     """The decisions of one forward pass.
 
-    A layer that is called n times (a shared cell, a time step) is heard n times; `trace[name]` lists its keeps in
+    A layer that is called n times (a shared cell, a time step) is logged n times; `trace[name]` lists its keeps in
     order. `trace.answers[name]` holds the answers of a Halt's steps, for the rows that reached them. In training the
     keeps carry gradients, and those of a layer inside another reach the outer gate too.
     """
@@ -144,7 +146,7 @@ class Trace:
 
     def __getitem__(self, name: str) -> list[Tensor]:
         if name not in self.names.values():
-            raise KeyError(f"{name!r} is no dynamic layer of this model; there are {sorted(self.names.values())}")
+            raise KeyError(f"{name!r} is not a dynamic layer of this model; there are {sorted(self.names.values())}")
         return [call.keep for call in self.calls if call.name == name]
 
     def one(self, kind: type[L], name: str | None = None) -> tuple[L, str]:
@@ -183,7 +185,7 @@ class Trace:
         """The decisions of all layers of a kind, in the order in which they were made.
 
         Raises:
-            StructureError: there is no such layer, or none made a decision.
+            StructureError: no layer of this kind exists or made a decision.
         """
         names = self.all(kind)
         made = [call for call in self.calls if call.name in names]
