@@ -12,7 +12,7 @@ from dynanet.core.gate import Gate
 from dynanet.core.objective import Objective
 from dynanet.core.trace import Trace
 from dynanet.data.ragged import Sequences, as_sequences
-from dynanet.gates.rules import Rule
+from dynanet.gates.rules import OneOf
 
 
 class Jump(Dynamic):
@@ -186,29 +186,6 @@ class Jumps(NamedTuple):
     score: Tensor
     value: Tensor
     chooses: Tensor
-
-
-class OneOf(Rule):
-    """One unit for every row: drawn from the softmax in training, without gradient, for REINFORCE with `log_prob`; the
-    likeliest in eval mode.
-    """
-
-    @property
-    def decides(self) -> str:
-        """The best."""
-        return "the best score"
-
-    def forward(self, score: Tensor) -> Tensor:
-        """1 at one unit of every row. A draw is the highest score after Gumbel noise."""
-        score = score.detach()
-        if self.training:
-            score = score - torch.empty_like(score).exponential_().clamp(min=1e-20).log()
-        return torch.zeros_like(score).scatter(-1, score.argmax(-1, keepdim=True), 1.0)
-
-    @staticmethod
-    def log_prob(score: Tensor, keep: Tensor) -> Tensor:
-        """Log-probability of the draw, (rows...)."""
-        return (score.log_softmax(-1) * keep).sum(-1)
 
 
 class ReinforceJumps(Objective):

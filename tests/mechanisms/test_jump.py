@@ -10,7 +10,7 @@ from dynanet.core.dynamic import execute, forced, record
 from dynanet.core.errors import ConfigError, InputError, StructureError
 from dynanet.core.macs import CountMacs
 from dynanet.data.ragged import Sequences, pad
-from dynanet.mechanisms.jump import Jump, OneOf, ReinforceJumps
+from dynanet.mechanisms.jump import Jump, ReinforceJumps
 from dynanet.session import Session
 from dynanet.train.collapse import loads
 
@@ -152,16 +152,6 @@ def test_more_may_be_read_than_in_training():
     layer.jumps = 0
     with pytest.raises(StructureError, match="jumps is 0"):
         layer(x)
-
-
-def test_draws_follow_the_softmax():
-    torch.manual_seed(0)
-    score = torch.tensor([0.0, 1.0, -1.0, 2.0])
-    keep = OneOf().train()(score.expand(20_000, 4))
-    assert torch.equal(keep.sum(1), torch.ones(20_000))
-    torch.testing.assert_close(keep.mean(0), score.softmax(0), rtol=0, atol=0.015)
-    assert OneOf().eval()(score[None]).tolist() == [[0, 0, 0, 1]]
-    torch.testing.assert_close(OneOf.log_prob(score.expand(4, 4), torch.eye(4)), score.log_softmax(0))
 
 
 def test_the_loss_is_the_papers():
