@@ -188,5 +188,5 @@ def test_what_does_not_fit_together_is_refused():
         model_of()(videos(3, 0))
     with pytest.raises(ConfigError, match="margin is -1"):
         SalienceRank(-1)
-    with record(model_of()) as trace, pytest.raises(StructureError, match="'body' was named"):
+    with record(model_of()) as trace, pytest.raises(StructureError, match="is named 'body'"):
         SalienceRank(layer="body")(torch.zeros(1), torch.zeros(1, dtype=torch.int64), trace)

@@ -311,7 +311,7 @@ def test_what_it_refuses(x):
         answer = model(x)
     with pytest.raises(StructureError, match="by LearnedCrops.*give it SampledCrops"):
         PlaceReward()(answer, y, trace)
-    with pytest.raises(StructureError, match="'nobody' was named"):
+    with pytest.raises(StructureError, match="is named 'nobody'"):
         PlaceReward(halt="nobody")(answer, y, trace)
     model.places = SampledCrops()
     with forced(model, lambda d: torch.zeros_like(d.keep)), record(model) as trace:

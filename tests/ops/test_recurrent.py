@@ -4,7 +4,6 @@ from torch import nn
 
 from dynanet.ops.recurrent import hidden_of, zero_state
 
-
 CELLS = [(nn.GRUCell(3, 5), False), (nn.RNNCell(3, 5), False), (nn.LSTMCell(3, 5), True)]
 
 
