@@ -206,8 +206,12 @@ class Trace:
             raise StructureError(_only_some(name))
         return calls
 
-    def full_pass(self, name: str) -> tuple[list[Call], list[Any]]:
+    def full_pass(self, name: str, rows: int | None = None) -> tuple[list[Call], list[Any]]:
         """The decisions and the answers of a Halt in one pass in which every row took every step.
+
+        Args:
+            name: of the Halt.
+            rows: how many rows the batch has; None for as many as took the first step.
 
         Returns:
             One decision per step but the last, one answer per step.
@@ -217,7 +221,8 @@ class Trace:
         """
         calls = self.complete(name)
         answers = self.answers.get(name, [])
-        if len(answers) != len(calls) + 1 or len({answer.shape[0] for answer in answers}) != 1:
+        seen = {answer.shape[0] for answer in answers}
+        if len(answers) != len(calls) + 1 or len(seen) != 1 or rows not in (None, *seen):
             raise StructureError(
                 f"{name!r} gave {len(answers)} answers and made {len(calls)} decisions; expected one pass in which "
                 f"every row takes every step: use train mode, or the dense form (`execute(model, sparse=False)`)"

@@ -187,7 +187,7 @@ class ExitLabels(Objective):
         Raises:
             StructureError: no FrameExit, several and none named, or steps that only some rows reached.
         """
-        calls, answers = trace.full_pass(trace.one(FrameExit, self.halt)[1])
+        calls, answers = trace.full_pass(trace.one(FrameExit, self.halt)[1], y.shape[0])
         losses = []
         for t, (call, logits) in enumerate(zip(calls, answers[:-1], strict=True), start=1):
             score = call.decision.score[:, 0]

@@ -183,9 +183,10 @@ class PonderLoss(Objective):
             StructureError: no PonderNet, several and none named, or rows that were not computed.
         """
         layer, name = trace.one(PonderNet, self.halt)
+        exits = trace.full_pass(name, y.shape[0])[1]
         log_p = log_stopping(trace, layer, name)
         p = log_p.exp()
-        losses = [functional.cross_entropy(logits, y, reduction="none") for logits in trace.answers[name]]
+        losses = [functional.cross_entropy(logits, y, reduction="none") for logits in exits]
         steps = torch.arange(len(losses), device=p.device, dtype=p.dtype)
         log_prior = (steps * math.log1p(-self.prior)).log_softmax(0)
         divergence = (p * (log_p - log_prior)).sum(1)

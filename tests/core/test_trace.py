@@ -287,3 +287,12 @@ def test_a_full_pass_has_every_row_at_every_step(scores):
         halt(x)
     with pytest.raises(StructureError, match="use train mode"):
         trace.full_pass("")
+
+
+def test_a_full_pass_has_the_rows_of_the_batch():
+    halt = TwoExits(0.0).train()
+    with record(halt) as trace:
+        halt(torch.randn(3, 4))
+    trace.full_pass("", 3)
+    with pytest.raises(StructureError, match="use train mode"):
+        trace.full_pass("", 4)

@@ -309,7 +309,7 @@ def test_what_it_refuses(x):
     y, model = torch.tensor([0, 1, 2, 0, 1, 2]), glances()
     with record(model.train()) as trace:
         answer = model(x)
-    with pytest.raises(StructureError, match="by LearnedCrops.*give it SampledCrops"):
+    with pytest.raises(StructureError, match="set by LearnedCrops.*give it SampledCrops"):
         PlaceReward()(answer, y, trace)
     with pytest.raises(StructureError, match="is named 'nobody'"):
         PlaceReward(halt="nobody")(answer, y, trace)

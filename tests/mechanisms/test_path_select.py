@@ -222,7 +222,7 @@ def test_balance_is_zero_when_balanced_and_pushes_towards_it():
         both = (CrossEntropy() + PathBalance())(model(x), torch.zeros(64, dtype=torch.long), trace)
         alone = CrossEntropy()(model(x), torch.zeros(64, dtype=torch.long), trace)
     torch.testing.assert_close(both, alone)
-    with record(nn.Linear(1, 1)) as trace, pytest.raises(StructureError, match="nothing to balance"):
+    with record(nn.Linear(1, 1)) as trace, pytest.raises(StructureError, match="model with PathSelect layers"):
         PathBalance()(None, None, trace)
 
 
