@@ -33,7 +33,6 @@ class EarlyExit(ThresholdHalt):
         confidence: scores logits; `PerExit` for a criterion per exit. None for `MaxProbability`.
 
     Attributes:
-        thresholds: (exits - 1,), in the units of `confidence`. +inf: no row leaves here; -inf: every row does.
         leaves: (steps - 1,) int64, the threshold that each step has; `calibrate.calibrate` reads it.
 
     Raises:

@@ -55,11 +55,7 @@ class BranchSkip(Dynamic):
     """
 
     def __init__(
-        self,
-        branch: nn.Module,
-        gate: nn.Module,
-        shortcut: nn.Module | None = None,
-        activation: nn.Module | None = None,
+        self, branch: nn.Module, gate: nn.Module, shortcut: nn.Module | None = None, activation: nn.Module | None = None
     ) -> None:
         super().__init__()
         _one_unit(gate)

@@ -42,10 +42,8 @@ class ACT(Halt):
         _check_steps("ACT", cells, halting)
         if not 0 < eps < 1:
             raise ConfigError(f"eps must be between 0 and 1, got {eps}; the paper has 0.01")
-        self.cells = nn.ModuleList(cells)
-        self.halting = nn.ModuleList(halting)
-        self.eps = eps
-        self.steps = len(self.cells)
+        self.cells, self.halting = nn.ModuleList(cells), nn.ModuleList(halting)
+        self.steps, self.eps = len(cells), eps
 
     def start(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The input, the sum of scores (rows, 1), and the weighted sum of states."""
@@ -83,8 +81,7 @@ class PonderCost(Objective):
         """The cost of the halting scores in the trace.
 
         Raises:
-            StructureError: no ACT layer, or one that did not run every step for every row: use train mode or the dense
-                form.
+            StructureError: no ACT layer, or rows that were not computed: use train mode or the dense form.
         """
         return torch.stack([_ponder(trace.full_pass(name)[0]) for name in trace.all(ACT)]).sum()
 
@@ -118,11 +115,9 @@ class PonderNet(Halt):
             raise StructureError(f"PonderNet needs one exit per step; got {len(cells)} cells and {len(exits)} exits")
         if not 0 < at < 1:
             raise ConfigError(f"at must be a probability between 0 and 1, got at = {at}")
-        self.cells = nn.ModuleList(cells)
+        self.cells, self.halting = nn.ModuleList(cells), nn.ModuleList(halting)
         self.exits = nn.ModuleList(exits)
-        self.halting = nn.ModuleList(halting)
-        self.at = at
-        self.steps = len(self.cells)
+        self.steps, self.at = len(cells), at
 
     def start(self, x: Any) -> tuple[Any, Any]:
         """The input, and no hazard."""
