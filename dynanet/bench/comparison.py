@@ -23,7 +23,8 @@ from dynanet.core.dynamic import execute, layers, record
 from dynanet.core.errors import ConfigError, InputError
 from dynanet.core.halt import Halt, highest_score
 from dynanet.data.ragged import Sequences, trimmed
-from dynanet.session.engines import Engine, folded
+from dynanet.session.engines import Engine
+from dynanet.session.plan import folded
 from dynanet.session.session import Session
 
 log = logging.getLogger(__name__)

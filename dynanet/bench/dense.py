@@ -17,7 +17,8 @@ from dynanet.core.errors import InputError, StructureError, require
 from dynanet.core.halt import Halt
 from dynanet.core.serving import FrameByFrame
 from dynanet.mechanisms.early_stop import EarlyStop
-from dynanet.session.engines import Eager, Engine, OnnxRuntime, folded, onnx_runtime
+from dynanet.session.engines import Eager, Engine, OnnxRuntime, onnx_runtime
+from dynanet.session.plan import folded
 
 FUSED: dict[type[nn.Module], type[nn.RNNBase]] = {nn.GRUCell: nn.GRU, nn.LSTMCell: nn.LSTM, nn.RNNCell: nn.RNN}
 

@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dynanet.core.errors import StructureError
-from dynanet.core.rows import Leading, over_tensors
+from dynanet.core.rows import LeadingAnswers, over_tensors
 
 
-class Patches(Leading):
+class Patches(LeadingAnswers):
     """Pixels of (B, C, H, W) tensors, lead (B, H, W): a unit maps patches (rows, C, P, P) to one answer per pixel.
 
     Answers are (B, H, W, ...), so they come home as leading rows do.
