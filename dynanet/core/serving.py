@@ -63,7 +63,7 @@ class PartByPart(ABC):
         """
 
 
-class CalledInParts(ABC):
+class CalledInParts(ABC):  # noqa: B024 - a mark, which adds no method
     """A module that no engine may replace.
 
     Other methods than `forward` are called too, or its answer depends on the whole batch. Its submodules may become

@@ -104,9 +104,7 @@ class EngineSelector:
 
     def _onnx_engine(self, unit: StaticUnit, few: Sequence[Tensor]) -> OnnxRuntime | None:
         try:
-            return OnnxRuntime(
-                unit.function, few, threads=self._threads, workspaces=unit.workspaces, cache=self._cache
-            )
+            return OnnxRuntime(unit.function, few, threads=self._threads, workspaces=unit.workspaces, cache=self._cache)
         except (MissingExtraError, StructureError) as error:
             if not self._eager:
                 raise

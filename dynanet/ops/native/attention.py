@@ -20,6 +20,7 @@ _LIBRARY.define(
     "attend_packed(Tensor query, Tensor key, Tensor value, Tensor? bias, int[] lengths, int heads) -> Tensor"
 )
 _LIBRARY.define("mean_packed(Tensor x, int[] lengths) -> Tensor")
+ATTEND_PACKED = torch.ops.dynanet.attend_packed.default  # the operator, for those who look for its calls
 
 _BLOCK = 256
 """Keys that are looked at together, at most: turned, they stay in a cache of the second level."""
