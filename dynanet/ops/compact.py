@@ -164,7 +164,7 @@ class _Dilated(Places):
         return image.index_select(0, self.index[0])
 
     def read(self, part: int, conv: nn.Conv2d, rows: Tensor, image: Tensor) -> Tensor:
-        around = neighbours(self.index[part], self._shape, conv)
+        around = neighbours(self.index[part], self._shape, conv.kernel_size, conv.dilation)
         places = row_numbers(self.index[part - 1], len(image))[around].flatten()
         return functional.pad(rows, (0, 0, 0, 1)).index_select(0, places).view(len(around), -1)
 

@@ -1,5 +1,6 @@
 """Chains of convolutions at chosen positions of images: gathered as rows, computed as matrix products."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -201,30 +202,15 @@ def reads_neighbours(layer: nn.Module) -> bool:
     return padding(layer)[0] > 0
 
 
-def neighbours(index: Tensor, shape: tuple[int, int, int], conv: nn.Conv2d) -> Tensor:
-    """The flat positions that a convolution reads around others, (n, k * k); one past the last beyond an edge.
+def neighbours(index: Tensor, shape: Sequence[int], kernel: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """The flat positions that a "same" convolution reads, (n, k * k); one past the last beyond an edge.
 
     Args:
         index: (n,) flat positions of (B, H, W).
         shape: (B, H, W).
-        conv: a stride-1 "same" convolution.
+        kernel: sizes down and across.
+        dilation: down and across.
     """
-    return _around(index, shape, conv.kernel_size, conv.dilation)
-
-
-def neighbours_of_all(shape: tuple[int, int, int], conv: nn.Conv2d, device: torch.device) -> Tensor:
-    """`neighbours` of every position, (positions, k * k). The last 32 tables are kept, of 8 bytes per number."""
-    return _table(shape, (conv.kernel_size[0], conv.kernel_size[1]), (conv.dilation[0], conv.dilation[1]), device)
-
-
-@lru_cache(maxsize=32)
-def _table(
-    shape: tuple[int, int, int], kernel: tuple[int, int], dilation: tuple[int, int], device: torch.device
-) -> Tensor:
-    return _around(torch.arange(shape[0] * shape[1] * shape[2], device=device), shape, kernel, dilation)
-
-
-def _around(index: Tensor, shape: tuple[int, int, int], kernel: Sequence[int], dilation: Sequence[int]) -> Tensor:
     batch, height, width = shape
     down, across = (
         d * torch.arange(k, device=index.device) - d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True)
@@ -234,6 +220,14 @@ def _around(index: Tensor, shape: tuple[int, int, int], kernel: Sequence[int], d
     inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
     first = (index // (height * width))[:, None, None] * (height * width)
     return torch.where(inside, first + rows * width + columns, batch * height * width).flatten(1)
+
+
+@lru_cache(maxsize=32)
+def neighbours_of_all(
+    shape: tuple[int, ...], kernel: tuple[int, ...], dilation: tuple[int, ...], device: torch.device
+) -> Tensor:
+    """`neighbours` of every position, (positions, k * k). The last 32 tables are kept, of 8 bytes per number."""
+    return neighbours(torch.arange(math.prod(shape), device=device), shape, kernel, dilation)
 
 
 def row_numbers(index: Tensor, positions: int) -> Tensor:

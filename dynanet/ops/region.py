@@ -65,7 +65,7 @@ class Region(Places):
         """
         key = (conv.kernel_size, conv.dilation)
         if key not in self._around:
-            table = neighbours_of_all(self.shape, conv, self.index.device)
+            table = neighbours_of_all(self.shape, *key, self.index.device)
             if self._row_of is None:
                 self._row_of = row_numbers(self.index, len(table))
             places = table.index_select(0, self.index).flatten()

@@ -1,4 +1,4 @@
-"""Rows are square tiles of an image of any size; a unit may read a halo around them."""
+"""Square tiles of an image as rows; a unit may read a halo around them."""
 
 from collections.abc import Callable
 from math import ceil
@@ -30,14 +30,15 @@ class Tiles(Rows):
     def __init__(self, tile: int, halo: int = 0) -> None:
         if tile < 1 or halo < 0:
             raise StructureError(f"tiles need a side of at least 1 and a halo of at least 0; got {tile} and {halo}")
-        self.tile, self.halo = tile, halo
+        self.tile = tile
+        self.halo = halo
 
     def grid(self, x_BCHW: Tensor) -> tuple[int, int, int]:
         """The lead shape for an image batch."""
         return x_BCHW.shape[0], ceil(x_BCHW.shape[2] / self.tile), ceil(x_BCHW.shape[3] / self.tile)
 
     def check_mask(self, per_tile: Tensor, x_BCHW: Tensor) -> None:
-        """Refuse what says another number of tiles than an image has: it would be cut, or spread over wrong positions.
+        """Check that there is a value for every tile of the images.
 
         Args:
             per_tile: (B, tiles down, tiles across, ...), scores or a mask.
@@ -54,7 +55,7 @@ class Tiles(Rows):
             )
 
     def check(self, unit: nn.Module) -> None:
-        """Refuse a unit that tiles cannot run.
+        """Check that a unit can run on these tiles.
 
         Raises:
             StructureError: a layer that reads neighbours in another way than a stride-1 same convolution, a dynamic
@@ -67,14 +68,19 @@ class Tiles(Rows):
             )
 
     def whole(self, x: Any, lead: tuple[int, ...]) -> Any:
-        """The images as they are."""
+        """The images themselves."""
         return x
 
     def take(self, x: Any, lead: tuple[int, ...], index: Tensor) -> Any:
-        """(tiles with halo (r, C, t + 2h, t + 2h), inside (r, 1, t + 2h, t + 2h)): 0 outside the image."""
-        tile, halo, (_, down, across) = self.tile, self.halo, lead
+        """Gather tiles with their halo.
+
+        Returns:
+            (r, C, tile + 2 halo, tile + 2 halo), and a mask (r, 1, ...) of the same size, 0 outside the image.
+        """
+        tile = self.tile
+        halo = self.halo
         height, width = x.shape[2:]
-        sample, row, column = index // (down * across), index // across % down, index % across
+        sample, row, column = self._places(lead, index)
         span = torch.arange(-halo, tile + halo, device=x.device)
         rows, columns = row[:, None] * tile + span, column[:, None] * tile + span
         inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
@@ -85,7 +91,7 @@ class Tiles(Rows):
         return patches.permute(0, 3, 1, 2), inside[:, None].to(x.dtype)
 
     def call(self, unit: Callable, x: Any) -> Any:
-        """Run the unit on tiles: every padded convolution eats its padding off the halo."""
+        """Run the unit on tiles: every padded convolution consumes its padding from the halo."""
         tiles, inside = x
         assert isinstance(unit, nn.Module), "a unit on tiles is a module, so that its convolutions can be seen"
         for layer in layers_of(unit):
@@ -103,17 +109,18 @@ class Tiles(Rows):
 
     def put(self, y: Any, lead: tuple[int, ...], index: Tensor, otherwise: Any) -> Any:
         """`otherwise` with the tiles at `index` replaced."""
-        tile, (batch, down, across) = self.tile, lead
+        tile = self.tile
+        batch, down, across = lead
 
-        def home(t: Tensor, o: Tensor) -> Tensor:
+        def scattered(t: Tensor, o: Tensor) -> Tensor:
             height, width = o.shape[2:]
             padded = nn.functional.pad(o, (0, across * tile - width, 0, down * tile - height))
             tiles = padded.reshape(batch, o.shape[1], down, tile, across, tile).permute(0, 2, 4, 1, 3, 5).clone()
-            tiles[index // (down * across), index // across % down, index % across] = t
+            tiles[self._places(lead, index)] = t
             image = tiles.permute(0, 3, 1, 4, 2, 5).reshape(batch, o.shape[1], down * tile, across * tile)
             return image[..., :height, :width]
 
-        return over_tensors(home, y, otherwise)
+        return over_tensors(scattered, y, otherwise)
 
     def mask(self, y: Any, lead: tuple[int, ...], keep: Tensor, otherwise: Any) -> Any:
         """The blend, every position with its tile's keep."""
@@ -125,9 +132,15 @@ class Tiles(Rows):
         return over_tensors(blend, y, otherwise)
 
     def spread(self, per_tile: Tensor, like: Tensor) -> Tensor:
-        """(B, tiles down, tiles across) to (B, 1, H, W): every position gets its tile's value."""
+        """Give every position its tile's value: (B, tiles down, tiles across) to (B, 1, H, W)."""
         if self.tile == 1:
             return per_tile[:, None].to(like.dtype)
         wide = per_tile[:, None, :, None, :, None].expand(-1, -1, -1, self.tile, -1, self.tile)
         wide = wide.flatten(4, 5).flatten(2, 3)
         return wide[..., : like.shape[2], : like.shape[3]].to(like.dtype)
+
+    @staticmethod
+    def _places(lead: tuple[int, ...], index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sample, row and column of tiles."""
+        _, down, across = lead
+        return index // (down * across), index // across % down, index % across
