@@ -158,7 +158,7 @@ def attend_causal(query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, hea
 def class_attention(query: Tensor, key: Tensor, tokens: Tokens, heads: int) -> Tensor:
     """How much the first token attends to each token of its sample: the softmax of its query, averaged over heads.
 
-    Attentiveness in Liang et al. 2022 (EViT, arXiv:2202.07800, section 3.2). 0 where there is no token.
+    Attentiveness in Liang et al. 2022 (EViT, arXiv:2202.07800, section 3.2). 0 where a token is missing.
 
     Args:
         query: as in `attend`.
@@ -237,7 +237,7 @@ def first_rows(t: Tensor, tokens: Tokens) -> Tensor:
 
 
 def sum_by_sample(x: Tensor, tokens: Tokens) -> Tensor:
-    """Sum over every sample's tokens, (B, ...); x must be 0 where there is no token."""
+    """Sum over every sample's tokens, (B, ...); x must be 0 where a token is missing."""
     if tokens.lengths is None:
         return x.sum(1)
     sums = x.new_zeros(len(tokens.lengths), *x.shape[1:])
@@ -273,7 +273,7 @@ class Rectangle:
             self._place = sample * self._longest + within
 
     def of(self, t: Tensor, fill: float) -> Tensor:
-        """(B, T, ...) or (N, ...) to (B, longest, ...); `fill` where there is no token."""
+        """(B, T, ...) or (N, ...) to (B, longest, ...); `fill` where a token is missing."""
         lengths = self._tokens.lengths
         if lengths is None:
             return t if self.full else torch.where(_like(self._tokens.there(), t), t, fill)
