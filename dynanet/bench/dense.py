@@ -14,7 +14,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from dynanet.core.dynamic import everything, execute, forced
 from dynanet.core.errors import InputError, StructureError, require
-from dynanet.core.halt import FrameByFrame, Halt
+from dynanet.core.halt import Halt
+from dynanet.core.serving import FrameByFrame
 from dynanet.mechanisms.early_stop import EarlyStop
 from dynanet.session.engines import Eager, Engine, OnnxRuntime, folded, onnx_runtime
 

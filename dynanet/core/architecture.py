@@ -1,6 +1,6 @@
 """How a model was built: the name of a function of the zoo and the arguments it was given.
 
-A saved model names its architecture, never code: whoever loads it looks the name up among functions they already have.
+A saved model names its architecture, never code: the loader looks the name up among functions that are installed.
 """
 
 import functools

@@ -9,7 +9,7 @@ from dynanet.core.errors import BudgetError
 
 @dataclass(frozen=True)
 class Budget:
-    """What is asked of a model. At least one of `macs`, `ms`, `risk` and `cap_macs` is given; all that are given hold.
+    """The limits for a model. At least one of `macs`, `ms`, `risk` and `cap_macs` is given; all that are given hold.
 
     >>> Budget(macs=2e6)
     Budget(macs=2000000.0)
@@ -24,7 +24,7 @@ class Budget:
         cap_macs: multiply-accumulates that no sample may exceed, whatever its scores say.
 
     Raises:
-        BudgetError: nothing is asked, or a number that means nothing (a negative cost, a risk of 2).
+        BudgetError: no limit is given, or a number that means nothing (a negative cost, a risk of 2).
     """
 
     macs: float | None = None
@@ -35,7 +35,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.macs is None and self.ms is None and self.risk is None and self.cap_macs is None:
-            raise BudgetError("this budget asks for nothing; give at least one of macs=, ms=, risk=, cap_macs=")
+            raise BudgetError("this budget has no limit; give at least one of macs=, ms=, risk=, cap_macs=")
         for field in fields(self):
             value = getattr(self, field.name)
             if value is None and field.name != "confidence":
@@ -45,9 +45,9 @@ class Budget:
             number = float(value)
             if field.name in ("risk", "confidence"):
                 if not 0 < number < 1:
-                    raise BudgetError(f"{field.name}={number:g} is no probability; give a number between 0 and 1")
+                    raise BudgetError(f"{field.name} must be a probability between 0 and 1, got {number:g}")
             elif not 0 < number < math.inf:
-                raise BudgetError(f"{field.name}={number:g} is no cost per sample; give a number above 0")
+                raise BudgetError(f"{field.name} must be a cost per sample above 0, got {number:g}")
             object.__setattr__(self, field.name, number)
 
     def __repr__(self) -> str:

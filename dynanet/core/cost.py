@@ -20,21 +20,21 @@ log = logging.getLogger(__name__)
 
 
 class CostModel:
-    """What every unit of a model costs, and what a forward pass spent.
+    """Prices the units of a model, and what a forward pass spent.
 
-    Prices are measured, not derived: one sparse pass with everything kept, its MACs counted at dispatch and given to
-    the innermost unit that ran; divided by the rows that ran it. `macs` are multiply-accumulates of convolutions,
-    linears, matmuls and attention. Prices hold for inputs of the example's size: make a cost model for every size that
-    there is. It warns of a trace with another number of rows per sample, where much runs that is in no unit.
+    Prices are measured, not derived: in one sparse pass with everything kept, MACs are counted at dispatch and
+    attributed to the innermost unit that ran, then divided by its rows. MACs are the multiply-accumulates of
+    convolutions, linears, matmuls and attention. Prices hold for inputs of the example's size: make a cost model for
+    every size. A trace with another number of rows per sample is warned of where much runs outside of all units.
 
-    Layers go by their names, so a cost model also prices traces of a copy of the model: of a session, say.
+    Layers go by their names, so a cost model also prices traces of a copy of the model, such as a session.
 
     Attributes:
-        full: MACs per sample of the dense form, everything computed; of units that exclude each other (`Dynamic.most`)
-            the dearest only, as no row runs more.
+        full: MACs per sample of the dense form, everything computed; of units that exclude each
+            other (`Dynamic.max_units`) the most expensive only: no row can cost more.
         always: MACs per sample in no unit: what runs whatever is decided, gates included.
-        worst: MACs per sample of the dearest path: the sparse form with everything kept, and as in `full` the dearest
-            of what excludes each other. More than `full` where halos are read twice; less where a hard cap stands
+        worst: MACs per sample of the most expensive path: the sparse form with everything kept, units that exclude
+            each other counted as in `full`. More than `full` where halos are read twice; less under a hard cap
             (`Halt.limit`).
         unit: by layer, the price of one row of each unit, (units,) or (units, degree) float64.
 
@@ -63,13 +63,13 @@ class CostModel:
                 passes.append(_counted(model, example, _one_in(power)))
         trace, macs = passes[0]
         most = {name: layer.max_units for name, layer in found.items()}
-        self.full = _dearest(all_of_it, dense.macs, most) / samples
+        self.full = _one_path(all_of_it, dense.macs, most) / samples
         self.always = macs[None] / samples
-        self.worst = _dearest(trace, macs, most) / samples
+        self.worst = _one_path(trace, macs, most) / samples
         self.unit = {name: _prices(name, layer, passes) for name, layer in found.items() if name in trace.keys()}
         self._price = {name: layer.price for name, layer in found.items()}
         self._rows = {(call.name, call.keep.shape[1:-1]) for call in trace.calls}
-        self._told = False
+        self._warned = False
 
     def spent(self, trace: Trace) -> Tensor:
         """MACs per sample of a recorded pass, (B,) float64: equal to what runs when the sample runs sparsely alone.
@@ -86,16 +86,18 @@ class CostModel:
 
     @contextmanager
     def most_expensive(self, model: nn.Module) -> Iterator[None]:
-        """Inside, every row of the model takes the dearest path: everything is kept, and of units that exclude each
-        other the dearest ones, by their own price (without what is decided inside them).
+        """Inside, every row of the model takes the most expensive path.
+
+        Everything is kept; of units that exclude each other the most expensive ones, by their own price without what
+        is decided inside them.
 
         Args:
-            model: the one that was priced, or a copy of it: a session, say.
+            model: the priced model, or a copy of it, such as a session.
         """
         found = layers(model)
         before = [layer.force for layer in found.values()]
         for name, layer in found.items():
-            layer.force = everything if layer.max_units is None else _dearest_of(self.unit[name], layer.max_units)
+            layer.force = everything if layer.max_units is None else _best_units(self.unit[name], layer.max_units)
         try:
             yield
         finally:
@@ -112,7 +114,7 @@ class CostModel:
             StructureError: the trace is empty, of a model with other units, or has no layer of that name.
         """
         if name not in trace.names.values():
-            raise StructureError(f"{name!r} is no layer of this trace; there are {sorted(trace.names.values())}")
+            raise StructureError(f"{name!r} is not a layer of this trace; there are {sorted(trace.names.values())}")
         zeros = _zeros(trace)
         depth = 1 + max((call.first + 1 for call in trace.calls if call.name == name), default=0)
         spent = [zeros] * depth
@@ -128,8 +130,8 @@ class CostModel:
         if call.name not in self.unit:
             raise StructureError(f"the trace has a layer {call.name!r} that this cost model never saw; make one for it")
         another = (call.name, call.keep.shape[1:-1]) not in self._rows
-        if another and not self._told and self.always > 0.05 * self.full:
-            self._told = True
+        if another and not self._warned and self.always > 0.05 * self.full:
+            self._warned = True
             log.warning(
                 "%r decided on %s rows per sample, another number than in the example of this cost model. What runs "
                 "whatever is decided (%.0f%% of all) is priced for the example's size: make a cost model per size",
@@ -167,7 +169,7 @@ def _try(model: nn.Module, example: Any) -> None:
 
 @contextmanager
 def _as_deployed(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; every flag as it was outside."""
+    """Eval mode inside; all flags are restored afterwards."""
     training = {module: module.training for module in model.modules()}
     sparse = {layer: layer.sparse for layer in layers(model).values()}
     model.eval()
@@ -186,8 +188,8 @@ def _counted(model: nn.Module, example: Any, keep: Callable[[Decision], Tensor])
     return trace, count.macs
 
 
-def _dearest(trace: Trace, macs: Counter[tuple[str, range] | None], most: dict[str, int | None]) -> float:
-    """Of all MACs those that one path can take, where a layer runs only its `most` dearest units."""
+def _one_path(trace: Trace, macs: Counter[tuple[str, range] | None], most: dict[str, int | None]) -> float:
+    """The MACs of one path, where a layer runs only its `most` most expensive units."""
     above: dict[str, set[tuple[str, int] | None]] = {}
     for call in trace.calls:
         above.setdefault(call.name, set()).add(call.innermost)
@@ -211,7 +213,7 @@ def _dearest(trace: Trace, macs: Counter[tuple[str, range] | None], most: dict[s
     return macs[None] + inside(None)
 
 
-def _dearest_of(prices: Tensor, most: int) -> Callable[[Decision], Tensor]:
+def _best_units(prices: Tensor, most: int) -> Callable[[Decision], Tensor]:
     best = prices.reshape(prices.shape[0], -1).sum(1).topk(min(most, prices.shape[0])).indices
 
     def keep(decision: Decision) -> Tensor:
@@ -222,11 +224,11 @@ def _dearest_of(prices: Tensor, most: int) -> Callable[[Decision], Tensor]:
 
 def _zeros(trace: Trace) -> Tensor:
     """A zero for every sample of a trace, (B,) float64."""
-    heard = [call.keep for call in trace.calls[:1]]
-    if not heard:  # a Halt that may take one step only decides nothing, but it answers
-        heard = [leaf for leaf in tree_leaves(trace.answers) if isinstance(leaf, Tensor)]
-    if heard:
-        return torch.zeros(heard[0].shape[0], dtype=torch.float64, device=heard[0].device)
+    logged = [call.keep for call in trace.calls[:1]]
+    if not logged:  # a Halt that may take one step only decides nothing, but it answers
+        logged = [leaf for leaf in tree_leaves(trace.answers) if isinstance(leaf, Tensor)]
+    if logged:
+        return torch.zeros(logged[0].shape[0], dtype=torch.float64, device=logged[0].device)
     if not trace.names:
         raise StructureError("this trace is of a model without dynamic layers: every sample costs `cost.always`")
     raise StructureError("nothing was decided in this trace: run the model inside `with record(model) as trace`")
@@ -261,8 +263,8 @@ def _prices(name: str, layer: Dynamic, passes: list[tuple[Trace, Any]]) -> Tenso
             prices[list(frame[1])] = spent / rows[:, 0].clamp(min=1)
         elif torch.linalg.matrix_rank(rows) < layer.degree:
             raise StructureError(
-                f"{name!r} has a price of degree {layer.degree} in its rows, and this example is too small to tell the "
-                f"degrees apart; give samples of at least {layer.degree} rows"
+                f"{name!r} has a price of degree {layer.degree} in its rows, and this example is too small to "
+                f"separate the degrees; give samples of at least {layer.degree} rows"
             )
         else:
             prices[list(frame[1])] = torch.linalg.solve(rows, spent)

@@ -13,14 +13,17 @@ from dynanet.core.trace import Frame, Trace
 
 
 class Kept:
-    """The rows that keep a unit: `take` them out, work, `put` the answer home."""
+    """The rows that keep a unit: `take` them, compute, `put` the answer back."""
 
     def __init__(self, rows: Rows, lead: tuple[int, ...], keep: Tensor, index: Tensor | None) -> None:
-        self.rows, self.lead, self.keep, self.index = rows, lead, keep, index
+        self.rows = rows
+        self.lead = lead
+        self.keep = keep
+        self.index = index
 
     @property
     def empty(self) -> bool:
-        """No row keeps the unit: it need not be called. Never so in the dense form."""
+        """Whether no row keeps the unit, so that it need not be called. Always False in the dense form."""
         return self.index is not None and self.index.numel() == 0
 
     def take(self, x: Any) -> Any:
@@ -34,7 +37,7 @@ class Kept:
         return unit(self.take(x)) if self.index is None else self.rows.call(unit, self.take(x))
 
     def frame(self, layer: "Dynamic", unit: int) -> Frame:
-        """For the trace: where these rows lie."""
+        """Where these rows lie, for the trace."""
         mask = self.keep if self.index is None else None
         return Frame(layer, range(unit, unit + 1), self.lead, self.index, mask, self.rows.flat)
 
@@ -67,24 +70,25 @@ class Dynamic(nn.Module):
 
     @property
     def decides(self) -> str:
-        """In words, what of its way to decide in eval mode no weight tells; "" if nothing. A checkpoint remembers it,
-        and is refused by a layer that would decide otherwise.
+        """Eval-mode decision settings that are not in the state dict, in words; "" if there are none.
+
+        A checkpoint stores them, and is refused by a layer that would decide otherwise.
         """
         return ""
 
     @property
     def gathers(self) -> bool:
-        """The sparse form is in use."""
+        """Whether the sparse form is in use."""
         return self.sparse and not self.training
 
     def tap(
         self, decision: Decision, first: int = 0, pinned: Tensor | None = None, present: Tensor | None = None
     ) -> Decision:
-        """Tell the trace. Obey what this returns, not what went in: `forced` may have replaced it.
+        """Record a decision and return the one to follow: `forced` may have replaced it.
 
         Args:
             decision: keep is (rows..., units).
-            first: the unit that keep's first column speaks of, for layers that decide one unit after another.
+            first: the unit of keep's first column, for layers that decide one unit after another.
             pinned: 1 where a unit stays kept whatever is forced (the CLS token, a first stage).
             present: 0 where there is nothing left to keep, whatever is forced (a token dropped before, a position that
                 has halted).
@@ -96,8 +100,9 @@ class Dynamic(nn.Module):
     def apply_override(
         self, decision: Decision, pinned: Tensor | None = None, present: Tensor | None = None
     ) -> Decision:
-        """The first half of `tap`: the decision that holds, forced or not. For layers whose trace speaks of other
-        units than their gate (blocks of a weight matrix instead of channels).
+        """Return the decision to follow: the override if one is set, else the gate's. The first half of `tap`.
+
+        For layers whose trace counts other units than their gate (blocks of a weight matrix instead of channels).
         """
         keep = decision.keep if self.force is None else self.force(decision).to(decision.keep)
         if pinned is not None:
@@ -107,15 +112,15 @@ class Dynamic(nn.Module):
         return Decision(keep, decision.score)
 
     def log(self, decision: Decision, first: int = 0) -> None:
-        """The second half of `tap`: the decision goes into the trace, if there is one."""
+        """Add the decision to the trace, if one is open. The second half of `tap`."""
         if self.trace is not None:
             self.trace.log(self, decision, first)
 
     @contextmanager
     def within(self, frame: Frame) -> Iterator[None]:
-        """What is decided and computed in here belongs to the frame's units.
+        """Attribute what is decided and computed inside to the frame's units.
 
-        For layers with a kernel of their own, that branch on `gathers` instead of calling `run`.
+        For layers with their own kernel, which branch on `gathers` instead of calling `run`.
         """
         if self.trace is None:
             yield
@@ -128,24 +133,24 @@ class Dynamic(nn.Module):
 
     @contextmanager
     def only(self, unit: int, keep: Tensor, rows: Rows = LEADING) -> Iterator[Kept]:
-        """The rows that keep a unit, opened up: `take` them, work, `put` the answer home.
+        """Open the rows that keep a unit: `take` them, compute, `put` the answer back.
 
         Args:
-            unit: the unit that runs in here.
+            unit: the unit that runs inside.
             keep: (rows...), without a unit axis.
-            rows: how rows leave and come home.
+            rows: how rows are gathered and scattered.
         """
         kept = self.kept(keep, rows)
         with self.within(kept.frame(self, unit)):
             yield kept
 
     def kept(self, keep: Tensor, rows: Rows = LEADING) -> "Kept":
-        """The rows that keep a unit, without a frame: for layers that open it themselves."""
+        """The rows that keep a unit, without a frame, for layers that open one themselves."""
         lead, flat = tuple(keep.shape), keep.flatten()
         return Kept(rows, lead, flat, flat.nonzero().squeeze(1) if self.gathers else None)
 
     def run(self, unit: int, f: Callable, keep: Tensor, x: Any, otherwise: Any, rows: Rows = LEADING) -> Any:
-        """f(x) for the rows with keep = 1, `otherwise` elsewhere. A unit that no row keeps is not called.
+        """Return f(x) for the rows with keep = 1, `otherwise` elsewhere. A unit that no row keeps is not called.
 
         Args:
             unit: which unit f is.
@@ -153,7 +158,7 @@ class Dynamic(nn.Module):
             keep: (rows...), without a unit axis.
             x: a pytree whose tensors hold the rows.
             otherwise: a pytree shaped as the answer.
-            rows: how rows leave and come home.
+            rows: how rows are gathered and scattered.
         """
         with self.only(unit, keep, rows) as kept:
             if kept.empty:

@@ -58,7 +58,7 @@ def write_csv(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]], first:
     Args:
         path: the file.
         rows: from columns to values; a row need not have all columns.
-        first: columns that come first, also where there are no rows; the others as they come up in the rows.
+        first: columns that come first, also without rows; the others follow in the order in which rows name them.
 
     Raises:
         OSError: as `write_atomically`.

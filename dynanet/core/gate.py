@@ -21,14 +21,16 @@ class Gate(nn.Module):
         units: how many units the scores must speak of.
 
     Raises:
-        ConfigError: a rule that does not fit so many units.
+        ConfigError: a rule that does not fit this number of units.
     """
 
     def __init__(self, scorer: nn.Module, rule: nn.Module, units: int = 1) -> None:
         super().__init__()
         if callable(check := getattr(rule, "check", None)):
             check(units)
-        self.scorer, self.rule, self.units = scorer, rule, units
+        self.scorer = scorer
+        self.rule = rule
+        self.units = units
 
     @property
     def decides(self) -> str:

@@ -1,13 +1,13 @@
 """Halt: steps of which later ones run only for the rows that go on. Early exit, cascades, pondering, temporal stops."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from abc import abstractmethod
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from dynanet.core.confidence import Confidence
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import StructureError
@@ -30,6 +30,11 @@ class Halt(Dynamic):
     steps: int
     limit: int | None = None
     rows: Rows = LEADING
+
+    @property
+    def last(self) -> int:
+        """The last step that may run, counted from 0."""
+        return (self.steps if self.limit is None else min(self.limit, self.steps)) - 1
 
     @abstractmethod
     def start(self, x: Any) -> Any:
@@ -69,7 +74,7 @@ class Halt(Dynamic):
         if self.limit is not None and self.limit < 1:
             raise StructureError(f"limit is {self.limit}, but the first step always runs; set it to 1 or more, or None")
         state, before = self.start(x), []
-        last = (self.steps if self.limit is None else min(self.limit, self.steps)) - 1
+        last = self.last
         with ExitStack() as frames:
             for k in range(last + 1):
                 state, answer = self.step(k, state)
@@ -99,6 +104,62 @@ class Halt(Dynamic):
         return answers
 
 
+class ThresholdHalt(Halt):
+    """A Halt whose rows leave once their score reaches the threshold of a step.
+
+    In training every row runs every step, for objectives over all exits. `calibrate.calibrate` finds thresholds for a
+    budget or a risk. A subclass that has another rule overrides `should_continue`.
+
+    Args:
+        exits: how many exits there are, the last included.
+        confidence: scores the answers of the exits; None where the scores come from somewhere else.
+        threshold: of a new layer. At infinity no row leaves early.
+
+    Attributes:
+        thresholds: (exits - 1,), in the units of the score. +inf: no row leaves at this exit; -inf: every row does.
+
+    Raises:
+        StructureError: a confidence that does not score every exit but the last.
+    """
+
+    thresholds: Tensor
+    confidence: Confidence
+
+    def __init__(self, exits: int, confidence: Confidence | None = None, threshold: float = torch.inf) -> None:
+        super().__init__()
+        self.steps = exits
+        self.confidence = confidence  # type: ignore[assignment]  # without one, nothing here reads it
+        if confidence is not None and exits > 1:
+            confidence.at(exits - 2)  # fail here, not at the first forward
+        self.register_buffer("thresholds", torch.full((exits - 1,), threshold))
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "should_continue" in vars(cls) and "should_continue_one" not in vars(cls):
+            # The shortcut below is of this class's rule, not of a subclass's own.
+            cls.should_continue_one = Halt.should_continue_one  # type: ignore[method-assign]
+
+    @property
+    def decides(self) -> str:
+        """The name of the confidence."""
+        return self.confidence.decides if isinstance(self.confidence, Confidence) else ""
+
+    def exit_of(self, k: int) -> int:
+        """The exit at the end of step k, counted from 0. Another one than k where exits are switched off."""
+        return k
+
+    def should_continue(self, k: int, score: Tensor) -> Tensor:
+        """1 where the score is below the threshold of step k; always 1 in training."""
+        if self.training:
+            return torch.ones_like(score)
+        return below_threshold(score, self.thresholds[self.exit_of(k)]).to(score.dtype)
+
+    def should_continue_one(self, k: int, score: Tensor) -> bool:
+        """`should_continue` of one row in eval mode, without tensors."""
+        value = score.float().tolist()[0][0]
+        return value < self.thresholds.float().tolist()[self.exit_of(k)] and value < highest_score(score.dtype)
+
+
 def highest_score(dtype: torch.dtype) -> float:
     """The score of a row that has nothing left to do (a sequence at its end): the highest finite one, which tables of
     scores can hold.
@@ -107,77 +168,8 @@ def highest_score(dtype: torch.dtype) -> float:
 
 
 def below_threshold(score: Tensor, threshold: Tensor) -> Tensor:
-    """Who goes on, bool: below the threshold, and with something left to do.
+    """Which rows continue, bool: those below the threshold that have something left to compute.
 
-    Compared in float32: a half-precision score would round the threshold and let out who is tied with it.
+    Compared in float32: a half-precision score would round the threshold and flip ties.
     """
     return (score.float() < threshold.float()) & (score < highest_score(score.dtype))
-
-
-class FrameByFrame(ABC):
-    """What a Halt over sequences adds so that frames can be served as they arrive: `Session.stream`.
-
-    Sequences that are not equally far are read together. Step k reads the `every` frames behind frame k * every, so a
-    sequence decides after every so many frames, and answers at the latest after `longest`.
-
-    Attributes:
-        every: frames read between two decisions.
-        longest: frames of the longest sequence that is read.
-    """
-
-    every: int
-    longest: int
-
-    @abstractmethod
-    def frame(self, x: Any) -> Any:
-        """The first frame of every sequence of an input (rows first), as `read` takes it."""
-
-    @abstractmethod
-    def begin(self, rows: int) -> Any:
-        """The state of so many sequences before their first frame: a pytree of tensors, rows first."""
-
-    @abstractmethod
-    def read(self, frame: Any, state: Any) -> Any:
-        """The state after one more frame of every row."""
-
-    @abstractmethod
-    def conclude(self, steps: Sequence[int], state: Any, memories: Sequence[Any]) -> "Conclusion":
-        """The answers after the frames of a step, and who goes on.
-
-        Args:
-            steps: of every row, the step that it has read.
-            state: as `read` answered it.
-            memories: of every row, what its last conclusion remembered; None at its first.
-        """
-
-
-class PartByPart(ABC):
-    """What a Halt adds whose rows are made of parts that see each other (the tokens of a sentence), so that a session
-    can run one row by itself as one graph per step. In a batch such rows have different lengths, and need several.
-    """
-
-    @abstractmethod
-    def parts(self, x: Any) -> Tensor:
-        """What the first step takes of an input with one row: (n, ...), its parts."""
-
-    @abstractmethod
-    def one_row(self, k: int) -> nn.Module | None:
-        """Step k of one row, from its parts to (answer, score, parts), the last step to (answer,). The first two stand
-        once per part, all alike. None: something inside decides, or must be remembered, and takes the usual way.
-        """
-
-
-class Conclusion(NamedTuple):
-    """What rows answer after a step of frames.
-
-    Attributes:
-        answer: a pytree, rows first.
-        score: how sure the rows are, (rows, 1), whether or not somebody asks at this step.
-        should_continue: (rows,) bool; False at the last step.
-        memories: of every row, for its next conclusion.
-    """
-
-    answer: Any
-    score: Tensor
-    should_continue: Tensor
-    memories: Sequence[Any]

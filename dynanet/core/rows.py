@@ -1,4 +1,4 @@
-"""How rows leave a tensor and come home."""
+"""Gather rows from a tensor and scatter them back."""
 
 import math
 from abc import ABC, abstractmethod
@@ -13,7 +13,7 @@ from dynanet.core.errors import StructureError
 
 
 class Rows(ABC):
-    """How the rows of a tensor leave it and come home. Pure functions of tensors; inputs and answers are pytrees.
+    """Gathers the rows of a tensor and scatters them back. Pure functions of tensors; inputs and answers are pytrees.
 
     `lead` is the shape of keep without its unit axis: (B,), (B, T), (B, tiles down, tiles across). `index` holds flat
     positions in it. A fast kernel replaces take - work - put here, and nowhere else.
@@ -104,7 +104,7 @@ def take_rows(t: Tensor, index: Tensor) -> Tensor:
 
 
 def over_tensors(f: Callable[..., Tensor], tree: Any, *others: Any) -> Any:
-    """f over the tensors of pytrees of one structure. What is no tensor (a size, None) stays as it is."""
+    """f over the tensors of pytrees of one structure. Other leaves (a size, None) stay unchanged."""
     if isinstance(tree, Tensor):  # the common case, without flattening a tree
         return f(tree, *others)
     return tree_map(lambda t, *o: f(t, *o) if isinstance(t, Tensor) else t, tree, *others)

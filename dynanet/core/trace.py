@@ -2,16 +2,13 @@
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynanet.core.decision import Decision
 from dynanet.core.errors import StructureError
-
-if TYPE_CHECKING:
-    from dynanet.core.dynamic import Dynamic
 
 L = TypeVar("L")
 
@@ -29,7 +26,7 @@ class Frame(NamedTuple):
         flat: the unit sees its rows along one axis in the dense form too (`Rows.flat`).
     """
 
-    layer: "Dynamic"
+    layer: nn.Module
     units: range
     lead: tuple[int, ...]
     taken: Tensor | None
@@ -113,7 +110,9 @@ class Place:
     __slots__ = ("highest", "layer", "outer", "unit")
 
     def __init__(self, layer: str = "", unit: int = -1, outer: "Place | None" = None) -> None:
-        self.layer, self.unit, self.outer = layer, unit, outer
+        self.layer = layer
+        self.unit = unit
+        self.outer = outer
         self.highest: dict[str, int] = {}
         if outer is not None:
             self.highest = {**outer.highest, layer: max(unit, outer.highest.get(layer, unit))}
@@ -122,36 +121,36 @@ class Place:
 class Trace:
     """The decisions of one forward pass.
 
-    A layer that is called n times (a shared cell, a time step) is heard n times; `trace[name]` lists its keeps in
+    A layer that is called n times (a shared cell, a time step) is logged n times; `trace[name]` lists its keeps in
     order. `trace.answers[name]` holds the answers of a Halt's steps, for the rows that reached them. In training the
     keeps carry gradients, and those of a layer inside another reach the outer gate too.
     """
 
-    def __init__(self, names: "dict[Dynamic, str]") -> None:
+    def __init__(self, names: Mapping[Any, str]) -> None:
         self.names = names
         self.frames: list[Frame] = []
         self.calls: list[Call] = []
         self.answers: dict[str, list[Any]] = {}
         self._opened: list[_Opened] = []
 
-    def log(self, layer: "Dynamic", decision: Decision, first: int) -> None:
+    def log(self, layer: nn.Module, decision: Decision, first: int) -> None:
         """Remember a decision, placed in the whole batch through the open frames."""
         keep, here = decision.keep, self._here()
         for frame in reversed(here.home):
             keep = frame.home(keep)
         self.calls.append(Call(self.names[layer], first, decision, keep, here.place))
 
-    def log_answer(self, layer: "Dynamic", answer: Any) -> None:
+    def log_answer(self, layer: nn.Module, answer: Any) -> None:
         """Remember the answer of a Halt's step."""
         self.answers.setdefault(self.names[layer], []).append(answer)
 
     def __getitem__(self, name: str) -> list[Tensor]:
         if name not in self.names.values():
-            raise KeyError(f"{name!r} is no dynamic layer of this model; there are {sorted(self.names.values())}")
+            raise KeyError(f"{name!r} is not a dynamic layer of this model; there are {sorted(self.names.values())}")
         return [call.keep for call in self.calls if call.name == name]
 
     def one(self, kind: type[L], name: str | None = None) -> tuple[L, str]:
-        """The layer of a kind that is meant, and its name, whether or not it ran.
+        """The one layer of a kind and its name, whether or not it ran.
 
         Args:
             kind: a class of layers.
@@ -160,14 +159,74 @@ class Trace:
         Raises:
             StructureError: there is none, there are several and none is named, or none has this name.
         """
-        found = {known: layer for layer, known in self.names.items() if isinstance(layer, kind)}
-        meant = next(iter(found)) if name is None and len(found) == 1 else name
-        if meant is None or meant not in found:
+        found = self.all(kind)
+        if name is None and len(found) > 1:
+            raise StructureError(f"the model has {len(found)} {kind.__name__} layers; name one of {sorted(found)}")
+        name = next(iter(found)) if name is None else name
+        if name not in found:
+            raise StructureError(f"no {kind.__name__} is named {name!r}; name one of {sorted(found)}")
+        return found[name], name
+
+    def all(self, kind: type[L]) -> dict[str, L]:
+        """The layers of a kind by name, whether or not they ran.
+
+        Raises:
+            StructureError: there is none.
+        """
+        found: dict[str, L] = {name: layer for layer, name in self.names.items() if isinstance(layer, kind)}
+        if not found:
             raise StructureError(
-                f"one {kind.__name__} is meant and {'none is' if meant is None else repr(meant) + ' was'} named; this "
-                f"model has {sorted(found)}"
+                f"this needs a {kind.__name__} layer, and the dynamic layers of the model are "
+                f"{sorted(self.names.values())}"
             )
-        return found[meant], meant
+        return found
+
+    def decisions(self, kind: type[nn.Module]) -> list[Call]:
+        """The decisions of all layers of a kind, in the order in which they were made.
+
+        Raises:
+            StructureError: no layer of this kind exists or made a decision.
+        """
+        names = self.all(kind)
+        made = [call for call in self.calls if call.name in names]
+        if not made:
+            raise StructureError(
+                f"no {kind.__name__} made a decision in this pass, only {self.keys()}; run the model inside "
+                f"`with record(model) as trace`"
+            )
+        return made
+
+    def complete(self, name: str) -> list[Call]:
+        """The decisions of a layer, each made for every row of the batch.
+
+        Raises:
+            StructureError: rows that never arrived at the layer.
+        """
+        calls = [call for call in self.calls if call.name == name]
+        if any(call.decision.keep.numel() != call.keep.numel() for call in calls):
+            raise StructureError(_only_some(name))
+        return calls
+
+    def exits(self, rows: int, name: str | None = None) -> list[Any]:
+        """The answers of all steps of a Halt, each for every row of the batch.
+
+        Args:
+            rows: how many rows the batch has.
+            name: of the Halt; None where only one answered.
+
+        Raises:
+            StructureError: none answered, several did and none is named, or an answer has other rows.
+        """
+        if name is None and len(self.answers) == 1:
+            name = next(iter(self.answers))
+        if name is None or name not in self.answers:
+            raise StructureError(
+                f"expected the exits of {'one Halt' if name is None else repr(name)}, and those of "
+                f"{sorted(self.answers)} answered; name one of these"
+            )
+        if any(answer.shape[0] != rows for answer in self.answers[name]):
+            raise StructureError(_only_some(name))
+        return self.answers[name]
 
     def runs(self, name: str, unit: int = 0) -> Tensor:
         """How often a unit of a layer ran for every row, (B, ...): for layers that are called again and again.
@@ -182,7 +241,7 @@ class Trace:
         ]
         if not columns:
             raise StructureError(
-                f"{name!r} did not run in this trace; run the model inside `with record(model) as trace`"
+                f"{name!r} did not run in this pass; run the model inside `with record(model) as trace`"
             )
         return torch.stack(columns).sum(0)
 
@@ -222,3 +281,10 @@ class _Opened(NamedTuple):
 
 
 _OUTSIDE = _Opened(None, (), Place())
+
+
+def _only_some(name: str) -> str:
+    return (
+        f"only some rows reached {name!r}; expected every row at every step: use train mode, or the dense form "
+        f"(`execute(model, sparse=False)`)"
+    )

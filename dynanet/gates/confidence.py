@@ -4,39 +4,14 @@ The field thresholds the maximum of the softmax. In float32 that is exactly 1.0 
 a threshold cannot split what is tied. So these scores live on a scale that does not saturate: the same order, no ties.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dynanet.core.confidence import Confidence
 from dynanet.core.errors import StructureError
-
-
-class Confidence(nn.Module, ABC):
-    """Scores answers (rows, classes) with (rows, 1). `memory` travels with a row from exit to exit.
-
-    Attributes:
-        decides: its name; see `Dynamic.decides`.
-    """
-
-    @property
-    def decides(self) -> str:
-        """Its name."""
-        return type(self).__name__
-
-    def at(self, k: int) -> "Confidence":
-        """What scores exit k, counted from 0. Most criteria are the same at every exit."""
-        return self
-
-    def remember(self, logits: Tensor, memory: Any) -> Any:
-        """What the next exit must know about this one; None at the first. Most criteria need nothing."""
-        return memory
-
-    @abstractmethod
-    def forward(self, logits: Tensor, memory: Any = None) -> Tensor:
-        """(rows, 1), higher is surer. `memory` is what `remember` answered for this exit."""
 
 
 class MaxProbability(Confidence):

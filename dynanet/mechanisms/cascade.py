@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from dynanet.core.errors import ConfigError, StructureError
-from dynanet.core.halt import Halt
+from dynanet.core.halt import ThresholdHalt
 from dynanet.gates.confidence import Confidence, MaxProbability
 
 Ensemble = Literal["none", "logits", "probabilities"]
 
 
-class Cascade(Halt):
+class Cascade(ThresholdHalt):
     """Independent networks in a row, each asked only where those before were unsure (Bolukbasi et al. 2017,
     arXiv:1702.07811: network selection).
 
@@ -40,22 +40,13 @@ class Cascade(Halt):
     def __init__(
         self, networks: Sequence[nn.Module], confidence: Confidence | None = None, *, ensemble: Ensemble = "none"
     ) -> None:
-        super().__init__()
         if not networks:
             raise StructureError("a cascade needs at least one network; got none")
         if ensemble not in ("none", "logits", "probabilities"):
             raise ConfigError(f"ensemble is {ensemble!r}; expected 'none', 'logits' or 'probabilities'")
-        self.networks, self.steps, self.ensemble = nn.ModuleList(networks), len(networks), ensemble
-        self.confidence = confidence if confidence is not None else MaxProbability()
-        if self.steps > 1:
-            self.confidence.at(self.steps - 2)  # now is the time to say that it has no such exit
-        self.thresholds: Tensor
-        self.register_buffer("thresholds", torch.full((self.steps - 1,), torch.inf))
-
-    @property
-    def decides(self) -> str:
-        """By which confidence."""
-        return self.confidence.decides
+        super().__init__(len(networks), confidence if confidence is not None else MaxProbability())
+        self.networks = nn.ModuleList(networks)
+        self.ensemble = ensemble
 
     def start(self, x: Any) -> Any:
         """The input, no answers yet, and no memory."""
@@ -79,10 +70,3 @@ class Cascade(Halt):
     def score(self, k: int, state: Any, answer: Tensor) -> Tensor:
         """The confidence after network k."""
         return self.confidence.at(k)(answer, state[2])
-
-    def should_continue(self, k: int, score: Tensor) -> Tensor:
-        """To the next network while confidence is below the threshold; always in training."""
-        if self.training:
-            return torch.ones_like(score)
-        # Compared in float32: a half-precision score would round the threshold and let out who is tied with it.
-        return (score.float() < self.thresholds[k].float()).to(score.dtype)

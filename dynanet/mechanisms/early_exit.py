@@ -10,14 +10,14 @@ from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
 from dynanet.core.errors import ConfigError, StructureError
-from dynanet.core.halt import Halt
+from dynanet.core.halt import ThresholdHalt
 from dynanet.core.macs import CountMacs
 from dynanet.core.objective import Objective
 from dynanet.core.trace import Trace
 from dynanet.gates.confidence import Confidence, MaxProbability
 
 
-class EarlyExit(Halt):
+class EarlyExit(ThresholdHalt):
     """Intermediate classifiers on any staged backbone (BranchyNet, arXiv:1709.01686; MSDNet, arXiv:1703.09844).
 
     In training every exit answers, for multi-exit objectives; the answer is the last one's. In eval mode a row goes on
@@ -41,18 +41,13 @@ class EarlyExit(Halt):
     def __init__(
         self, stages: Sequence[nn.Module], exits: Sequence[nn.Module], confidence: Confidence | None = None
     ) -> None:
-        super().__init__()
         if len(stages) != len(exits) or not stages:
             raise StructureError(f"early exit needs one exit per stage; got {len(stages)} stages, {len(exits)} exits")
+        super().__init__(len(exits), confidence if confidence is not None else MaxProbability())
         self.stages, self.exits = nn.ModuleList(stages), nn.ModuleList(exits)
-        self.confidence = confidence if confidence is not None else MaxProbability()
-        if len(stages) > 1:
-            self.confidence.at(len(stages) - 2)  # now is the time to say that it has no such exit
-        self.thresholds: Tensor
         self.leaves: Tensor
-        self.register_buffer("thresholds", torch.full((len(stages) - 1,), torch.inf))
         self.register_buffer("leaves", torch.arange(len(stages) - 1), persistent=False)
-        self._active, self.steps = tuple(range(len(stages))), len(stages)
+        self._active = tuple(range(len(stages)))
 
     @property
     def active(self) -> tuple[int, ...]:
@@ -81,10 +76,9 @@ class EarlyExit(Halt):
             self.thresholds[off] = torch.inf
         self.leaves = torch.tensor(given[:-1], dtype=torch.int64, device=self.thresholds.device)
 
-    @property
-    def decides(self) -> str:
-        """By which confidence."""
-        return self.confidence.decides
+    def exit_of(self, k: int) -> int:
+        """Active exit k."""
+        return self._active[k]
 
     def start(self, x: Any) -> Any:
         """The input, and no memory of earlier exits."""
@@ -104,19 +98,6 @@ class EarlyExit(Halt):
     def score(self, k: int, state: Any, answer: Tensor) -> Tensor:
         """The confidence of active exit k."""
         return self.confidence.at(self._active[k])(answer, state[1])
-
-    def should_continue(self, k: int, score: Tensor) -> Tensor:
-        """Past step k while confidence is below the threshold; always in training."""
-        if self.training:
-            return torch.ones_like(score)
-        # Compared in float32: a half-precision score would round the threshold and let out who is tied with it.
-        return (score.float() < self.thresholds[self._active[k]].float()).to(score.dtype)
-
-    def should_continue_one(self, k: int, score: Tensor) -> bool:
-        """As `should_continue`."""
-        if type(self).should_continue is not EarlyExit.should_continue:  # a rule of somebody's own
-            return super().should_continue_one(k, score)
-        return score.float().tolist()[0][0] < self.thresholds.float().tolist()[self._active[k]]
 
     @torch.no_grad()
     def exit_macs(self, x: Any) -> list[float]:

@@ -12,15 +12,16 @@ from torch.utils._pytree import tree_map
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import ConfigError, InputError, StructureError
-from dynanet.core.halt import Conclusion, FrameByFrame, Halt, below_threshold, highest_score
+from dynanet.core.halt import ThresholdHalt, below_threshold, highest_score
 from dynanet.core.objective import Objective
 from dynanet.core.rows import over_tensors
+from dynanet.core.serving import Conclusion, FrameByFrame
 from dynanet.core.trace import Trace
 from dynanet.data.ragged import Sequences, as_sequences
 from dynanet.gates.confidence import Confidence, MaxProbability
 
 
-class EarlyStop(Halt, FrameByFrame):
+class EarlyStop(ThresholdHalt, FrameByFrame):
     """Temporal early exit: step k reads the next frames, answers, and lets go whoever is sure enough.
 
     Every step has the same weights. Two ways to stop:
@@ -66,20 +67,19 @@ class EarlyStop(Halt, FrameByFrame):
         confidence: Confidence | None = None,
         policy: nn.Module | None = None,
     ) -> None:
-        super().__init__()
         if min(inputs, hidden, longest, every) < 1 or (confidence is not None and policy is not None):
             raise ConfigError(
                 f"early stop of {inputs} inputs, {hidden} hidden features, at most {longest} frames, {every} at a "
                 f"time; expected numbers of at least 1, and a confidence or a policy, not both"
             )
+        if policy is None:
+            super().__init__(math.ceil(longest / every), confidence if confidence is not None else MaxProbability())
+        else:
+            super().__init__(math.ceil(longest / every), threshold=0.0)
         self.frames, self.inputs, self.hidden = Frames(cell, head), inputs, hidden
-        self.longest, self.every, self.steps = longest, every, math.ceil(longest / every)
+        self.longest, self.every = longest, every
         self._pair = isinstance(cell, nn.LSTMCell)  # asked now: a session puts an engine in the cell's place
-        self.policy, self.confidence = policy, confidence if confidence is not None else MaxProbability()
-        if self.steps > 1:
-            self.confidence.at(self.steps - 2)  # now is the time to say that it has no such step
-        self.thresholds: Tensor
-        self.register_buffer("thresholds", torch.full((self.steps - 1,), torch.inf if policy is None else 0.0))
+        self.policy = policy
 
     def start(self, x: Tensor | Sequences) -> Any:
         """Frames, lengths, an empty state, no answer, and no memory of earlier answers.
@@ -115,11 +115,11 @@ class EarlyStop(Halt, FrameByFrame):
 
     def should_continue(self, k: int, score: Tensor) -> Tensor:
         """Below the threshold while there are frames left; in training always, or as drawn from the policy."""
-        if self.training and self.policy is None:
-            return torch.ones_like(score)
-        if self.training:
+        if self.training and self.policy is not None:
             return torch.bernoulli((-score.detach()).sigmoid())
-        return below_threshold(score, self.thresholds[k]).to(score.dtype)
+        return super().should_continue(k, score)
+
+    should_continue_one = ThresholdHalt.should_continue_one
 
     def frame(self, x: Tensor | Sequences) -> Tensor:
         """The first frames, (B, inputs)."""
@@ -136,7 +136,7 @@ class EarlyStop(Halt, FrameByFrame):
     def conclude(self, steps: Sequence[int], state: Any, memories: Sequence[Any]) -> Conclusion:
         """Answers, confidences (of the last step: as of the one before) or log-odds of stopping, and who goes on."""
         logits = self.frames.head(_hidden(state))
-        last = (self.steps if self.limit is None else min(self.limit, self.steps)) - 1
+        last = self.last
         if self.policy is not None:
             score = self.policy(_hidden(state))
         else:
@@ -227,16 +227,14 @@ class Earliest(Objective):
         if any(call.decision.score.shape[0] != y.shape[0] for call in calls):
             raise StructureError(f"only some rows reached {name!r}; this loss needs every row: use train mode")
         score = torch.cat([call.decision.score for call in calls], 1)  # (B, decisions), log-odds of stopping
-        below_threshold = torch.cat([call.keep.detach() for call in calls], 1)  # those before the stop, all 1
-        decides = torch.cat([torch.ones_like(below_threshold[:, :1]), below_threshold[:, :-1]], 1) * (
-            score < highest_score(score.dtype)
-        )
+        waited = torch.cat([call.keep.detach() for call in calls], 1)  # those before the stop, all 1
+        decides = torch.cat([torch.ones_like(waited[:, :1]), waited[:, :-1]], 1) * (score < highest_score(score.dtype))
         score = score.where(decides > 0, 0.0)
         stop, wait = functional.logsigmoid(score), functional.logsigmoid(-score)
         reward = (answer.detach().argmax(1) == y).to(score.dtype) * 2 - 1
         rows = reward.shape[0]
         advantage = (reward - reward.mean()) * (rows / (rows - 1)) if rows > 1 else reward
-        drawn = ((below_threshold * wait + (1 - below_threshold) * stop) * decides).sum(1)
+        drawn = ((waited * wait + (1 - waited) * stop) * decides).sum(1)
         return (-drawn * advantage - self.earliness * (stop * decides).sum(1)).mean()
 
     def __repr__(self) -> str:

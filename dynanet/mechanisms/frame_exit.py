@@ -12,13 +12,13 @@ from torch.nn import functional
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import ConfigError, InputError, StructureError, check_sizes
-from dynanet.core.halt import Halt, below_threshold, highest_score
+from dynanet.core.halt import ThresholdHalt, highest_score
 from dynanet.core.objective import Objective
 from dynanet.core.trace import Trace
 from dynanet.data.ragged import Sequences, as_videos
 
 
-class FrameExit(Halt):
+class FrameExit(ThresholdHalt):
     """FrameExit (Ghodrati et al. 2021, arXiv:2104.13400, section 3): step k reads one more frame, answers from the
     maximum of the features of all frames so far, and a gate says whether that is enough.
 
@@ -53,21 +53,19 @@ class FrameExit(Halt):
         *,
         longest: int | None = None,
     ) -> None:
-        super().__init__()
         if not classifiers or len(gates) != len(classifiers) - 1:
             raise StructureError(
                 f"frame exit got {len(classifiers)} classifiers and {len(gates)} gates; give one or more classifiers, "
                 f"and a gate for each but the last"
             )
-        self.steps, self.longest = len(classifiers), len(classifiers) if longest is None else longest
+        super().__init__(len(classifiers), threshold=0.0)
+        self.longest = len(classifiers) if longest is None else longest
         check_sizes(longest=self.longest)
         self.reader, self.gates = FrameReader(backbone, classifiers), nn.ModuleList(gates)
         orders = [coarse_to_fine(n, self.steps) for n in range(1, self.longest + 1)]
         self.orders: Tensor
-        self.thresholds: Tensor
         rows = [order + [0] * (self.steps - len(order)) for order in orders]
         self.register_buffer("orders", torch.tensor(rows, dtype=torch.int64), persistent=False)
-        self.register_buffer("thresholds", torch.zeros(self.steps - 1))
 
     def start(self, x: Tensor | Sequences) -> Any:
         """The frames that may be read, in order; how many they are; no features, none before, and no answer.
@@ -100,12 +98,6 @@ class FrameExit(Halt):
         _, lengths, features, before, _ = state
         sure = self.gates[k](features) if before is None else self.gates[k](features, before)
         return torch.where((lengths <= k + 1)[:, None], highest_score(sure.dtype), sure)
-
-    def should_continue(self, k: int, score: Tensor) -> Tensor:
-        """Below the threshold while there are frames left; always in training."""
-        if self.training:
-            return torch.ones_like(score)
-        return below_threshold(score, self.thresholds[k]).to(score.dtype)
 
 
 class FrameReader(Dynamic):

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from dynanet.core.errors import ConfigError, StructureError
-from dynanet.core.halt import Halt
+from dynanet.core.halt import ThresholdHalt
 from dynanet.core.objective import Objective
 from dynanet.core.trace import Trace
 from dynanet.gates.confidence import Confidence, MaxProbability
 from dynanet.nets.spatial_transformer import Size, crop, resize, sides
 
 
-class GlanceFocus(Halt):
+class GlanceFocus(ThresholdHalt):
     """Early exit over glimpses (GFNet: Wang et al. 2020, arXiv:2010.05300): step 0 sees the whole image at a low
     resolution, each later step a crop at full resolution, and a policy says where the next one lies.
 
@@ -68,17 +68,12 @@ class GlanceFocus(Halt):
         places: "CropSampler | None" = None,
         confidence: Confidence | None = None,
     ) -> None:
-        super().__init__()
         if not isinstance(glimpses, int) or glimpses < 1:
             raise ConfigError(f"{glimpses!r} glimpses; expected a whole number: 1 for the glance alone, or more")
+        super().__init__(glimpses, confidence if confidence is not None else MaxProbability())
         self.glance, self.focus, self.policy, self.head = glance, focus, policy, head
-        self.glance_size, self.crop_size, self.steps = sides(glance_size), sides(crop_size), glimpses
+        self.glance_size, self.crop_size = sides(glance_size), sides(crop_size)
         self.places: CropSampler = places if places is not None else LearnedCrops()
-        self.confidence = confidence if confidence is not None else MaxProbability()
-        if glimpses > 1:
-            self.confidence.at(glimpses - 2)  # now is the time to say that it has no such exit
-        self.thresholds: Tensor
-        self.register_buffer("thresholds", torch.full((glimpses - 1,), torch.inf))
 
     def start(self, x_BCHW: Tensor) -> Any:
         """The image, no place yet and no likelihood of it, and empty memories of policy, head and confidence."""
@@ -104,13 +99,6 @@ class GlanceFocus(Halt):
         """
         likelihood, memory = state[2], state[5]
         return self.confidence.at(k)(answer, memory) if likelihood is None else likelihood
-
-    def should_continue(self, k: int, score: Tensor) -> Tensor:
-        """To the next crop while confidence is below the threshold; always in training."""
-        if self.training:
-            return torch.ones_like(score)
-        # Compared in float32: a half-precision score would round the threshold and let out who is tied with it.
-        return (score.float() < self.thresholds[k].float()).to(score.dtype)
 
 
 class PlacePolicy(nn.Module):

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dynanet.core.dynamic import Dynamic
-from dynanet.core.halt import Halt, PartByPart
+from dynanet.core.halt import Halt
 from dynanet.core.rows import Leading, over_tensors, take_rows
+from dynanet.core.serving import PartByPart
 from dynanet.session.engines import Engine
 from dynanet.session.pytree import Layout, tensors_of
 

@@ -11,8 +11,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dynanet.core.dynamic import Dynamic, everything, execute, forced
 from dynanet.core.errors import MissingExtraError, StructureError
-from dynanet.core.halt import Halt, PartByPart
+from dynanet.core.halt import Halt
 from dynanet.core.rows import over_tensors
+from dynanet.core.serving import PartByPart
 from dynanet.session.compiled import BatchOnePath, CompiledHalt, EnginesByBatch, Unit
 from dynanet.session.engines import Eager, OnnxRuntime, fastest, onnx_runtime
 from dynanet.session.pytree import Layout, tensors_of

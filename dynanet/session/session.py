@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from dynanet.core.dynamic import execute
 from dynanet.core.errors import InputError
-from dynanet.core.halt import FrameByFrame, Halt
+from dynanet.core.halt import Halt
 from dynanet.core.rows import over_tensors
+from dynanet.core.serving import FrameByFrame
 from dynanet.session.compiled import CompiledHalt, EnginesByBatch, Unit
 from dynanet.session.deploy import Plan, deploy, one_row
 from dynanet.session.engines import OnnxRuntime, folded

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from dynanet.core.errors import InputError
-from dynanet.core.halt import FrameByFrame, Halt
+from dynanet.core.halt import Halt
 from dynanet.core.rows import over_tensors, take_rows
+from dynanet.core.serving import FrameByFrame
 from dynanet.session.compiled import CompiledHalt
 from dynanet.session.inputs import check_input
 

@@ -19,7 +19,7 @@ from dynanet.core.architecture import architecture
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import ConfigError, InputError
-from dynanet.core.halt import PartByPart
+from dynanet.core.serving import PartByPart
 from dynanet.core.trace import Frame
 from dynanet.gates.confidence import Confidence
 from dynanet.mechanisms.early_exit import EarlyExit

@@ -319,7 +319,7 @@ def test_traces_that_cannot_be_priced_say_why():
         cost.spent(nothing)
     with pytest.raises(StructureError, match="layer '0' that this cost model never saw"):
         cost.spent(inside)
-    with pytest.raises(StructureError, match=r"'head' is no layer of this trace; there are \[''\]"):
+    with pytest.raises(StructureError, match=r"'head' is not a layer of this trace; there are \[''\]"):
         cost.steps(other, "head")
 
 

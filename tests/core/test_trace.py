@@ -148,7 +148,7 @@ def test_an_unknown_name_is_told_what_there_is():
     with record(Nest()) as trace:
         pass
     assert trace["outer"] == []
-    with pytest.raises(KeyError, match=r"'inner' is no dynamic layer.*outer\.block\.1"):
+    with pytest.raises(KeyError, match=r"'inner' is not a dynamic layer.*outer\.block\.1"):
         trace["inner"]
 
 
