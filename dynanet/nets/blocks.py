@@ -26,19 +26,27 @@ def conv_bn_relu(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
-    """A linear layer of a vision transformer: truncated normal weights of deviation 0.02, biases of 0."""
+    """A linear layer with `init_truncated`."""
     layer = nn.Linear(inputs, outputs)
-    nn.init.trunc_normal_(layer.weight, std=0.02)
-    nn.init.zeros_(layer.bias)
+    init_truncated(layer)
     return layer
 
 
-def text_linear(inputs: int, outputs: int) -> nn.Linear:
-    """A linear layer of BERT or GPT-2: normal weights of deviation 0.02, biases of 0."""
-    layer = nn.Linear(inputs, outputs)
-    nn.init.normal_(layer.weight, std=0.02)
-    nn.init.zeros_(layer.bias)
-    return layer
+def init_truncated(*layers: nn.Module) -> None:
+    """Draw weights as vision transformers do, from a truncated normal of deviation 0.02; set biases to 0."""
+    for layer in layers:
+        assert isinstance(layer, nn.Linear)
+        nn.init.trunc_normal_(layer.weight, std=0.02)
+        nn.init.zeros_(layer.bias)
+
+
+def init_normal(*layers: nn.Module) -> None:
+    """Draw weights as BERT and GPT-2 do, from a normal of deviation 0.02; set the biases of linear layers to 0."""
+    for layer in layers:
+        assert isinstance(layer, nn.Linear | nn.Embedding)
+        nn.init.normal_(layer.weight, std=0.02)
+        if isinstance(layer, nn.Linear):
+            nn.init.zeros_(layer.bias)
 
 
 def classifier(inputs: int, num_classes: int) -> nn.Linear:
