@@ -20,9 +20,7 @@ def check_exits(exits: Sequence[int], blocks: int, name: str = "exits") -> list[
     """
     found = [] if isinstance(exits, str) else list(exits)
     if not found or found != sorted(set(found)) or found[0] < 0 or found[-1] != blocks - 1:
-        raise ConfigError(
-            f"{name} must be ascending numbers from 0 to {blocks - 1}, the last included, got {exits!r}"
-        )
+        raise ConfigError(f"{name} must be ascending numbers from 0 to {blocks - 1}, the last included, got {exits!r}")
     return found
 
 

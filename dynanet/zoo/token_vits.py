@@ -2,7 +2,7 @@
 
 The plain one is DeiT's (Touvron et al.: Training data-efficient image transformers, ICML 2021,
 https://arxiv.org/abs/2012.12877) without its distillation token: patches, a class token, learned positions, pre-norm
-blocks. Sizes are those of `ViTConfig`; the defaults are our own, for 32 x 32 pixels and small machines; DeiT-S is `size=224, patch=16, width=384,
+blocks. The default sizes are our own, for 32 x 32 pixels and small machines; DeiT-S is `size=224, patch=16, width=384,
 depth=12, heads=6, expansion=4`.
 
 - `dynamic_vit`: Rao et al.: DynamicViT, NeurIPS 2021, https://arxiv.org/abs/2106.02034. A predictor drops tokens.
@@ -43,8 +43,7 @@ def token_vit(
 ) -> "TokenViT":
     """The static network: every token goes through every block.
 
-    Args:
-        num_classes, in_channels, size, patch, width, depth, heads, expansion: as in `ViTConfig`.
+    Sizes are those of `ViTConfig`.
 
     Raises:
         ConfigError: as `ViTConfig`.
@@ -58,7 +57,7 @@ def token_vit(
 
 
 @architecture
-def dynamic_vit(
+def dynamic_vit(  # noqa: D417 (the sizes are documented in ViTConfig)
     *,
     num_classes: int,
     in_channels: int = 3,
@@ -75,8 +74,9 @@ def dynamic_vit(
     Train it with `TokenRatio`, or any budget; DynamicViT's own training adds `TokenDistillation`. `width` must be a
     multiple of 4.
 
+    Sizes are those of `ViTConfig`.
+
     Args:
-        num_classes, in_channels, size, patch, width, depth, heads, expansion: as in `ViTConfig`.
         drops: in front of which blocks, counted from 0 in ascending order. The paper's are (3, 6, 9) of 12.
 
     Raises:
@@ -92,7 +92,7 @@ def dynamic_vit(
 
 
 @architecture
-def evit(
+def evit(  # noqa: D417 (the sizes are documented in ViTConfig)
     *,
     num_classes: int,
     in_channels: int = 3,
@@ -109,8 +109,9 @@ def evit(
 
     Nothing is learned for it, so the weights of a trained `token_vit` do (`TokenViT.inherit`).
 
+    Sizes are those of `ViTConfig`.
+
     Args:
-        num_classes, in_channels, size, patch, width, depth, heads, expansion: as in `ViTConfig`.
         drops: in which blocks, counted from 0 in ascending order. The paper's are (3, 6, 9) of 12.
         share: of the remaining tokens, how many each of them keeps.
 
@@ -129,7 +130,7 @@ def evit(
 
 
 @architecture
-def a_vit(
+def a_vit(  # noqa: D417 (the sizes are documented in ViTConfig)
     *,
     num_classes: int,
     in_channels: int = 3,
@@ -144,8 +145,9 @@ def a_vit(
 ) -> "TokenViT":
     """A-ViT: every token halts at a block of its own. Train it with `TokenPonderCost` and `HaltingDepth`.
 
+    Sizes are those of `ViTConfig`.
+
     Args:
-        num_classes, in_channels, size, patch, width, depth, heads, expansion: as in `ViTConfig`.
         eps: how far below 1 the halting scores of a token may sum up to.
         shift: of the halting score at the start; the more negative, the longer tokens stay at first.
 
@@ -159,7 +161,7 @@ def a_vit(
 
 
 @architecture
-def tome(
+def tome(  # noqa: D417 (the sizes are documented in ViTConfig)
     *,
     num_classes: int,
     in_channels: int = 3,
@@ -176,8 +178,9 @@ def tome(
 
     Nothing is learned for it, so the weights of a trained `token_vit` do (`TokenViT.inherit`).
 
+    Sizes are those of `ViTConfig`.
+
     Args:
-        num_classes, in_channels, size, patch, width, depth, heads, expansion: as in `ViTConfig`.
         merge: tokens that each block removes; None where `similarity` says how many.
         similarity: merge all pairs of tokens whose cosine is above this value.
 

@@ -21,7 +21,7 @@ from dynanet.zoo.vit_config import ViTConfig
 
 
 @architecture
-def vit_exits(
+def vit_exits(  # noqa: D417 (the sizes are documented in ViTConfig)
     *,
     num_classes: int,
     in_channels: int = 3,
@@ -35,9 +35,9 @@ def vit_exits(
 ) -> EarlyExit:
     """A vision transformer with exits after some of its blocks.
 
+    Sizes are those of `ViTConfig`; `patch` must be a power of two.
+
     Args:
-        num_classes, in_channels, size, width, depth, heads, expansion: as in `ViTConfig`.
-        patch: as in `ViTConfig`, and a power of two.
         exits: after which blocks a sample may leave, counted from 0 in ascending order, the last block included.
 
     Returns:
