@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dynanet.core.errors import DataError
-from dynanet.data.images import ImageFiles, Images
+from dynanet.data.images import ImageFiles, Images, to_float
 
 
 class AnnotatedImages(Dataset[Any], ABC):
@@ -75,9 +75,14 @@ def list_files(folder: Path, suffixes: tuple[str, ...], expected: str) -> list[s
     return [name for name in names if name.lower().endswith(suffixes) and not name.startswith(".")]
 
 
-def some(names: Sequence[str], most: int = 3) -> str:
-    """The first names as text."""
+def first_of(names: Sequence[str], most: int = 3) -> str:
+    """The first names of a list as text."""
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def float_image(image: Tensor, annotation: Any) -> tuple[Tensor, Any]:
+    """The image as float32 in [0, 1] and its annotation: the default transform."""
+    return to_float(image), annotation
 
 
 def _unchanged(image: Tensor) -> Tensor:

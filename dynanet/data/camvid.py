@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from dynanet.core.errors import DataError, MissingSplitError, require
-from dynanet.data.annotated import AnnotatedImages, list_files, numbered, some
-from dynanet.data.images import SUFFIXES, Images, decoded_size, to_float
+from dynanet.data.annotated import AnnotatedImages, first_of, float_image, list_files, numbered
+from dynanet.data.images import SUFFIXES, Images, decoded_size
 from dynanet.data.splits import synonyms
 
 CLASSES = (
@@ -28,11 +28,6 @@ CLASSES = (
 VOID = 11
 
 PairTransform = Callable[[Tensor, Tensor], Any]
-
-
-def float_image(image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The image as float32 in [0, 1] and the labels: the default transform."""
-    return to_float(image), labels
 
 
 class LabelMaps(AnnotatedImages):
@@ -104,7 +99,7 @@ def load_camvid(
         lone = sorted(images.keys() ^ maps.keys())
         raise DataError(
             f"{len(lone)} of {len(images.keys() | maps.keys())} names in {home} are an image without label map or the "
-            f"reverse ({some(lone)}); expected {found[0]}/x with "
+            f"reverse ({first_of(lone)}); expected {found[0]}/x with "
             f"{found[0]}annot/x"
         )
     stems = sorted(images)

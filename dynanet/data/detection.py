@@ -26,7 +26,7 @@ class DetectionTensors(Dataset[tuple[Tensor, Boxes]]):
         classes: the classes' names.
 
     Raises:
-        DataError: images and boxes do not match, there are no images, a label out of range, or a box with swapped
+        DataError: images and boxes do not match, no images, a label out of range, or a box with swapped
             corners.
     """
 

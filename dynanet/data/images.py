@@ -87,7 +87,7 @@ class Images(Dataset[tuple[Any, int]]):
 
     Raises:
         ConfigError: `mode` is neither "RGB" nor "L".
-        DataError: there are no rows; on access, if more than 1 % of the images are corrupt.
+        DataError: no rows; on access, if more than 1 % of the images are corrupt.
     """
 
     def __init__(

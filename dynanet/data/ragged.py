@@ -32,14 +32,14 @@ class SequenceSet(Dataset[tuple[Tensor, int]]):
         classes: the classes' names.
 
     Raises:
-        DataError: no sequences, not one label each, an invalid one (see `check`), or unequal numbers of features.
+        DataError: no sequences, not one label each, an invalid one (`check_sequence`), or unequal numbers of features.
     """
 
     def __init__(self, sequences: Sequence[Tensor], labels: Tensor, classes: Sequence[str]) -> None:
         if not sequences or len(sequences) != len(labels):
             raise DataError(f"{len(sequences)} sequences and {len(labels)} labels; give one or more, with a label each")
         for number, sequence in enumerate(sequences):
-            check(sequence, f"sequence {number}")
+            check_sequence(sequence, f"sequence {number}")
         widths = sorted({s.shape[1] for s in sequences})
         if len(widths) > 1:
             raise DataError(f"sequences of {widths} features in one set; expected the same number in all")
@@ -91,12 +91,12 @@ def pad(sequences: Sequence[Tensor], *, steps: int | None = None) -> Sequences:
         steps: T of the batch; None for the longest sequence. A session needs the T of its example.
 
     Raises:
-        DataError: no sequences, an invalid one (see `check`), or one of more than `steps`.
+        DataError: no sequences, an invalid one (see `check_sequence`), or one of more than `steps`.
     """
     if not sequences:
         raise DataError("a batch needs at least one sequence, got none")
     for number, sequence in enumerate(sequences):
-        check(sequence, f"sequence {number}")
+        check_sequence(sequence, f"sequence {number}")
     lengths = torch.tensor([s.shape[0] for s in sequences])
     x = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
     if steps is not None:
@@ -112,7 +112,7 @@ def trimmed(x: Sequences) -> Sequences:
     return Sequences(x.x[:, :longest].contiguous(), x.lengths)
 
 
-def check(sequence: Tensor, name: str) -> None:
+def check_sequence(sequence: Tensor, name: str) -> None:
     """Check that a recurrent layer can read a sequence.
 
     Raises:

@@ -8,7 +8,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from dynanet.core.errors import ConfigError, DataError
-from dynanet.data.annotated import some
+from dynanet.data.annotated import first_of
 from dynanet.data.augment import normalise
 from dynanet.data.camvid import LabelMaps
 
@@ -36,7 +36,7 @@ class SegmentationTensors(Dataset[Pair]):
         sizes = {tuple(image.shape[1:]) for image, _ in found}
         if len(sizes) > 1:
             raise DataError(
-                f"images of {len(sizes)} sizes ({some([f'{h} x {w}' for h, w in sorted(sizes)])}) cannot share a "
+                f"images of {len(sizes)} sizes ({first_of([f'{h} x {w}' for h, w in sorted(sizes)])}) cannot share a "
                 f"batch; resize them to one"
             )
         self.images = torch.stack([image for image, _ in found])

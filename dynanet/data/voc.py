@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from dynanet.core.errors import DataError, MissingSplitError
-from dynanet.data.annotated import AnnotatedImages, list_files, numbered, some
-from dynanet.data.images import SUFFIXES, Images, decoded_size, log, to_float
+from dynanet.data.annotated import AnnotatedImages, first_of, float_image, list_files, numbered
+from dynanet.data.images import SUFFIXES, Images, decoded_size, log
 from dynanet.data.splits import synonyms
 
 
@@ -44,11 +44,6 @@ def reversed_corners(boxes: Tensor) -> Tensor:
 
 
 BoxTransform = Callable[[Tensor, Boxes], Any]
-
-
-def float_image(image: Tensor, boxes: Boxes) -> tuple[Tensor, Boxes]:
-    """The image as float32 in [0, 1] and the boxes: the default transform."""
-    return to_float(image), boxes
 
 
 class DetectionImages(AnnotatedImages):
@@ -123,7 +118,7 @@ def load_voc(
     if lone:
         raise DataError(
             f"{len(lone)} of {len(stems)} images of {home} lack JPEGImages/x.jpg or Annotations/x.xml "
-            f"({some(lone)}); add the files, or correct the list"
+            f"({first_of(lone)}); add the files, or correct the list"
         )
     read = {stem: _read(home / "Annotations" / f"{stem}.xml") for stem in (stems if classes else annotated)}
     named = tuple(classes) if classes else tuple(sorted({name for notes in read.values() for name in notes.names}))

@@ -53,8 +53,8 @@ class SlimConv2d(Slim):
         self.outputs = _channels("outputs", outputs)
         if len(inputs) != len(outputs) or (depthwise and self.inputs != self.outputs):
             raise ConfigError(
-                f"a slimmable convolution has {self.inputs} input and {self.outputs} output channels; give one number in "
-                f"and one out for every width{', equal ones as it is depthwise' if depthwise else ''}"
+                f"a slimmable convolution has {self.inputs} input and {self.outputs} output channels; give one number "
+                f"in and one out for every width{', equal ones as it is depthwise' if depthwise else ''}"
             )
         if kernel < 1 or kernel % 2 == 0:
             raise ConfigError(f"kernel must be odd, got {kernel}")
@@ -198,9 +198,7 @@ class SlimResidual(Slim):
     def __init__(self, branch: Slim, shortcut: Slim | None = None) -> None:
         super().__init__()
         if shortcut is not None and shortcut.widths != branch.widths:
-            raise StructureError(
-                f"a branch of {branch.widths} widths with a shortcut of {shortcut.widths}; expected as many"
-            )
+            raise StructureError(f"a branch of {branch.widths} widths with a shortcut of {shortcut.widths}")
         self.branch = branch
         self.shortcut = shortcut
         self.widths = branch.widths

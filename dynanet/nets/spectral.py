@@ -1,8 +1,8 @@
 """A small network for the pixels of a hyperspectral image: first a pixel's own spectrum, then its neighbourhood.
 
 The stem and the first exit read single pixels. Over a whole image the stem therefore runs once, not once for each of
-the 81 patches that contain a pixel, and pixels that leave at the first exit need no patch. The later stages are residual
-3 x 3 blocks over a patch of stem features.
+the 81 patches that contain a pixel, and pixels that leave at the first exit need no patch. The later stages are
+residual 3 x 3 blocks over a patch of stem features.
 
 Patches may be cut before the stem or after it: the stem maps a zero spectrum to 0, so positions beyond the edge of the
 scene, or hidden by a split, are 0 for the blocks either way. `spectral_net` returns stages and exits for
