@@ -16,9 +16,8 @@ from torch.nn import functional
 from dynanet.core.architecture import architecture
 from dynanet.core.errors import ConfigError, InputError, check_sizes
 from dynanet.nets.blocks import init_normal
-from dynanet.ops.causal import attend_causal
 from dynanet.ops.decoding import Decoder
-from dynanet.ops.tokens import Tokens
+from dynanet.ops.tokens import Tokens, attend_causal
 from dynanet.zoo.exits import check_exits
 from dynanet.zoo.vit_config import check_heads
 
