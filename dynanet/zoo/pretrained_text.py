@@ -190,8 +190,8 @@ def _check(settings: Mapping[str, Any], weights: Mapping[str, Tensor], layers: i
     relative = settings.get("position_embedding_type") or "absolute"
     if settings.get("hidden_act") != "gelu" or relative != "absolute":
         raise ConfigError(
-            f"an encoder with activation {settings.get('hidden_act')!r} and {relative!r} positions; expected 'gelu' and "
-            f"'absolute'"
+            f"an encoder with activation {settings.get('hidden_act')!r} and {relative!r} positions; expected 'gelu' "
+            f"and 'absolute'"
         )
 
 

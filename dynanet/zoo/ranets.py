@@ -197,7 +197,10 @@ class Stage(nn.Module):
         unread, own, newest = state if self.stem is None else (self.stem(state), (), ())
         lower: tuple[Features, ...] = ()
         if self.opens:
-            x, unread, lower, own = unread[0], unread[1:], own, ()
+            x = unread[0]
+            unread = unread[1:]
+            lower = own  # the sub-network before, whose blocks the fusing ones read
+            own = ()
         else:
             x = _newest((unread, own, newest))
         for i, block in enumerate(self.blocks):
