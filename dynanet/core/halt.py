@@ -27,10 +27,12 @@ class Halt(Dynamic):
         limit: at most this many steps run, whatever the scores say: the hard cap per sample. None: all.
         rows: how rows leave; a session puts preallocated workspaces here.
         part_by_part: how a session runs a single row that is made of parts; None: as in a batch.
+        multi_exit: in training the exits of all steps answer every row, and each is to be trained (`train.MultiExit`).
     """
 
     steps: int
     limit: int | None = None
+    multi_exit: bool = False
     rows: Rows = LEADING
     part_by_part: PartByPart | None = None
 

@@ -19,6 +19,9 @@ a class has three fields or more, no field is shared. `random_pixels_leaky` is t
 """
 
 from collections.abc import Sequence
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -81,7 +84,6 @@ class IndianPines:
         train_cube: the same with 0 wherever the owner is not `train` (under `random_pixels_leaky`: `cube` itself).
         labels: (height, width) int64, 0 to 15, and `UNLABELLED`.
         owner: (height, width) int64, the part of each pixel, labelled or not, as an index of `PARTS`.
-        wavelengths_nm: one approximate centre per band.
 
     Raises:
         ConfigError: an unknown split, or an even patch.
@@ -91,7 +93,8 @@ class IndianPines:
     def __init__(self, split: str = "field_cut", seed: int = 0, patch: int = 9, scene: RawScene | None = None) -> None:
         if patch < 1 or patch % 2 == 0:
             raise ConfigError(f"patch must be odd, as a patch has a centre pixel, got {patch}")
-        raw, self.labels, self.wavelengths_nm = load_scene() if scene is None else scene
+        raw, self.labels = _pixels() if scene is None else (scene.cube, scene.labels)
+        self._scene = scene
         self.split = split
         self.seed = seed
         self.patch = patch
@@ -101,6 +104,11 @@ class IndianPines:
         self.cube = ((raw - mean[:, None, None]) / deviation[:, None, None]).float()
         seen = torch.ones_like(self.owner) if split == "random_pixels_leaky" else self.owner == PARTS.index("train")
         self.train_cube = self.cube * seen
+
+    @cached_property
+    def wavelengths_nm(self) -> tuple[float, ...]:
+        """One approximate centre per band."""
+        return (load_scene() if self._scene is None else self._scene).wavelengths_nm
 
     def mask(self, part: str) -> Tensor:
         """Return (height, width) bool: the labelled pixels of a part."""
@@ -191,18 +199,28 @@ def load_scene() -> RawScene:
         MissingExtraError: tensorly is not installed.
         DataError: another version of the file in the package.
     """
-    bunch = require("tensorly.datasets", "rs").load_indian_pines()
-    cube = np.ascontiguousarray(np.moveaxis(np.asarray(bunch.tensor, dtype=np.float32), -1, 0))
-    labels, wavelengths_nm = bunch.ticks
-    labels = np.asarray(labels)
+    cube, labels = _pixels()
+    _, wavelengths_nm = require("tensorly.datasets", "rs").load_indian_pines().ticks
+    return RawScene(cube, labels, tuple(float(w) for w in wavelengths_nm))
+
+
+def _pixels() -> tuple[Tensor, Tensor]:
+    """The cube and the labels of `load_scene`, from tensorly's files: importing tensorly takes half a second."""
+    package = find_spec("tensorly")
+    origin = package.origin if package is not None else None
+    folder = Path(origin or str(require("tensorly", "rs").__file__)).parent / "datasets" / "data"
+    try:
+        tensor = np.load(folder / "Indian_pines_corrected.npy")
+        labels = np.load(folder / "Indian_pines_gt.npy")
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read Indian Pines in {folder} ({error}); install tensorly 0.9 or 0.10") from error
+    cube = np.ascontiguousarray(np.moveaxis(tensor.astype(np.float32), -1, 0))
     if cube.shape != (200, 145, 145) or labels.shape != (145, 145) or labels.max() != len(CLASS_NAMES):
         raise DataError(
             f"tensorly's Indian Pines came as a cube of {cube.shape} with labels {labels.shape} up to {labels.max()}; "
             "expected (200, 145, 145), (145, 145) and 16: install tensorly 0.9 or 0.10"
         )
-    return RawScene(
-        torch.from_numpy(cube), torch.from_numpy(labels.astype(np.int64) - 1), tuple(float(w) for w in wavelengths_nm)
-    )
+    return torch.from_numpy(cube), torch.from_numpy(labels.astype(np.int64) - 1)
 
 
 def split_pixels(labels: Tensor, split: str, seed: int) -> Tensor:

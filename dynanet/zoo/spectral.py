@@ -59,7 +59,7 @@ def spectral_static(
     return nn.Sequential(*stages, exits[-1])
 
 
-def scene_form(model: EarlyExit, patch: int = 9) -> SceneExit:
+def scene_form(model: nn.Module, patch: int = 9) -> SceneExit:
     """A trained `spectral_exit`, run over whole images: (B, bands, H, W) to logits (B, H, W, classes).
 
     The stem runs once over the image, and patches of its features are cut for the pixels that continue. Weights are
@@ -79,7 +79,7 @@ def scene_form(model: EarlyExit, patch: int = 9) -> SceneExit:
 
 
 @torch.no_grad()
-def scene_macs(model: EarlyExit, image: Tensor, patch: int = 9) -> list[float]:
+def scene_macs(model: nn.Module, image: Tensor, patch: int = 9) -> list[float]:
     """MACs per pixel of a scene that leaves at each exit, the stem run once per pixel.
 
     Args:
