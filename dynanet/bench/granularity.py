@@ -21,7 +21,8 @@ from dynanet.core.dynamic import execute, record
 from dynanet.core.errors import ConfigError, InputError
 from dynanet.gates.scorers import tile_mean
 from dynanet.mechanisms.spatial_skip import SpatialSkip
-from dynanet.ops.tiles import Compact, Tiles
+from dynanet.ops.compact import Compact
+from dynanet.ops.tiles import Tiles
 from dynanet.session.session import Session
 
 

@@ -77,6 +77,11 @@ class Dynamic(nn.Module):
         return ""
 
     @property
+    def runs_whole(self) -> bool:
+        """The sparse form is one native call as things are, so that engines for its parts would only slow it down."""
+        return False
+
+    @property
     def gathers(self) -> bool:
         """Whether the sparse form is in use."""
         return self.sparse and not self.training

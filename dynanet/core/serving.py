@@ -1,4 +1,4 @@
-"""Interfaces of a Halt that a session serves frame by frame, or as one graph per step for a single row."""
+"""What a model tells a session: how a Halt is served frame by frame or row by row, and what no engine replaces."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -61,6 +61,14 @@ class PartByPart(ABC):
         Answer and score are repeated for every part. None: a layer inside decides or has a memory, so that the step
         runs as in a batch.
         """
+
+
+class CalledInParts(ABC):  # noqa: B024 - a mark, which adds no method
+    """A module that no engine may replace.
+
+    Other methods than `forward` are called too, or its answer depends on the whole batch. Its submodules may become
+    engines.
+    """
 
 
 class Conclusion(NamedTuple):

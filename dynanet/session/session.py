@@ -16,10 +16,11 @@ from dynanet.core.errors import InputError
 from dynanet.core.halt import Halt
 from dynanet.core.rows import over_tensors
 from dynanet.core.serving import FrameByFrame
-from dynanet.session.compiled import CompiledHalt, EnginesByBatch, Unit
-from dynanet.session.deploy import Plan, deploy, one_row
-from dynanet.session.engines import OnnxRuntime, folded
+from dynanet.session.compiled import BatchOnePath, CompiledHalt, CompiledPart, compiled
+from dynanet.session.engines import OnnxRuntime
 from dynanet.session.inputs import check_input
+from dynanet.session.plan import folded, plan_units
+from dynanet.session.selector import EnginesByBatch, EngineSelector
 from dynanet.session.stream import EndOfSequence, SequenceAnswer, SequenceFrame, StepQueue, StreamingSession
 
 log = logging.getLogger(__name__)
@@ -75,22 +76,25 @@ class Session(nn.Module):
             raise InputError("a session needs an example with at least one sample; this batch is empty")
         if not batches or min(batches) < 1:
             raise InputError(f"batches is {tuple(batches)}; expected batch sizes, 1 or more each")
-        deployed = folded(model).to(self.device)
-        plan = Plan(engines, tuple(sorted(set(batches))), threads or torch.get_num_threads(), cache, self.device)
+        source = folded(model).to(self.device)
+        selector = EngineSelector(
+            engines, tuple(sorted(set(batches))), threads or torch.get_num_threads(), cache, self.device
+        )
         with torch.no_grad():
             try:
-                self._empty = over_tensors(lambda t: t[:0], deployed(self.example))
+                self._empty = over_tensors(lambda t: t[:0], source(self.example))
             except (RuntimeError, TypeError, IndexError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise InputError(f"the model cannot take this example ({reason}); give one that it takes") from error
-            self._one_row = one_row(deployed, self.example, plan) if isinstance(deployed, Halt) else None
-            deployed = deploy(deployed, self.example, plan)
-        self.units = plan.measured
-        self._only_gathers = False
+            plan = plan_units(source, self.example, one_row=selector.onnx)
+            single = [selector.engines(unit) for unit in plan.one_row]
+            self._one_row = BatchOnePath(source, single) if isinstance(source, Halt) and single else None
+            deployed = compiled(source, plan, selector)
+        self.units = selector.measured
         # Not registered: the layers of a session have the names they have in the model.
         vars(self)["model"] = execute(deployed.eval(), sparse=True)
-        engines_ = [engine for each in self.engines() for engine in each.engines.values()]
-        self._only_gathers = bool(engines_) and all(isinstance(engine, OnnxRuntime) for engine in engines_)
+        used = [engine for each in self.engines() for engine in each.engines.values()]
+        self._only_gathers = bool(used) and all(isinstance(engine, OnnxRuntime) for engine in used)
 
     if TYPE_CHECKING:
         model: nn.Module
@@ -99,13 +103,13 @@ class Session(nn.Module):
         """The deployed model's modules, under the names they have in the model."""
         return self.model.named_modules(*args, **kwargs)
 
-    def engines(self) -> list["EnginesByBatch"]:
+    def engines(self) -> list[EnginesByBatch]:
         """The engines of every unit, in the order of the model."""
         found: list[EnginesByBatch] = [] if self._one_row is None else list(self._one_row.engines)
         for module in self.model.modules():
             if isinstance(module, CompiledHalt):
                 found += module.engines
-            elif isinstance(module, Unit):
+            elif isinstance(module, CompiledPart):
                 found.append(module.engine)
         return found
 

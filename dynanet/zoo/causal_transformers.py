@@ -15,9 +15,8 @@ from torch.nn import functional
 
 from dynanet.core.architecture import architecture
 from dynanet.core.errors import ConfigError, InputError
-from dynanet.ops.causal import attend_causal
 from dynanet.ops.decoding import Decoder
-from dynanet.ops.tokens import Tokens
+from dynanet.ops.tokens import Tokens, attend_causal
 
 
 @architecture

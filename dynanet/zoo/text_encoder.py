@@ -19,7 +19,7 @@ from dynanet.core.architecture import architecture
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import ConfigError, InputError
-from dynanet.core.serving import PartByPart
+from dynanet.core.serving import CalledInParts, PartByPart
 from dynanet.core.trace import Frame
 from dynanet.gates.confidence import Confidence
 from dynanet.mechanisms.early_exit import EarlyExit
@@ -322,10 +322,8 @@ class TextRest(nn.Module):
         return self.norm_b(x + self.dropout(self.down(self.activation(self.up(x)))))
 
 
-class TextHead(nn.Module):
+class TextHead(nn.Module, CalledInParts):  # sentences are not rows of a tensor
     """An exit: the mean of a sentence's tokens, one hidden layer, logits."""
-
-    called_in_parts = True  # an engine takes rows, and sentences are none
 
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
