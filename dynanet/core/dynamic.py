@@ -103,6 +103,11 @@ class Dynamic(nn.Module):
         """Reset what `schedules` left, so that every row runs everything until the layer is calibrated."""
 
     @property
+    def runs_whole(self) -> bool:
+        """The sparse form is one native call as things are, so that engines for its parts would only slow it down."""
+        return False
+
+    @property
     def gathers(self) -> bool:
         """Whether the sparse form is in use."""
         return self.sparse and not self.training

@@ -12,7 +12,8 @@ from dynanet.core.errors import ConfigError, StructureError
 from dynanet.core.objective import Objective
 from dynanet.core.trace import Call, Trace
 from dynanet.gates.scorers import ContextScorer, tile_mean
-from dynanet.ops.tiles import Compact, Tiles
+from dynanet.ops.compact import Compact
+from dynanet.ops.tiles import Tiles
 
 
 class PositionHalting(Dynamic):
