@@ -115,6 +115,19 @@ class PixelCascade(Dynamic):
         if self.trace is not None:
             self.trace.log_answer(self, logits)
 
+    def pixel_loss(self, ignore: int, weights: Sequence[float] | None) -> Objective:
+        """Every stage's own loss."""
+        return PixelCascadeLoss(ignore, weights=weights)
+
+    def schedules(self) -> list[Callable[[float], None]]:
+        """Thresholds drawn at random in the second part of training."""
+        return [roaming_thresholds(self)]
+
+    @torch.no_grad()
+    def finish_training(self) -> None:
+        """No thresholds: every position runs every stage."""
+        self.thresholds.fill_(torch.inf)
+
 
 class PixelCascadeLoss(Objective):
     """Every stage's cross-entropy over the pixels that reached it (Li et al. 2017, arXiv:1704.01344, section 3.2).

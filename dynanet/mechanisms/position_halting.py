@@ -149,6 +149,11 @@ class PositionHalting(Dynamic):
             score = self.run(unit, head.local, alive, x, zeros, rows=Tiles(self.tiles.tile, 1))
         return (tile_mean(score, self.tiles.tile) + head.overall(x))[..., 0]
 
+    @classmethod
+    def ponder_cost(cls) -> Objective:
+        """Of all layers that halt positions."""
+        return PositionPonderCost()
+
 
 class PositionPonderCost(Objective):
     """N + R, the steps and the remainder, averaged over batch and rows and summed over the layers of a model.

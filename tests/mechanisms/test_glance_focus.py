@@ -295,7 +295,7 @@ def test_nan_stays_in_its_row(x):
 def test_what_it_refuses(x):
     for wrong, says in (
         ({"glimpses": 0}, "0 glimpses"),
-        ({"crop_size": 0}, "size of 0"),
+        ({"crop_size": 0}, "size must be at least 1"),
         ({"glance_size": (3,)}, "size of"),
     ):
         with pytest.raises(ConfigError, match=says):
@@ -309,9 +309,9 @@ def test_what_it_refuses(x):
     y, model = torch.tensor([0, 1, 2, 0, 1, 2]), glances()
     with record(model.train()) as trace:
         answer = model(x)
-    with pytest.raises(StructureError, match="by LearnedCrops.*give it SampledCrops"):
+    with pytest.raises(StructureError, match="set by LearnedCrops.*give it SampledCrops"):
         PlaceReward()(answer, y, trace)
-    with pytest.raises(StructureError, match="'nobody' was named"):
+    with pytest.raises(StructureError, match="is named 'nobody'"):
         PlaceReward(halt="nobody")(answer, y, trace)
     model.places = SampledCrops()
     with forced(model, lambda d: torch.zeros_like(d.keep)), record(model) as trace:

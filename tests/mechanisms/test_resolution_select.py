@@ -222,7 +222,7 @@ def test_other_budgets_without_training_again(x):
 def test_what_does_not_fit_together_is_refused(x):
     with pytest.raises(ConfigError, match="give two or more"):
         ResolutionSelect(network(), [5], gate(units=1))
-    with pytest.raises(ConfigError, match="size of 0"):
+    with pytest.raises(ConfigError, match="size must be at least 1"):
         ResolutionSelect(network(), [0, 5], gate(units=2))
     with pytest.raises(StructureError, match="scores 2 sizes and there are 3"):
         ResolutionSelect(network(), SIZES, gate(units=2))
@@ -233,5 +233,5 @@ def test_what_does_not_fit_together_is_refused(x):
     cost = CostModel(layer(), x[:1])
     with pytest.raises(BudgetError, match="below the .* of the cheapest"):
         ResolutionCost(cost.always, cost)
-    with pytest.raises(StructureError, match="'body' is no layer"):
+    with pytest.raises(StructureError, match="no layer 'body'"):
         ResolutionCost(1e9, cost, layer="body")
