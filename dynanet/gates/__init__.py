@@ -4,10 +4,10 @@ from dynanet.core.confidence import Confidence
 from dynanet.gates.confidence import Entropy, LearnedGate, LearnedScore, Margin, MaxProbability, Patience, PerExit
 from dynanet.gates.recurrent import RecurrentGate
 from dynanet.gates.rules import (
-    Always,
     Bernoulli,
-    Given,
+    BinaryRule,
     Gumbel,
+    OneOf,
     RelaxedTopK,
     Rule,
     Sigmoid,
@@ -19,8 +19,8 @@ from dynanet.gates.scorers import ContextScorer, PooledScorer, TileScorer, tile_
 from dynanet.gates.token_confidence import LearnedToken, Saturation, SoftmaxGap, TokenConfidence, consistency_loss
 
 __all__ = [
-    "Always", "Bernoulli", "Confidence", "ContextScorer", "Entropy", "Given", "Gumbel", "LearnedGate", "LearnedScore",
-    "LearnedToken", "Margin", "MaxProbability", "Patience", "PerExit", "PooledScorer", "RecurrentGate", "RelaxedTopK",
-    "Rule", "Saturation", "Sigmoid", "SoftmaxGap", "StraightThrough", "Threshold", "TileScorer", "TokenConfidence",
-    "TopK", "consistency_loss", "tile_mean",
+    "Bernoulli", "BinaryRule", "Confidence", "ContextScorer", "Entropy", "Gumbel", "LearnedGate", "LearnedScore",
+    "LearnedToken", "Margin", "MaxProbability", "OneOf", "Patience", "PerExit", "PooledScorer", "RecurrentGate",
+    "RelaxedTopK", "Rule", "Saturation", "Sigmoid", "SoftmaxGap", "StraightThrough", "Threshold", "TileScorer",
+    "TokenConfidence", "TopK", "consistency_loss", "tile_mean",
 ]  # fmt: skip

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         CropSampler, GlanceFocus, JoinedHead, LearnedCrops, PlacePolicy, PlaceReward, RandomCrops, RecurrentHead,
         SampledCrops,
     )  # fmt: skip
-    from dynanet.mechanisms.jump import Jump, Jumps, OneOf, ReinforceJumps
+    from dynanet.mechanisms.jump import Jump, Jumps, ReinforceJumps
     from dynanet.mechanisms.layer_skip import BranchSkip, LayerSkip, RecurrentSkip
     from dynanet.mechanisms.mixture_of_depths import MixtureOfDepths, PredictTopTokens, causal_predictor
     from dynanet.mechanisms.neuron_skip import LowRankScorer, NeuronSkip, moefy
@@ -71,7 +71,7 @@ _NAMES = {
         "CropSampler", "GlanceFocus", "JoinedHead", "LearnedCrops", "PlacePolicy", "PlaceReward", "RandomCrops",
         "RecurrentHead", "SampledCrops",
     ),
-    "dynanet.mechanisms.jump": ("Jump", "Jumps", "OneOf", "ReinforceJumps"),
+    "dynanet.mechanisms.jump": ("Jump", "Jumps", "ReinforceJumps"),
     "dynanet.mechanisms.layer_skip": ("BranchSkip", "LayerSkip", "RecurrentSkip"),
     "dynanet.mechanisms.mixture_of_depths": ("MixtureOfDepths", "PredictTopTokens", "causal_predictor"),
     "dynanet.mechanisms.neuron_skip": ("LowRankScorer", "NeuronSkip", "moefy"),
