@@ -245,5 +245,5 @@ def places_of(halt: Dynamic) -> Tensor:
 def _plain(choice: OperatingPoint) -> dict[str, Any]:
     """For JSON, which knows no infinity: those thresholds are the strings "inf" and "-inf", as float() reads them."""
     thresholds = [t if np.isfinite(t) else str(t) for t in choice.thresholds.tolist()]
-    plain = asdict(choice) | {"asked": asdict(choice.asked), "thresholds": thresholds, "share": choice.share.tolist()}
+    plain = asdict(choice) | {"budget": asdict(choice.budget), "thresholds": thresholds, "share": choice.share.tolist()}
     return {key: value for key, value in plain.items() if value is not None}

@@ -18,18 +18,18 @@ class OperatingPoint:
     """Thresholds for a budget, and what they do on the held-out samples.
 
     Attributes:
-        asked: the budget.
+        budget: the requested budget.
         thresholds: (K - 1,), +inf: nobody leaves at this exit, -inf: everybody.
         limit: at most this many steps run, for the hard cap; None: no cap.
         macs: per sample, in the mean.
         ms: per sample, in the mean; None where not measured.
         accuracy: on the held-out samples.
         share: (K,) of the samples that leave at every exit.
-        promised: the asked risk is promised; None: none was asked.
+        promised: whether the risk is promised; None: the budget has none.
         note: what the user should know beyond the figures; "" mostly.
     """
 
-    asked: Budget
+    budget: Budget
     thresholds: np.ndarray
     limit: int | None
     macs: float
@@ -44,7 +44,7 @@ class OperatingPoint:
         shares = " ".join(f"{share:.0%}" for share in self.share)
         promise = {None: "", True: "; risk promised", False: "; risk NOT promised"}[self.promised]
         note = f"\n  {self.note}" if self.note else ""
-        return f"{self.asked}: {spent} per sample, accuracy {self.accuracy:.2%}, exits {shares}{promise}{note}"
+        return f"{self.budget}: {spent} per sample, accuracy {self.accuracy:.2%}, exits {shares}{promise}{note}"
 
 
 def choose(table: ExitTable, budget: Budget, losses: np.ndarray | None = None) -> OperatingPoint:

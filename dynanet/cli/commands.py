@@ -112,11 +112,11 @@ def calibrate(
     opened = Run(run)
     choices, full = opened.calibrate(RequestedBudgets(shares, risk, confidence)), opened.full_macs()
     rows = [
-        {"asked": in_words(c.asked, full), "macs": c.macs, "held_out_accuracy": c.accuracy,
+        {"asked": in_words(c.budget, full), "macs": c.macs, "held_out_accuracy": c.accuracy,
          "thresholds": c.thresholds.tolist(), "shares": c.share.tolist(), "promised": c.promised, "note": c.note}
         for c in choices
     ]  # fmt: skip
-    lines = [str(c).replace(str(c.asked), in_words(c.asked, full), 1) for c in choices]
+    lines = [str(c).replace(str(c.budget), in_words(c.budget, full), 1) for c in choices]
     if shares is None and (left_out := opened.unreachable()):
         lines.append(f"left out, as no path is that cheap: {', '.join(f'{share:.0%}' for share in left_out)}")
     _say(json, {"choices": rows}, [*lines, f"next: dynanet evaluate {run}"])
@@ -283,7 +283,7 @@ def demo(out: Path = Path("runs/demo"), seed: int = 0, json: bool = False) -> No
     step("Calibrating three budgets and one promised risk, in one pass over held-out pixels")
     for choice in run.calibrate(RequestedBudgets()):
         if not json:
-            print("  " + str(choice).replace(str(choice.asked), in_words(choice.asked, run.full_macs()), 1))
+            print("  " + str(choice).replace(str(choice.budget), in_words(choice.budget, run.full_macs()), 1))
     step("Test pixels, looked at once")
     results = run.evaluate()
     if not json:

@@ -233,8 +233,8 @@ class Run:
             reached = outcome(table, choice.thresholds)
             rows.append(
                 {
-                    "asked": in_words(choice.asked, _full(frontier)),
-                    "asked_macs": choice.asked.macs,
+                    "asked": in_words(choice.budget, _full(frontier)),
+                    "asked_macs": choice.budget.macs,
                     "held_out_macs": choice.macs,
                     "test_macs": reached.macs,
                     "test_macs_share": reached.macs / _full(frontier),
@@ -272,7 +272,7 @@ class Run:
             return self.model(), AS_TRAINED
         frontier, full = self.frontier(), self.full_macs()
         choice = min(self.choices(), key=lambda each: abs(each.macs / full - 0.5))
-        return apply(frontier.model, choice), in_words(choice.asked, full)
+        return apply(frontier.model, choice), in_words(choice.budget, full)
 
     def has_exits(self) -> bool:
         """There are thresholds to calibrate; what decides by what it has learnt, or not at all, has none."""
@@ -320,7 +320,7 @@ class Run:
             thresholds[k:] = -np.inf
             asked.append((f"all at exit {k + 1}", frontier.model, thresholds))
         for choice in self.choices():
-            name = in_words(choice.asked, _full(frontier))
+            name = in_words(choice.budget, _full(frontier))
             asked += [(name, frontier.model, choice.thresholds)]
             asked += [(f"{name}, exits drawn by lot", *with_random_exits(frontier.model, choice.share))]
         points = []

@@ -269,7 +269,7 @@ def half_way(test: ExitTable, choices: Sequence[OperatingPoint]) -> int:
     if not choices:
         raise ConfigError("a report needs at least one choice; give frontier.choose(budget)")
     spent = [outcome(test, choice.thresholds).macs / test.mean_macs[-1] for choice in choices]
-    return min(range(len(choices)), key=lambda i: (choices[i].asked.risk is not None, abs(spent[i] - 0.5)))
+    return min(range(len(choices)), key=lambda i: (choices[i].budget.risk is not None, abs(spent[i] - 0.5)))
 
 
 def _checked_labels(test: ExitTable, names: Sequence[str]) -> np.ndarray:
@@ -282,7 +282,7 @@ def _checked_labels(test: ExitTable, names: Sequence[str]) -> np.ndarray:
 
 
 def _promise(operation: Operation, held_out: int | None) -> Promise:
-    asked = operation.choice.asked
+    asked = operation.choice.budget
     assert asked.risk is not None, "callers check"
     tested = None if held_out is None else held_out - math.ceil(GRID_SHARE * held_out)
     return Promise(operation, asked.risk, asked.confidence, bool(operation.choice.promised), tested)

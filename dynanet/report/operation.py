@@ -52,7 +52,7 @@ class Operation:
     @property
     def risky(self) -> bool:
         """A risk was asked for."""
-        return self.choice.asked.risk is not None
+        return self.choice.budget.risk is not None
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def operate(test: ExitTable, choice: OperatingPoint, ms: float | None) -> Operat
     answers, change = test.answers[rows, exits], test.correct[rows, exits].astype(float) - test.correct[:, -1]
     low, high = wilson(done.accuracy, test.samples)
     return Operation(
-        name=budget_name(choice.asked, float(test.mean_macs[-1])),
+        name=budget_name(choice.budget, float(test.mean_macs[-1])),
         choice=choice,
         outcome=done,
         ms=done.ms if ms is None else ms,

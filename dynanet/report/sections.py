@@ -192,7 +192,7 @@ def _budgets(f: Findings) -> Markup:
     ]
     for each in f.operations:
         asked, promised = (
-            each.choice.asked.macs,
+            each.choice.budget.macs,
             {None: None, True: "promised", False: "not promised"}[each.choice.promised],
         )
         share = percent(each.outcome.macs / f.full.macs) + " of full"

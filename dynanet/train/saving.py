@@ -49,7 +49,7 @@ class Checkpoints(Checkpoint):
     Args:
         folder: to save in.
         every_steps: also save every this many steps; None: only at the end of epochs.
-        monitor: the metric that chooses `best.ckpt`; without a validation set there is no best.
+        monitor: the metric that chooses `best.ckpt`; without a validation set none is written.
         lower_is_better: the best epoch has the lowest metric instead of the highest.
     """
 

@@ -165,7 +165,7 @@ def test_the_curve_rises_from_the_cheapest_to_the_dearest(draw):
     assert points[0].share[0] == 1 and points[-1].share[-1] == 1
     assert (np.diff(macs) > 0).all()
     assert (np.diff(accuracy) > -0.01).all()
-    assert all(p.macs <= p.asked.macs * (1 + 1e-9) for p in points)
+    assert all(p.macs <= p.budget.macs * (1 + 1e-9) for p in points)
 
 
 def test_a_choice_prints_what_was_asked_and_what_was_reached(draw):

@@ -84,7 +84,7 @@ def test_easy_samples_leave_first_hard_ones_last_and_mistakes_are_wrong(draw, ch
 
 def test_the_explained_budget_is_a_plain_one_near_half(draw, choices):
     f = find(draw(2), choices[::-1], ORIGIN, NAMES)
-    assert f.operation.choice.asked == Budget(macs=4e6)
+    assert f.operation.choice.budget == Budget(macs=4e6)
     assert find(draw(2), choices, ORIGIN, NAMES, explain=1).operation.choice is choices[1]
 
 
