@@ -22,14 +22,12 @@ class Rule(nn.Module, ABC):
             it. `dynanet.testing` holds such gates to it.
         competes: units compete for places, so that an only one is kept however low its score is.
         counts_rows: what is kept of a row depends on the other rows of a batch, so that padding must not be among them.
-        k: how many units every row keeps; None where that is not fixed.
         decides: what is kept in eval mode, in words.
     """
 
     differentiable: bool = False
     competes: bool = False
     counts_rows: bool = False
-    k: int | None = None
 
     @property
     def decides(self) -> str:

@@ -10,7 +10,6 @@ from torch.nn import Module
 from dynanet.core.gate import Gate
 from dynanet.core.halt import Halt
 from dynanet.core.trace import Call, Trace
-from dynanet.gates.rules import Rule
 
 RATES = (0.02, 0.98)  # outside, a gate has collapsed
 SPREAD = 2.0  # above, units that compete for rows have collapsed: standard deviation over mean of their loads
@@ -123,8 +122,9 @@ def _load(call: Call, layer: Module) -> Load:
     columns = keep.shape[-1]
     per_row = keep.sum(1)
     compete = torch.tensor(columns > 1, device=keep.device)
-    rules = [gate.rule for gate in layer.children() if isinstance(gate, Gate) and isinstance(gate.rule, Rule)]
-    each: Any = rules[0].k if rules else None
+    # Top-k rules fix the number of units that a row keeps, and hold it as k; others have no such attribute.
+    fixed = [vars(gate.rule)["k"] for gate in layer.children() if isinstance(gate, Gate) and "k" in vars(gate.rule)]
+    each: Any = fixed[0] if fixed else None
     if each is None:  # the rule does not fix the number of units: they compete if all rows kept equally many
         taken = per_row[per_row > 0]
         compete = compete & ((taken - taken[:1]).abs() < 1e-3).all()

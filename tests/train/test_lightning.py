@@ -139,7 +139,9 @@ def test_what_contradicts_itself_is_refused_before_anything_is_written(tmp_path)
 
 
 def test_a_metric_that_nobody_logs_is_said_after_the_first_epoch_is_saved(tmp_path):
-    with pytest.raises(ConfigError, match=r"monitor is 'val/f1', which is not logged; .* \['val/accuracy', .*'val/loss'"):
+    with pytest.raises(
+        ConfigError, match=r"monitor is 'val/f1', which is not logged; .* \['val/accuracy', .*'val/loss'"
+    ):
         run(tmp_path, monitor="val/f1")
     assert sorted(step_files(tmp_path)) == [5]
     run(tmp_path, monitor="val/loss", lower_is_better=True, resume=True)
