@@ -1,6 +1,6 @@
-"""Where the compute went, and whether the answers can be trusted: findings from tables, and a report in one file.
+"""Reports: accuracy, cost and exit rates from tables, as one HTML file.
 
-findings = find(test_table, choices, Origin(data=..., test=...), class_names, line=frontier.curve())
+findings = find(test_table, points, Origin(data=..., test=...), class_names, line=frontier.curve())
 write_report(findings, "report.html")
 """
 
