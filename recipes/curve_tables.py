@@ -1,4 +1,4 @@
-"""Tables along a scale: accuracy over MACs of `cifar10_frontier.py`, points made anew of `camvid_points.py`, letters of
+"""Tables along a scale: accuracy over MACs of `cifar10_frontier.py`, points predicted again of `camvid_points.py`, letters of
 `shakespeare_depths.py`.
 """
 
@@ -15,8 +15,8 @@ def short():
     static = sorted((float(r["macs"]), float(r["accuracy"])) for r in found if r["network"].startswith("static"))
     lines = [
         f"**RANet beside MSDNet**: CIFAR-10, {found[0]['epochs']} epochs each, which is far too few to compare with published "
-        "figures and the same for all (the cascade is two static networks). Anytime: every image's answer at that exit. "
-        "Budgets: thresholds from held-out images, beside exits by lot at the same rates.",
+        "figures and the same for all (the cascade is two static networks). All at exit k: every image is answered at that exit. "
+        "Budgets: thresholds from held-out images, beside random exits at the same rates.",
         source(found, "cifar10_short_frontier.csv"),
         "",
         "| network | answers | MACs | test accuracy | static, same MACs | random exits |",
@@ -29,22 +29,22 @@ def short():
             network, _, answers = name.partition(", ")
             inside = answers and static[0][0] <= macs <= static[-1][0]
             same = np.interp(np.log(macs), np.log([m for m, _ in static]), [a for _, a in static]) if inside else None
-            lot = row.get("random_exits_accuracy")
+            random = row.get("random_exits_accuracy")
             lines.append(
                 f"| {network} | {answers} | {macs / 1e6:.1f} M | {percent(accuracy)} | "
-                f"{'' if same is None else percent(same)} | {percent(float(lot)) if lot else ''} |"
+                f"{'' if same is None else percent(same)} | {percent(float(random)) if random else ''} |"
             )
     return lines
 
 
 def points():
-    """How many points are worth making anew."""
+    """How many points are worth predicting again."""
     found = rows("camvid_points.csv")
     if not found:
         return NOTHING
     lines = [
-        f"Segmentation: {found[0]['data']}; one network, trained for {found[0]['epochs']} epochs from random weights, with so many "
-        "points made anew after each of three doublings. Random: as many, anywhere. Milliseconds of the session, frame by frame, "
+        f"Segmentation: {found[0]['data']}; one network, trained for {found[0]['epochs']} epochs from random weights, with the given number of "
+        "points predicted again after each of three doublings. Random: as many, anywhere. Milliseconds of the session, frame by frame, "
         "one thread.",
         source(found, "camvid_points.csv"),
         "",
@@ -55,8 +55,8 @@ def points():
     for row in found:
         speed = f"{float(row['ms']):.1f} | {times(float(row['over_everywhere']))}" if row in timed else " | "
         quality = " | ".join(percent(float(row[key])) for key in ("miou", "pixel_accuracy"))
-        lot = percent(float(row["random_miou"])) if row["random_miou"] else ""
-        lines.append(f"| {row['points']} | {quality} | {float(row['macs']) / 1e6:.0f} M | {speed} | {lot} |")
+        random = percent(float(row["random_miou"])) if row["random_miou"] else ""
+        lines.append(f"| {row['points']} | {quality} | {float(row['macs']) / 1e6:.0f} M | {speed} | {random} |")
     return lines
 
 

@@ -23,7 +23,7 @@ def generation():
         "letter for letter, which was checked before anything was timed.",
         source(found, "shakespeare.csv"),
         "",
-        "| way | batch | letters per second | times the whole model | MACs, whole model over this | letters that are the "
+        "| way | batch | letters per second | times the whole model | MACs, whole model over this | letters equal to the "
         "whole model's | mean exit | drafted letters accepted |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -38,7 +38,7 @@ def generation():
 
 
 def generation_targets():
-    """(what, asked, values) of the speeds that were asked for: every draft, not the best."""
+    """(what, target, values) of the speeds that a target was set for: every draft, not the best."""
     found = [row for row in quiet(rows("shakespeare.csv")) if row["way"].startswith("drafts")]
     for way, batch in dict.fromkeys((row["way"], row["batch"]) for row in found) or [("drafts", "1")]:
         values = [float(row["times"]) for row in found if (row["way"], row["batch"]) == (way, batch)]

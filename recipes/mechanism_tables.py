@@ -3,10 +3,11 @@
 from functools import partial
 
 import numpy as np
-from rows import percent, quiet, rows, source, times
+from rows import percent, plain, quiet, rows, source, times
 from sequence_tables import worth
 
 NOTHING = ["Not measured yet: no row in `results/`."]
+REALISED = "realised speed-up (fraction of the MAC saving)"
 
 EXPERIMENTS = {  # file of rows: what was trained, and what a narrower static network is there
     "cifar10_mechanisms": "CIFAR-10, a small ResNet; static: the same network, narrower",
@@ -85,8 +86,8 @@ def mechanism(card):
 
 def _accuracies(experiment, title, mine):
     lines = [
-        f"{title}, by the same recipe and at the same MACs (interpolated). Random: the same decisions, but another "
-        f"{'image' if 'CIFAR' in title else 'row'}'s. Constant: kept for less than 2 % or more than 98 % of the rows. Test accuracy, one training each: differences below a point say little.",
+        f"{title}, by the same recipe and at the same MACs (interpolated). Random: the decisions of another "
+        f"{'image' if 'CIFAR' in title else 'row'}. Constant: kept for less than 2 % or more than 98 % of the rows. Test accuracy, one training each: differences below a point say little.",
         source(mine, f"{experiment}.csv"),
         "",
         "| | epochs | accuracy | MACs | nothing skipped | static, same MACs | widest static | its MACs | random gates | units "
@@ -112,7 +113,7 @@ def _speeds(card):
         if mine:
             lines += [
                 "",
-                "Sessions of the trained networks, which are small; same engine: the same weights with nothing skipped; best "
+                "Sessions of the trained networks, which are small. Same engine: the same weights with nothing skipped; best "
                 f"dense engine: the widest static network's. One thread. {source(mine, name)}",
             ]
             lines += ["", *_four(mine, lambda row: row["network"])]
@@ -131,7 +132,7 @@ def _speeds(card):
 
 def _four(mine, named):
     lines = [
-        "| | batch | times faster, same engine | than the best dense engine | of the FLOP ratio | of the latency theory |",
+        "| | batch | times faster, same engine | than the best dense engine | realised speed-up (fraction of the MAC saving) | scheduling efficiency |",
         "|---|---|---|---|---|---|",
     ]
     for name, batch in dict.fromkeys((named(row), int(row["batch"])) for row in mine):
@@ -139,13 +140,13 @@ def _four(mine, named):
         values = [float(np.median([float(row[column]) for row in cell])) for column in FOUR]
         shown = [times(value) for value in values]
         if values[-1] < 0.1:
-            shown[-1] = ""  # the units run in torch, of which the theory counts nothing
+            shown[-1] = ""  # the units run in torch, outside the engine calls that the efficiency is measured against
         lines.append(f"| {name} | {batch} | {' | '.join(shown)} |")
     return lines
 
 
 def _chance(row):
-    """The accuracy with another's decisions, where these cost as much: merged tokens, say, do not."""
+    """The accuracy with another row's decisions, empty where these cost a different number of MACs (merged tokens)."""
     same = row["random_macs"] and abs(float(row["random_macs"]) / float(row["macs"]) - 1) < 0.05
     return row["random_accuracy"] if same else ""
 
@@ -166,7 +167,7 @@ def points(values):
 
 
 def choice(card):
-    """What a newcomer wants to know of a mechanism: its last cells in the table of the README."""
+    """The measured cells of a mechanism in the table of docs/choosing.md."""
     mine = OTHERWISE[card]() if card in OTHERWISE else [
         tuple(float(row["accuracy"]) - float(other) for other in (row["static_accuracy"], _chance(row)))
         for _, row in found(card)
@@ -185,13 +186,13 @@ def choice(card):
 
 
 def _ratios(speeds):
-    """Over the FLOP ratio at four batch sizes, medians."""
+    """Realised speed-up as a fraction of the MAC saving, at four batch sizes, medians."""
     cells = ([float(r["over_flop_ratio"]) for r in speeds if r["batch"] == batch] for batch in ("1", "8", "64", "256"))
     return " / ".join(times(np.median(cell)) if cell else "-" for cell in cells) if speeds else "not measured"
 
 
 def _speed_rows(card):
-    """Of one thread, where nothing else ran: MSDNet's, a kernel's, a recurrent cell's, or those of `skipping_speed.csv`."""
+    """Rows of one thread on a quiet machine: MSDNet's, a kernel's, a recurrent cell's, or those of `skipping_speed.csv`."""
     if card in RECURRENT:
         mine = [row for row in quiet(rows("recurrent_speed.csv")) if row["network"].startswith(RECURRENT[card])]
         return [{"batch": row["batch"], "over_flop_ratio": row["best_over_flop_ratio"]} for row in mine]
@@ -247,10 +248,10 @@ def boxes():
 
 
 def labels():
-    """Points of mIoU over exits drawn by lot of `camvid.csv`; static networks of the same MACs were not trained."""
+    """Points of mIoU over random exits of `camvid.csv`; static networks of the same MACs were not trained."""
     found = {row["point"]: float(row["miou"]) for row in rows("camvid.csv") if row["network"] == "cascade"}
-    by_lot = ", exits drawn by lot"
-    return [(None, miou - found[point + by_lot]) for point, miou in found.items() if point + by_lot in found]
+    random = ", exits drawn by lot"  # as the rows name it
+    return [(None, miou - found[point + random]) for point, miou in found.items() if point + random in found]
 
 
 OTHERWISE = {  # cards whose rows are of another kind
@@ -267,7 +268,7 @@ OTHERWISE = {  # cards whose rows are of another kind
 
 
 def exits():
-    """The block of criteria by which to leave: rows of `recipes/cifar10_exits.py`."""
+    """The block of exit criteria: rows of `recipes/cifar10_exits.py`."""
     every = rows("cifar10_exits.csv")
     found = [row for row in every if row["budget"]]
     if not found:
@@ -275,10 +276,10 @@ def exits():
     lines = [
         "Criteria on the same trained networks, CIFAR-10: fitted, and thresholds chosen, on held-out images for each budget "
         "of the last exit's MACs. Static: networks with one exit by the same recipe, at the same MACs (interpolated). Random: "
-        "exits drawn at the same rates. Paying exits: those that are left when exits that do not pay are switched off.",
+        "exits drawn at the same rates. Selected exits: those left after exits that cost more than they save are switched off.",
         source(found, "cifar10_exits.csv"),
         "",
-        "| network | criterion | budget | MACs | accuracy | static | random | paying exits | their MACs | their accuracy |",
+        "| network | criterion | budget | MACs | accuracy | static | random | selected exits | their MACs | their accuracy |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row in found:
@@ -299,7 +300,7 @@ def sentences():
         return NOTHING
     lines = [
         "Text: MiniLM (6 layers, pretrained) with an exit after each, fine-tuned for a few epochs; budgets chosen on held-out "
-        "sentences, shares of the last exit's MACs. Static: the same encoder cut after so many layers, at the same MACs "
+        "sentences, shares of the last exit's MACs. Static: the same encoder cut after the given number of layers, at the same MACs "
         "(interpolated). Random: exits drawn at the same rates (in expectation).",
         source(found, "text_exits.csv"),
         "",
@@ -315,11 +316,11 @@ def sentences():
     if speeds:
         lines += [
             "",
-            "Sentences per second, the session with exits against the static encoder in its best engine, one thread. The latency "
-            "theory: the same calls of engines, and of native attention between them. "
+            "Sentences per second, the session with exits against the static encoder in its best engine, one thread. Scheduling "
+            "efficiency: against the same engine calls, and native attention between them, run back to back. "
             + source(speeds, "text_exits_speed.csv"),
             "",
-            "| set | batch | best static | times faster | refilled | of the latency theory | refilled | of the engines alone | "
+            "| set | batch | best static | times faster | refilled | scheduling efficiency | refilled | against the engine calls alone | "
             "refilled | MACs, times fewer |",
             "|---|---|---|---|---|---|---|---|---|---|",
         ]  # fmt: skip
@@ -332,10 +333,10 @@ def sentences():
 
 
 def encoders():
-    """The block of the main README: the encoder whose speed was measured, at its budget."""
+    """The block of docs/results.md: the encoder whose speed was measured, at its budget."""
     speeds = quiet(rows("text_exits_speed.csv"))
     lines = [
-        "**Text**, MiniLM with an exit after each of its 6 layers, trained behind it while it stands still. The budget is the "
+        "**Text**, MiniLM with an exit after each of its 6 layers; the exits are trained with a frozen encoder. The budget is the "
         "cheapest that loses at most half a point on held-out sentences; sentences per second against the same encoder to its "
         "last layer in the best of four static engines, one thread.",
         source(speeds, "text_exits_speed.csv"),
@@ -363,7 +364,7 @@ def kernels(card):
         f"Native kernels ({mine[0]['native']}), random weights, one thread. The roofline: per layer, the larger of MACs over the "
         f"processor's measured peak and bytes of weights over its bandwidth. {source(mine, 'kernel_speed.csv')}",
         "",
-        "| | keep | batch | times faster, same engine | than the best dense engine | of the FLOP ratio | of the roofline | with "
+        "| | keep | batch | times faster, same engine | than the best dense engine | realised speed-up (fraction of the MAC saving) | fraction of the roofline | with "
         "kernels over without |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
@@ -379,7 +380,7 @@ RECURRENT = {"update_skip": "update skip", "skim": "skim"}  # card: networks of 
 
 
 def recurrent(card):
-    """The milliseconds of a recurrent mechanism."""
+    """The speed of a recurrent mechanism."""
     mine = [row for row in quiet(rows("recurrent_speed.csv")) if row["network"].startswith(RECURRENT[card])]
     if not mine:
         return NOTHING
@@ -388,7 +389,7 @@ def recurrent(card):
         "dense engine reads every step: torch's fused network, a loop over its cell, or ONNX Runtime. "
         f"{source(mine, 'recurrent_speed.csv')}",
         "",
-        "| | hidden | steps read | batch | times faster, same engine | than the best dense engine | of the FLOP ratio, same engine | best engine |",
+        "| | hidden | steps read | batch | times faster, same engine | than the best dense engine | realised speed-up (fraction of the MAC saving), same engine | best engine |",
         "|---|---|---|---|---|---|---|---|",
     ]
     columns = ("over_same_engine", "over_best_dense", "over_flop_ratio", "best_over_flop_ratio")
@@ -434,7 +435,7 @@ def segmentation():
         return NOTHING
     lines = [
         f"Segmentation: {found[0]['data']}, {found[0]['epochs']} epochs from random weights. The cascade leaves at thresholds found "
-        "on the validation split for a share of its MACs; random exits: the same rates drawn by lot.",
+        "on the validation split for a share of its MACs; random exits: the same exit rates, drawn at random.",
         source(found, "camvid.csv"),
         "",
         "| | | mIoU | pixel accuracy | MACs |",
@@ -442,14 +443,14 @@ def segmentation():
     ]
     for row in found:
         quality = " | ".join(percent(float(row[key])) for key in ("miou", "pixel_accuracy"))
-        lines.append(f"| {row['network']} | {row['point']} | {quality} | {_macs(row['macs'])} |")
+        lines.append(f"| {row['network']} | {plain(row['point'])} | {quality} | {_macs(row['macs'])} |")
     if speeds:
         lines += [
             "",
             "Milliseconds per frame, one by one, one thread, interleaved: the session, and the same weights without skipping in "
             f"their best engine. {source(speeds, 'camvid_speed.csv')}",
             "",
-            "| budget | MACs | session | static | times faster | of the FLOP ratio |",
+            "| budget | MACs | session | static | times faster | realised speed-up (fraction of the MAC saving) |",
             "|---|---|---|---|---|---|",
         ]
     for row in speeds:
@@ -460,7 +461,7 @@ def segmentation():
 
 
 def speed_targets():
-    """(what, asked, values) of the speeds that were asked for."""
+    """(what, target, values) of the speeds that a target was set for."""
     found = quiet(rows("skipping_speed.csv"))
 
     def cells(network, batch):
@@ -470,17 +471,17 @@ def speed_targets():
 
     for network, what in (("layer_skip", "layer skip"), ("widths", "widths, 256 channels")):
         for batch in (8, 64, 256):
-            yield f"{what} over the FLOP ratio, batch {batch}", 0.9, cells(network, batch)
+            yield f"{what}, {REALISED}, batch {batch}", 0.9, cells(network, batch)
     kernel = quiet(rows("kernel_speed.csv"))
 
     def of(network, batch, column="over_flop_ratio"):
         return [float(r[column]) for r in kernel if r["network"].startswith(network) and r["batch"] == str(batch)]
 
-    yield "neuron blocks over the FLOP ratio, weights larger than the cache, batch 1", 0.85, of("neurons", 1)
-    yield "experts over the FLOP ratio, 1024 tokens", 0.9, of("experts", 1024)
+    yield f"neuron blocks, weights larger than the cache, {REALISED}, batch 1", 0.85, of("neurons", 1)
+    yield f"experts, {REALISED}, 1024 tokens", 0.9, of("experts", 1024)
     for size in ("experts 512 x 1024", "experts 768 x 3072"):
         for tokens in (1, 4, 16, 64, 256):
-            yield f"{size} over the roofline, {tokens} tokens", 0.8, of(size, tokens, "over_roofline")
+            yield f"{size}, fraction of the roofline, {tokens} tokens", 0.8, of(size, tokens, "over_roofline")
     for name in ("SST-2", "TREC"):
         for batch in ("1", "32"):
             mine = [
@@ -492,9 +493,9 @@ def speed_targets():
 
             if name == "SST-2":
                 yield f"{name}, sentences per second over the best static, batch {batch}", 1.8, text("over_best_static")
-            yield f"{name} over the latency theory, batch {batch}", 0.9, text("over_latency_theory")
-            yield f"{name}, refilled, over the latency theory, batch {batch}", 0.95, text("stream_over_latency_theory")
-    frames = [  # the cheapest budget that costs at most half a point on held-out images: the test split is not asked
+            yield f"{name}, scheduling efficiency, batch {batch}", 0.9, text("over_latency_theory")
+            yield f"{name}, refilled, scheduling efficiency, batch {batch}", 0.95, text("stream_over_latency_theory")
+    frames = [  # the cheapest budget that costs at most half a point on held-out images: the test split is not used
         row
         for row in quiet(rows("camvid_speed.csv"))
         if float(row["held_out_accuracy"]) >= float(row["held_out_full"]) - 0.005
@@ -507,20 +508,20 @@ def speed_targets():
     )
     steps = quiet(rows("recurrent_speed.csv"))
     for what in RECURRENT.values():
-        for batch, asked in (("64", 0.85), ("256", 0.9)):
+        for batch, target in (("64", 0.85), ("256", 0.9)):
             mine = [row for row in steps if row["network"].startswith(what) and row["batch"] == batch]
             ratios = [float(row["best_over_flop_ratio"]) for row in mine]
-            yield f"{what} over the FLOP ratio, against the best dense engine, batch {batch}", asked, ratios
+            yield f"{what}, {REALISED}, against the best dense engine, batch {batch}", target, ratios
     ranet = [row for row in quiet(rows("ranet_speed.csv")) if row["threads"] == "1"]
-    for batch, asked in (("1", 0.95), ("8", 0.85), ("64", 0.95)):
+    for batch, target in (("1", 0.95), ("8", 0.85), ("64", 0.95)):
         mine = [float(row["over_latency_theory"]) for row in ranet if row["batch"] == batch]
-        yield f"RANet over the latency theory, batch {batch}", asked, mine
+        yield f"RANet, scheduling efficiency, batch {batch}", target, mine
     for batch in (8, 64, 256):
-        yield f"tokens over the FLOP ratio, batch {batch}", 0.95, cells("token_drop", batch)
-    for batch, asked in ((1, 0.9), (8, 0.8)):
+        yield f"tokens, {REALISED}, batch {batch}", 0.95, cells("token_drop", batch)
+    for batch, target in ((1, 0.9), (8, 0.8)):
         for rows_of, how in (("pixels, ", " with its mask unit"), ("pixels, mask given, ", ", mask given")):
-            what = f"{how}, over the FLOP ratio, batch {batch}"
-            yield f"pixel convolution{what}", asked, of(f"{rows_of}three", batch)
+            what = f"{how}, {REALISED}, batch {batch}"
+            yield f"pixel convolution{what}", target, of(f"{rows_of}three", batch)
             yield f"whole bottleneck by pixels{what}", 0.8, of(f"{rows_of}bottleneck", batch)
 
 
@@ -535,10 +536,10 @@ def detection(*names):
     lines = [
         f"Detection: BCCD (blood cells), a small one-stage detector, {size}; mAP as COCO counts it on the "
         "72 test images. Static: the same detector with fewer units, by the same recipe, at the same MACs "
-        "(interpolated). Another's: the same network, every image with the decisions of another.",
+        "(interpolated). Random: the same network, every image with the decisions of another.",
         source(found, "bccd.csv"),
         "",
-        "| | mAP | at 0.50 | MACs | static, same MACs | at 0.50 | full network | at 0.50 | its MACs | another's | at 0.50 |",
+        "| | mAP | at 0.50 | MACs | static, same MACs | at 0.50 | full network | at 0.50 | its MACs | random | at 0.50 |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     three = lambda row, *keys: [f"{float(row[k]):.3f}" for k in keys]  # noqa: E731
@@ -560,7 +561,7 @@ def detection(*names):
     if any(row["network"] in names for row in speeds):
         lines += ["", "Milliseconds per image, one thread, the session and the best engine that skips nothing:", ""]
         lines += [
-            "| | batch | session | the same network, best dense engine | of the FLOP ratio |",
+            "| | batch | session | the same network, best dense engine | realised speed-up (fraction of the MAC saving) |",
             "|---|---|---|---|---|",
         ]
         for row in speeds:
@@ -572,6 +573,6 @@ def detection(*names):
 
 
 def several(*parts):
-    """Blocks one after the other, those left out that have no rows."""
+    """Blocks one after the other, without those that have no rows."""
     there = [part for part in parts if part is not NOTHING]
     return [line for k, part in enumerate(there) for line in ([""] if k else []) + part] or NOTHING

@@ -1,7 +1,7 @@
-"""Write the measured results into README.md, results/README.md and the cards, from the rows in results/.
+"""Write the measured results into README.md, docs/, results/README.md and the cards, from the rows in results/.
 
     python recipes/results.py            # rewrite
-    python recipes/results.py --check    # exit 1 if one of them does not say what the rows say
+    python recipes/results.py --check    # exit 1 if a block differs from the rows
 
 No figure there is typed by hand. A block lies between `<!-- results:NAME -->` and `<!-- end of results -->`.
 """
@@ -29,6 +29,7 @@ from rows import ROOT, percent, quiet, rows, source, spread, times
 from sequence_tables import FRAMES, films, sequences
 
 CARDS = ROOT / "dynanet" / "mechanisms" / "cards"
+DOCS = ROOT / "docs"
 END = "<!-- end of results -->"
 
 
@@ -75,7 +76,7 @@ def msdnet():
         source(found, "msdnet_speed.csv"),
         "",
         "| batch | times faster than eager, all exits computed | than the same engine, nothing skipped | than the best "
-        "dense engine | of the FLOP ratio | of the latency theory | the stream, of the latency theory |",
+        "dense engine | realised speed-up (fraction of the MAC saving) | scheduling efficiency | scheduling efficiency of the stream |",
         "|---|---|---|---|---|---|---|",
     ]
     columns = ("over_reference", "over_same_engine", "over_best_dense", "over_flop_ratio", "over_latency_theory",
@@ -133,29 +134,29 @@ def scene():
 
 
 def targets():
-    """What was asked before anything was measured, and the medians."""
-    lines = ["| what | asked | reached | |", "|---|---|---|---|"]
+    """Targets set before anything was measured, and the medians reached."""
+    lines = ["| what | target | reached | |", "|---|---|---|---|"]
 
-    def line(what, asked, values, form=times, below=False):
+    def line(what, target, values, form=times, below=False):
         if not values:
-            lines.append(f"| {what} | {'at most' if below else 'at least'} {form(asked)} | not measured | |")
+            lines.append(f"| {what} | {'at most' if below else 'at least'} {form(target)} | not measured | |")
             return
         value = float(np.median(values))
-        met = value <= asked if below else value >= asked
+        met = value <= target if below else value >= target
         word = "at most" if below else "at least"
-        lines.append(f"| {what} | {word} {form(asked)} | {form(value)} | {'met' if met else '**missed**'} |")
+        lines.append(f"| {what} | {word} {form(target)} | {form(value)} | {'met' if met else '**missed**'} |")
 
     speeds = quiet(rows("msdnet_speed.csv"))
 
     def cells(column, batch, threads="1"):
         return [float(r[column]) for r in speeds if r["batch"] == str(batch) and r["threads"] == threads]
 
-    for batch, asked in ((1, 10), (8, 6), (64, 4.5)):
-        line(f"MSDNet session over eager with all exits, batch {batch}", asked, cells("over_reference", batch))
-    for batch, asked in ((1, 0.95), (8, 0.85), (64, 0.95)):
-        line(f"MSDNet over the latency theory, batch {batch}", asked, cells("over_latency_theory", batch))
-    line("the same, refilled, batch 8", 0.95, cells("stream_over_latency_theory", 8))
-    line("the same, batch 64, all threads", 0.9, cells("over_latency_theory", 64, "2"))
+    for batch, target in ((1, 10), (8, 6), (64, 4.5)):
+        line(f"MSDNet session over eager with all exits, batch {batch}", target, cells("over_reference", batch))
+    for batch, target in ((1, 0.95), (8, 0.85), (64, 0.95)):
+        line(f"MSDNet, scheduling efficiency, batch {batch}", target, cells("over_latency_theory", batch))
+    line("the same, refilled batches (stream), batch 8", 0.95, cells("stream_over_latency_theory", 8))
+    line("MSDNet, scheduling efficiency, batch 64, all threads", 0.9, cells("over_latency_theory", 64, "2"))
     pines = rows("indian_pines.csv")
 
     def column(get):
@@ -169,15 +170,15 @@ def targets():
     line("its lead over random exits at 50 %", 0.04, column(lambda r: r["at_50"] - r["random_50"]), points)
     for share in (50, 25):
         off = column(lambda r, s=share: abs(r[f"macs_{s}"] / (s / 100) - 1))
-        line(f"realised MACs off the budget of {share} %", 0.05, off, percent, below=True)
-    for share, asked in (("50%", 1.6), ("25%", 2.5)):
-        line(f"scene, times faster at {share}", asked, column(lambda r, s=share: r[f"scene_times_{s}"]))
+        line(f"realised MACs, deviation from the budget of {share} %", 0.05, off, percent, below=True)
+    for share, target in (("50%", 1.6), ("25%", 2.5)):
+        line(f"scene, times faster at {share}", target, column(lambda r, s=share: r[f"scene_times_{s}"]))
     for row in rows("cifar10_speed.csv"):
         if row.get("times"):
             what = f"CIFAR-10, {row['network']} over {row['static']} at its held-out accuracy, batch {row['batch']}"
             line(what, 1.3, [float(row["times"])])
-    for what, asked, values in (*speed_targets(), *generation_targets()):
-        line(what, asked, values)
+    for what, target, values in (*speed_targets(), *generation_targets()):
+        line(what, target, values)
     return lines
 
 
@@ -187,12 +188,43 @@ NUMBERS = {
 }
 
 
+def headlines():
+    """The three figures of the README, and the case in which a smaller static network is faster."""
+    alone = [row for row in quiet(rows("msdnet_speed.csv")) if (row["threads"], row["batch"]) == ("1", "1")]
+    pines = rows("indian_pines.csv")
+    text = [r for r in quiet(rows("text_exits_speed.csv")) if r["data"].startswith("SST-2") and r["batch"] == "1"]
+    small = next(
+        row
+        for row in rows("cifar10_speed.csv")
+        if (row["network"], row["static"], row["batch"]) == ("staged", "static-0.5", "1")
+    )
+
+    def median(found, column):
+        return float(np.median([float(row[column]) for row in found]))
+
+    lost = 100 * (float(text[-1]["whole_accuracy"]) - float(text[-1]["accuracy"]))
+    return [
+        f"- **{median(alone, 'over_reference'):.1f} times faster than eager PyTorch**, and {median(alone, 'over_best_dense'):.2f} "
+        f"times faster than the best engine without early exits: MSDNet at batch 1 and {percent(1 / median(alone, 'macs_ratio'))} of "
+        "its MACs, random weights ([rows](results/msdnet_speed.csv)).",
+        f"- **{median(pines, 'scene_times_50%'):.2f} and {median(pines, 'scene_times_25%'):.2f} times faster** at budgets of 50 % and "
+        f"25 % of the MACs: a whole hyperspectral scene, median of {len(pines)} splits ([rows](results/indian_pines.csv)).",
+        f"- **{median(text, 'over_best_static'):.1f} times the sentences per second** for {lost:.1f} points of accuracy: "
+        "MiniLM on SST-2, one sentence at a time ([rows](results/text_exits_speed.csv)).",
+        "",
+        f"Where it does not pay: on CIFAR-10 at batch 1 a smaller static network ({percent(float(small['static_accuracy']))} "
+        f"accuracy) is {1 / float(small['times']):.1f} times faster than early exit ({percent(float(small['accuracy']))}; "
+        "[rows](results/cifar10_speed.csv)). See [when nothing pays](docs/trust.md#when-nothing-pays).",
+    ]
+
+
 def to_choose():
-    """The README's table of mechanisms: its first three cells as they are, the others from the rows."""
-    text = (ROOT / "README.md").read_text().split("<!-- results:choice -->")[1].split(END)[0]
+    """The table of mechanisms in docs/choosing.md: its first three cells are kept, the others come from the rows."""
+    text = (DOCS / "choosing.md").read_text().split("<!-- results:choice -->")[1].split(END)[0]
     lines = [
-        "| your inputs | what to try | what is decided | points over a static network of the same MACs | over random "
-        "gates | session, of the FLOP ratio at batch 1 / 8 / 64 / 256: larger networks, random weights | the trained ones |",
+        "| your inputs | mechanism | what is decided | accuracy against a static network of the same MACs, points | gain "
+        "over random gates, points | realised speed-up (fraction of the MAC saving), batch 1 / 8 / 64 / 256: larger networks, "
+        "random weights | the trained networks |",
         "|---|---|---|---|---|---|---|",
     ]
     for line in text.strip().split("\n")[2:]:
@@ -205,8 +237,9 @@ def to_choose():
 
 def blocks():
     """Every block: the file it is in, its name, its lines."""
-    yield ROOT / "README.md", "choice", to_choose()
-    yield ROOT / "README.md", "readme", ["", *indian_pines(), "", *msdnet(), "", *cifar10(), "", *encoders(), ""]
+    yield ROOT / "README.md", "headlines", headlines()
+    yield DOCS / "choosing.md", "choice", to_choose()
+    yield DOCS / "results.md", "measured", ["", *indian_pines(), "", *msdnet(), "", *cifar10(), "", *encoders(), ""]
     yield ROOT / "results" / "README.md", "targets", targets()
     yield ROOT / "results" / "README.md", "parameters", mechanism("parameters")
     mine = {
@@ -234,7 +267,7 @@ def main():
     for path, name, lines in blocks():
         text, begin = path.read_text(), f"<!-- results:{name} -->"
         before, rest = text.split(begin)
-        where = {CARDS: "../../../results/", ROOT: "results/", ROOT / "results": ""}[path.parent]
+        where = {CARDS: "../../../results/", DOCS: "../results/", ROOT: "results/", ROOT / "results": ""}[path.parent]
         lines = [line.replace("](results/", f"]({where}") for line in lines]
         new = "\n".join([f"{before}{begin}", *lines, f"{END}{rest.split(END, 1)[1]}"])
         if new != text:

@@ -14,7 +14,7 @@ def rows(name):
 
 
 def quiet(found):
-    """Rows measured while no more programs ran than there are cores; others stay in the file and are not shown."""
+    """Rows measured at a load of at most the number of cores; others stay in the file and are not shown."""
     return [row for row in found if float(row["load"]) <= float(row["cores"])]
 
 
@@ -24,6 +24,16 @@ def spread(found, column, form):
     if not values:
         return "not measured"
     return f"{form(np.median(values))} ({form(min(values))} to {form(max(values))})"
+
+
+PLAIN = {"likelier than not": "more likely than not", "exits drawn by lot": "random exits"}  # in rows: in tables
+
+
+def plain(name):
+    """The name of a row as tables show it."""
+    for written, shown in PLAIN.items():
+        name = name.replace(written, shown)
+    return name
 
 
 def percent(value):

@@ -1,7 +1,7 @@
 """Tables about what skips, skims, jumps, stops or selects in time: rows of `sequences.py` and `frames.py`."""
 
 import numpy as np
-from rows import percent, rows, source
+from rows import percent, plain, rows, source
 
 NAMES = {  # card: the first words of its networks
     "update_skip": ("update_skip",),
@@ -12,10 +12,10 @@ NAMES = {  # card: the first words of its networks
 FRAMES = {  # card: its networks in `frames.py`, and the fixed policy beside them
     "frame_select": (("frame_select", "frame_select_hard"), "every picture at one size, trained so"),
     "frame_exit": (("frame_exit",), "all stop after the same number"),
-    "clip_sampling": (("clip_sampling", "clip_sampling_whole"), "as many, evenly apart"),
+    "clip_sampling": (("clip_sampling", "clip_sampling_whole"), "as many, evenly spaced"),
 }
-OTHER = {"early_stop": "fixed"}  # the second policy that sees nothing; else `trained_random`
-COUNTED = {"early_stop": "heard", "jump": "read; heard until the last of them"}
+OTHER = {"early_stop": "fixed"}  # the second input-independent policy; else `trained_random`
+COUNTED = {"early_stop": "read", "jump": "read; elapsed until the last of them"}
 
 
 def found(card):
@@ -51,7 +51,7 @@ def sequences(card):
         "Recurrent networks (GRU) on sequences of different lengths, all of a set by the same recipe; accuracies on test "
         "sequences. Beside each, at the same MACs (interpolated): a smaller GRU; the full GRU that reads every second or fourth "
         + (
-            "frame. Random: stops by lot, with the network's own odds at each decision. Thresholds are from held-out sequences."
+            "frame. Random: stops drawn with the network's own rate at each decision. Thresholds are from held-out sequences."
             if stops
             else f"frame; the full GRU with random {what} in training too. Random: this network, its {own}."
         ),
@@ -79,11 +79,11 @@ def films(card):
         "Spoken digits as films of spectrogram pictures (no video): a picture is 40 mel bands x 0.1 s, the next one begins 0.05 s "
         "later. All by the same recipe; accuracies on "
         f"{mine[0]['test_films']} test recordings. Beside each, at the same MACs (interpolated): a narrower encoder that sees "
-        "every picture; the full encoder on 1, 2 or 4 pictures evenly apart, trained so. Random: "
+        "every picture; the full encoder on 1, 2 or 4 evenly spaced pictures, trained so. Random: "
         + {
-            "frame_exit": "exits by lot, with the network's own odds after each picture. Thresholds are from held-out recordings.",
+            "frame_exit": "exits drawn with the network's own rate after each picture. Thresholds are from held-out recordings.",
             "frame_select": "this network, sizes and skips drawn as often as its own.",
-            "clip_sampling": "as many pictures by lot; no scorer is needed for these, and its MACs are counted all the same.",
+            "clip_sampling": "as many pictures, chosen at random; no scorer is needed for these, but its MACs are counted.",
         }[card],
         source(mine, "frames.csv"),
         "",
@@ -101,7 +101,7 @@ def films(card):
 
 def _film_cells(key, cell):
     noted = any("cannot be promised" in (row["note"] or "") for row in cell)
-    yield ", ".join(filter(None, [*key, "cannot be promised" if noted else ""]))
+    yield ", ".join(filter(None, [*map(plain, key), "cannot be promised" if noted else ""]))
     yield cell[0]["epochs"]
     yield _share(cell, "accuracy")
     yield _macs(_median(cell, "macs"))
@@ -119,7 +119,7 @@ def _films_where(mine):
     seeds = len({row["seed"] for row in mine})
     return [
         f"{'One training each' if seeds == 1 else f'Medians over {seeds} trainings'}: differences of one or two points say "
-        "little. An empty cell: fewer MACs than the cheapest of those, or more than the dearest. The answer comes at the end of "
+        "little. An empty cell: fewer MACs than the cheapest of those, or more than the most expensive. The answer comes at the end of "
         "a recording: what is saved is MACs, not time until the answer.",
     ]  # fmt: skip
 
@@ -128,15 +128,15 @@ def _cells(card, key, cell):
     data, network, setting = key
     yield f"{data} ({cell[0]['test_sequences']})"
     yield ", ".join(
-        filter(None, [network, setting, "cannot be promised" if "cannot be promised" in cell[0]["note"] else ""])
+        filter(None, [network, plain(setting), "cannot be promised" if "cannot be promised" in cell[0]["note"] else ""])
     )
     yield cell[0]["epochs"]
     yield _share(cell, "accuracy")
     yield _macs(_median(cell, "macs"))
-    heard = f"{_median(cell, 'frames_read'):.1f} of {_median(cell, 'frames'):.1f}"
+    read = f"{_median(cell, 'frames_read'):.1f} of {_median(cell, 'frames'):.1f}"
     if card == "jump":
-        heard += f"; {_median(cell, 'frames_heard'):.1f}"
-    yield heard + (
+        read += f"; {_median(cell, 'frames_heard'):.1f}"
+    yield read + (
         f", {_median(cell, 'seconds_heard'):.2f} of {_median(cell, 'seconds'):.2f} s" if _timed(card, cell) else ""
     )
     yield _share(cell, "static_accuracy")
@@ -159,7 +159,7 @@ def _where(card, mine):
         f"In brackets: test sequences. {'One training each' if seeds == 1 else f'Medians over up to {seeds} trainings'}: differences of one or two "
         "standard errors (a point with 300 sequences, five with 40) say little. Frames of texts are words or parts of them. An "
         "empty cell: fewer MACs than the cheapest of "
-        "those, or more than the dearest.",
+        "those, or more than the most expensive.",
     ]
     if card not in COUNTED:
         lines.append("The answer comes at the end of a sequence: skipping saves MACs, and no time until the answer.")

@@ -1,5 +1,6 @@
 """A Gate makes a Decision: a scorer says how much a unit matters for a row, a rule turns scores into keep."""
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -7,6 +8,38 @@ from torch import Tensor, nn
 
 from dynanet.core.decision import Decision
 from dynanet.core.errors import StructureError
+
+
+class Rule(nn.Module, ABC):
+    """Turns scores (rows..., units) into keep of the same shape and dtype.
+
+    In eval mode keep is 0 or 1. `dynanet.gates.rules` holds the rules of the field.
+
+    Attributes:
+        differentiable: in training, gradients flow from keep to the scores. `dynanet.testing` checks such gates for it.
+        competes: units compete for places, so that a single unit is kept however low its score is.
+        counts_rows: what is kept of a row depends on the other rows of a batch, so that padding must be left out.
+    """
+
+    differentiable: bool = False
+    competes: bool = False
+    counts_rows: bool = False
+
+    @property
+    def decides(self) -> str:
+        """What is kept in eval mode, in words; see `Dynamic.decides`."""
+        return type(self).__name__
+
+    @abstractmethod
+    def forward(self, score: Tensor) -> Tensor:
+        """Keep for every row and unit."""
+
+    def check(self, units: int) -> None:
+        """Check that this rule fits a gate of `units` units.
+
+        Raises:
+            ConfigError: it does not, for example because it keeps more.
+        """
 
 
 class Gate(nn.Module):
@@ -24,27 +57,25 @@ class Gate(nn.Module):
         ConfigError: a rule that does not fit this number of units.
     """
 
-    def __init__(self, scorer: nn.Module, rule: nn.Module, units: int = 1) -> None:
+    def __init__(self, scorer: nn.Module, rule: Rule, units: int = 1) -> None:
         super().__init__()
-        if callable(check := getattr(rule, "check", None)):
-            check(units)
+        rule.check(units)
         self.scorer = scorer
         self.rule = rule
         self.units = units
 
     @property
     def decides(self) -> str:
-        """In words, by what rule in eval mode; see `Dynamic.decides`."""
-        said = getattr(self.rule, "decides", None)
-        return said if isinstance(said, str) else type(self.rule).__name__
+        """What the rule keeps in eval mode, in words; see `Dynamic.decides`."""
+        return self.rule.decides
 
     def forward(self, x: Any, present: Tensor | None = None) -> Decision:
         """Decide for every row of x.
 
         Args:
             x: what the scorer takes.
-            present: (rows...), 1 where there is a row, 0 for padding: of that nothing is kept, and the rule never sees
-                it. For rules that count rows; to others padding is all the same.
+            present: (rows...), 1 where there is a row, 0 for padding, of which nothing is kept. Needed where the rule
+                counts rows: it then does not see padding.
 
         Raises:
             StructureError: the scorer's answer is not (rows..., units). What a scorer answers is known when it runs;

@@ -176,8 +176,7 @@ class Trace:
         found: dict[str, L] = {name: layer for layer, name in self.names.items() if isinstance(layer, kind)}
         if not found:
             raise StructureError(
-                f"this needs a {kind.__name__} layer, and the dynamic layers of the model are "
-                f"{sorted(self.names.values())}"
+                f"expected a model with {kind.__name__} layers; its dynamic layers are {sorted(self.names.values())}"
             )
         return found
 
@@ -206,6 +205,29 @@ class Trace:
         if any(call.decision.keep.numel() != call.keep.numel() for call in calls):
             raise StructureError(_only_some(name))
         return calls
+
+    def full_pass(self, name: str, rows: int | None = None) -> tuple[list[Call], list[Any]]:
+        """The decisions and the answers of a Halt in one pass in which every row took every step.
+
+        Args:
+            name: of the Halt.
+            rows: how many rows the batch has; None for as many as took the first step.
+
+        Returns:
+            One decision per step but the last, one answer per step.
+
+        Raises:
+            StructureError: the Halt did not run or ran several times, or rows left it early.
+        """
+        calls = self.complete(name)
+        answers = self.answers.get(name, [])
+        seen = {answer.shape[0] for answer in answers}
+        if len(answers) != len(calls) + 1 or len(seen) != 1 or rows not in (None, *seen):
+            raise StructureError(
+                f"{name!r} gave {len(answers)} answers and made {len(calls)} decisions; expected one pass in which "
+                f"every row takes every step: use train mode, or the dense form (`execute(model, sparse=False)`)"
+            )
+        return calls, answers
 
     def exits(self, rows: int, name: str | None = None) -> list[Any]:
         """The answers of all steps of a Halt, each for every row of the batch.

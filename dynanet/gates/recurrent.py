@@ -1,4 +1,4 @@
-"""A recurrent gate: one small cell, shared by all blocks of a chain, remembers what it saw and decided before."""
+"""A recurrent gate: one small LSTM, shared by all blocks of a chain, that decides block after block."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,35 +7,34 @@ from torch import Tensor, nn
 
 from dynanet.core.decision import Decision
 from dynanet.core.errors import ConfigError
-from dynanet.core.gate import Gate
+from dynanet.core.gate import Gate, Rule
 
 
 class RecurrentGate(nn.Module):
     """SkipNet's recurrent gate (Wang et al. 2018, arXiv:1711.09485, section 3.2): pool, project, LSTM, one score.
 
-    Each block has a linear projection of its own, as its features have a width of their own; the cell and the score
-    are shared. It costs far less than a block, and every row pays for all its steps: the memory must see each block's
-    input, run or not.
+    Each block has its own linear projection, as widths differ; the LSTM and the score are shared. Every row computes
+    all steps of the gate, as its memory sees the input of each block, run or not.
 
     Args:
         channels: of the input of every block, in order.
         rule: from scores to keep.
         embedding: width of the projections.
         hidden: width of the memory.
-        bias: of the score at the start. Positive: every block runs at first.
+        bias: initial bias of the score. Positive: every block runs at first.
 
     Raises:
         ConfigError: no blocks, or a width below 1.
     """
 
     def __init__(
-        self, channels: Sequence[int], rule: nn.Module, *, embedding: int = 10, hidden: int = 10, bias: float = 2.0
+        self, channels: Sequence[int], rule: Rule, *, embedding: int = 10, hidden: int = 10, bias: float = 2.0
     ) -> None:
         super().__init__()
         if not channels or min(*channels, embedding, hidden) < 1:
             raise ConfigError(
-                f"a recurrent gate for blocks of {tuple(channels)} channels, embedding {embedding}, hidden {hidden}; "
-                f"expected one width per block, and all of them at least 1"
+                f"a recurrent gate got channels {tuple(channels)}, embedding {embedding} and hidden {hidden}; give one "
+                f"number of channels per block, and all numbers at least 1"
             )
         self.project = nn.ModuleList(nn.Linear(width, embedding) for width in channels)
         self.cell = nn.LSTMCell(embedding, hidden)
@@ -45,7 +44,7 @@ class RecurrentGate(nn.Module):
 
     @property
     def blocks(self) -> int:
-        """How many blocks it decides on."""
+        """Number of blocks that it decides on."""
         return len(self.project)
 
     def start(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,7 +58,7 @@ class RecurrentGate(nn.Module):
         Args:
             k: which block.
             x: its input, (B, C) or (B, C, ...), which is averaged.
-            memory: what this answered for block k - 1, or `start`.
+            memory: what this returned for block k - 1, or `start`.
 
         Returns:
             A Decision with keep (B, 1), and the memory for the next block.

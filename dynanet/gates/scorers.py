@@ -1,4 +1,4 @@
-"""Scorers answer one score per row and unit, from what the layer sees."""
+"""Scorers map the input of a layer to one score per row and unit."""
 
 from torch import Tensor, nn
 
@@ -14,14 +14,14 @@ class PooledScorer(nn.Module):
         channels: of the feature map (B, C, H, W).
         units: scores per sample.
         hidden: width of the hidden layer; 0 for a single linear map.
-        bias: the last bias at the start. Positive: the unit is kept at first, so that training starts from the full
+        bias: initial bias of the last layer. Positive: units are kept at first, so that training starts from the full
             model.
-        norm: scale scores to a mean of 0 and a standard deviation of 1 over the training data before the bias is
-            added. What a pooled map says differs little from input to input, so that a gate trained under a budget
-            tends to end always open or always closed; with a norm it tells inputs apart from the first step on.
+        norm: normalise scores over the training data before the bias is added. Pooled maps differ little from input to
+            input, so that a gate trained under a budget tends to end always open or always closed; with a norm it
+            separates inputs from the first step on.
 
     Raises:
-        ConfigError: sizes below 1, a hidden layer of less than 0.
+        ConfigError: sizes below 1, or a negative `hidden`.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class PooledScorer(nn.Module):
 
 
 class TileScorer(nn.Module):
-    """A 1x1 convolution, averaged over tiles: one score per tile.
+    """A 1x1 convolution averaged over tiles: one score per tile.
 
     Args:
         channels: of the feature map (B, C, H, W).
@@ -55,27 +55,28 @@ class TileScorer(nn.Module):
 
     def __init__(self, channels: int, tile: int) -> None:
         super().__init__()
-        self.map, self.tile = nn.Conv2d(channels, 1, 1), tile
+        self.map = nn.Conv2d(channels, 1, 1)
+        self.tile = tile
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Scores (B, tiles down, tiles across, 1). Edge tiles average over the positions that exist."""
+        """Scores (B, tiles down, tiles across, 1). Tiles at an edge average over the positions that exist."""
         return tile_mean(self.map(x_BCHW), self.tile)
 
 
 class ContextScorer(nn.Module):
-    """A 3x3 convolution of what lies around a position, plus a linear map of the whole image's mean.
+    """A 3x3 convolution plus a linear map of the mean over the whole image.
 
     The mask unit of DynConv (Verelst and Tuytelaars 2020, arXiv:1912.03203) and, with `norm` and a bias of -3, the
     halting score of SACT (Figurnov et al. 2017, arXiv:1612.02297).
 
     Args:
         channels: of the feature map (B, C, H, W).
-        tile: side of a tile, in positions; its score is the mean of its positions'. 1: every position has its own.
-        bias: at the start. Positive: a unit is kept at first.
+        tile: side of a tile, in positions; its score is the mean over its positions. 1: a score per position.
+        bias: initial bias. Positive: units are kept at first.
         norm: normalise both inputs first, as SACT does.
 
     Attributes:
-        local: (B, C, H, W) to (B, 1, H, W), from neighbours.
+        local: the convolution, (B, C, H, W) to (B, 1, H, W).
     """
 
     def __init__(self, channels: int, tile: int = 1, *, bias: float = 2.0, norm: bool = False) -> None:
@@ -85,15 +86,16 @@ class ContextScorer(nn.Module):
         nn.init.constant_(conv.bias, bias)
         self.local = nn.Sequential(nn.BatchNorm2d(channels), conv) if norm else nn.Sequential(conv)
         self.norm: nn.Module = nn.BatchNorm2d(channels) if norm else nn.Identity()
-        self.context, self.tile = nn.Conv2d(channels, 1, 1, bias=False), tile
+        self.context = nn.Conv2d(channels, 1, 1, bias=False)
+        self.tile = tile
 
     @property
     def native(self) -> bool:
-        """Native kernels can score: there is no norm, and no gradient is wanted."""
+        """Whether native kernels can score: without a norm, and where no gradient is needed."""
         return len(self.local) == 1 and fit(*self.parameters())
 
     def overall(self, x_BCHW: Tensor) -> Tensor:
-        """What the whole image adds to every score, (B, 1, 1, 1)."""
+        """The part of every score that depends on the whole image, (B, 1, 1, 1)."""
         return self.context(self.norm(x_BCHW.mean((2, 3), keepdim=True)))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -103,14 +105,14 @@ class ContextScorer(nn.Module):
         if not before and (native := scores(x_BCHW, conv, self.context, self.tile)) is not None:
             return native
         x = before[0](x_BCHW) if before else x_BCHW
-        # A 3x3 convolution to one channel reads x nine times. So: nine products per position, then shifted sums. As a
-        # matrix product, which is several times quicker than a convolution to nine channels, in both memory layouts.
+        # A 3x3 convolution to one channel reads x nine times. One matrix product gives the nine products of every
+        # position instead, and `fold` sums them shifted: several times faster, in both memory layouts.
         products = conv.weight.flatten(2).flip(2)[0].t() @ x.flatten(2)
         local = nn.functional.fold(products, x.shape[2:], 3, padding=1) + conv.bias[:, None, None]
         return tile_mean(local, self.tile) + self.overall(x_BCHW)
 
 
 def tile_mean(x_B1HW: Tensor, tile: int) -> Tensor:
-    """Mean over tiles of any image size: (B, 1, H, W) to (B, tiles down, tiles across, 1)."""
+    """Mean over tiles, (B, 1, H, W) to (B, tiles down, tiles across, 1), for images of any size."""
     pooled = x_B1HW if tile == 1 else nn.functional.avg_pool2d(x_B1HW, tile, ceil_mode=True, count_include_pad=False)
     return pooled[:, 0, :, :, None]

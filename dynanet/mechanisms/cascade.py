@@ -1,4 +1,4 @@
-"""Cascade: whole networks of growing size; the next one runs only for the rows the earlier ones were not sure of."""
+"""Cascade: whole networks of growing size; the next one runs only for rows that the earlier ones are not sure of."""
 
 import math
 from collections.abc import Sequence
@@ -15,26 +15,23 @@ Ensemble = Literal["none", "logits", "probabilities"]
 
 
 class Cascade(ThresholdHalt):
-    """Independent networks in a row, each asked only where those before were unsure (Bolukbasi et al. 2017,
-    arXiv:1702.07811: network selection).
+    """Independent networks in a row, each run only where those before are not sure.
 
-    Nothing is shared but the input and, with `ensemble`, the answers; so any trained networks will do. In training all
-    networks answer for all rows; in eval mode a row goes on past network k while its confidence is below
-    `thresholds[k]`. A new cascade always asks all networks; `calibrate.calibrate` finds thresholds for a budget.
+    Network selection of Bolukbasi et al. 2017, arXiv:1702.07811. Networks share nothing but the input and, with
+    `ensemble`, the answers, so that any trained networks will do. In training all networks answer for all rows; in eval
+    mode a row goes on past network k while its confidence is below `thresholds[k]`. A new cascade always runs all
+    networks; `calibrate.calibrate` finds thresholds for a budget.
 
     Args:
-        networks: each maps x to logits (B, classes), the cheapest first. One that wants another resolution resizes
-            first: nn.Sequential(nn.Upsample(...), network).
-        confidence: how sure logits are; `PerExit` for another criterion after every network.
+        networks: each maps x to logits (B, classes), cheapest first. A network for another resolution resizes first:
+            nn.Sequential(nn.Upsample(...), network).
+        confidence: scores logits; `PerExit` for a criterion per network. None for `MaxProbability`.
         ensemble: what network k answers. "none": its own logits. "logits": the mean of the logits so far.
             "probabilities": the logarithm of the mean of the probabilities so far.
 
-    Attributes:
-        thresholds: (networks - 1,), in the units of `confidence`. +inf: nobody leaves here; -inf: everybody.
-
     Raises:
-        StructureError: no networks, or a confidence that does not speak of every network.
-        ConfigError: another word for `ensemble`.
+        StructureError: no networks, or a confidence that does not score every network but the last.
+        ConfigError: an unknown `ensemble`.
     """
 
     def __init__(
@@ -49,11 +46,11 @@ class Cascade(ThresholdHalt):
         self.ensemble = ensemble
 
     def start(self, x: Any) -> Any:
-        """The input, no answers yet, and no memory."""
+        """The input, the answers so far (None), and the memory of the confidence (None)."""
         return x, None, None
 
     def step(self, k: int, state: Any) -> tuple[Any, Tensor]:
-        """Network k on the input, and what it says together with those before."""
+        """Run network k on the input, and combine its answer with those before."""
         x, total, memory = state
         logits = self.networks[k](x)
         if self.ensemble == "logits":
@@ -68,5 +65,5 @@ class Cascade(ThresholdHalt):
         return (x, total, memory), logits
 
     def score(self, k: int, state: Any, answer: Tensor) -> Tensor:
-        """The confidence after network k."""
+        """The confidence (B, 1) after network k."""
         return self.confidence.at(k)(answer, state[2])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dynanet.core.dynamic import Dynamic, Kept
 from dynanet.core.errors import ConfigError, StructureError
-from dynanet.core.gate import Gate
+from dynanet.core.gate import Gate, Rule
 from dynanet.core.objective import Objective
 from dynanet.core.rows import LEADING, Rows
 from dynanet.core.trace import Trace
@@ -57,7 +57,7 @@ class ChannelGating(Dynamic):
         *,
         groups: int = 1,
         tiles: Tiles | None = None,
-        rule: nn.Module | None = None,
+        rule: Rule | None = None,
         threshold: float = -0.5,
     ) -> None:
         super().__init__()

@@ -1,7 +1,8 @@
-"""Frame exit: a video is read from coarse to fine, and what was not read when a gate is sure is not computed."""
+"""Frame exit: a video is read from coarse to fine, until a gate decides that the frames so far are enough."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -19,26 +20,22 @@ from dynanet.data.ragged import Sequences, as_videos
 
 
 class FrameExit(ThresholdHalt):
-    """FrameExit (Ghodrati et al. 2021, arXiv:2104.13400, section 3): step k reads one more frame, answers from the
-    maximum of the features of all frames so far, and a gate says whether that is enough.
+    """FrameExit (Ghodrati et al. 2021, arXiv:2104.13400, section 3).
 
-    Frames come in the order of `coarse_to_fine`: the middle, both ends, the middles of the halves, and so on. So a
-    video that has more frames than there are steps is read over its whole length all the same. One that has fewer
-    leaves after its last frame; what lies behind a video's end costs nothing, also where thresholds are being found.
+    Step k reads one more frame and answers from the maximum over the features of all frames so far. Frames come in the
+    order of `coarse_to_fine`: the middle, both ends, the middles of the halves, and so on, so that a video with more
+    frames than steps is still sampled over its whole length. A shorter one leaves after its last frame; padding costs
+    nothing, also while thresholds are calibrated.
 
-    In training every frame that is read at most is read, and every step answers: `MultiExit() + ExitLabels(beta)`. In
-    eval mode a row leaves where its gate finds leaving likelier than not (thresholds of 0); `calibrate.calibrate` finds
-    other thresholds for a budget or a risk.
+    In training every step reads its frame and answers: `MultiExit() + ExitLabels(beta)`. In eval mode a row leaves
+    where the log-odds of its gate reach the threshold, 0 in a new model.
 
     Args:
-        backbone: from frames (rows, C, H, W) to features (rows, features).
-        classifiers: one per step, from features to logits (rows, classes); as many frames are read at most.
-        gates: one per step but the last, from the features and those before this frame (not at the first) to the
-            log-odds of leaving, (rows, 1). See `ExitGate`.
-        longest: frames of the longest video that will come; None for as many as are read.
-
-    Attributes:
-        thresholds: (steps - 1,), log-odds of leaving. +inf: nobody leaves here; -inf: everybody.
+        backbone: maps frames (rows, C, H, W) to features (rows, features).
+        classifiers: one per step, maps features to logits (rows, classes).
+        gates: one per step but the last, maps the features, and except at the first step those before this frame, to
+            the log-odds of leaving, (rows, 1). See `ExitGate`.
+        longest: maximum number of frames of a video; None for the number of steps.
 
     Raises:
         StructureError: no classifier, or not one gate per classifier but the last.
@@ -55,20 +52,21 @@ class FrameExit(ThresholdHalt):
     ) -> None:
         if not classifiers or len(gates) != len(classifiers) - 1:
             raise StructureError(
-                f"frame exit got {len(classifiers)} classifiers and {len(gates)} gates; give one or more classifiers, "
+                f"frame exit got {len(classifiers)} classifiers and {len(gates)} gates; give at least one classifier, "
                 f"and a gate for each but the last"
             )
         super().__init__(len(classifiers), threshold=0.0)
         self.longest = len(classifiers) if longest is None else longest
         check_sizes(longest=self.longest)
-        self.reader, self.gates = FrameReader(backbone, classifiers), nn.ModuleList(gates)
+        self.reader = FrameReader(backbone, classifiers)
+        self.gates = nn.ModuleList(gates)
         orders = [coarse_to_fine(n, self.steps) for n in range(1, self.longest + 1)]
         self.orders: Tensor
         rows = [order + [0] * (self.steps - len(order)) for order in orders]
         self.register_buffer("orders", torch.tensor(rows, dtype=torch.int64), persistent=False)
 
     def start(self, x: Tensor | Sequences) -> Any:
-        """The frames that may be read, in order; how many they are; no features, none before, and no answer.
+        """The frames in reading order, their number, no features, none before, and no answer.
 
         Raises:
             InputError: another shape, no frame, impossible lengths, or more than `longest` frames.
@@ -85,7 +83,7 @@ class FrameExit(ThresholdHalt):
         return x_BTCHW[rows, order], lengths, None, None, None
 
     def step(self, k: int, state: Any) -> tuple[Any, Tensor]:
-        """One more frame, and the answer after it. Rows whose video has ended keep their answer."""
+        """Read one more frame, and answer. Rows whose video has ended keep their answer."""
         frames, lengths, features, _, logits = state
         before = features
         if frames.shape[1]:
@@ -94,47 +92,50 @@ class FrameExit(ThresholdHalt):
         return (frames[:, 1:], lengths, features, before, logits), logits
 
     def score(self, k: int, state: Any, answer: Tensor) -> Tensor:
-        """The log-odds of leaving, (rows, 1); as high as can be where a video has ended."""
+        """The log-odds of leaving, (rows, 1); the highest number where a video has ended."""
         _, lengths, features, before, _ = state
         sure = self.gates[k](features) if before is None else self.gates[k](features, before)
         return torch.where((lengths <= k + 1)[:, None], highest_score(sure.dtype), sure)
 
 
 class FrameReader(Dynamic):
-    """The part of a FrameExit that costs: the backbone (unit 0) and step k's classifier (unit 1 + k), for videos that
-    have not ended. Nothing is decided here: a video lasts as long as it does, whatever is forced.
+    """The backbone (unit 0) and classifier k (unit 1 + k) of a FrameExit, run only for videos that have not ended.
+
+    It makes no decision: `forced` does not change lengths.
     """
 
     def __init__(self, backbone: nn.Module, classifiers: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.backbone, self.classifiers = backbone, nn.ModuleList(classifiers)
+        self.backbone = backbone
+        self.classifiers = nn.ModuleList(classifiers)
 
     def read(self, frame: Tensor, before: Tensor | None, present: Tensor) -> Tensor:
-        """The largest of each feature so far, (rows, features)."""
+        """The maximum over frames so far, (rows, features)."""
         features = self._where(0, self.backbone, frame, before, present)
         return features if before is None else torch.maximum(before, features)
 
     def answer(self, k: int, features: Tensor, before: Tensor | None, present: Tensor) -> Tensor:
-        """Step k's logits; those given before where the video had ended."""
+        """The logits of step k; `before`, those of the step before, where the video had ended."""
         return self._where(1 + k, self.classifiers[k], features, before, present)
 
     def _where(self, unit: int, f: nn.Module, x: Tensor, otherwise: Tensor | None, present: Tensor) -> Tensor:
-        there = present.to(x.dtype)[:, None]
-        keep = self.tap(Decision(there, there), first=unit, pinned=there, present=there).keep[:, 0]
+        mask = present.to(x.dtype)[:, None]
+        keep = self.tap(Decision(mask, mask), first=unit, pinned=mask, present=mask).keep[:, 0]
         if otherwise is not None:
             return self.run(unit, f, keep, x, otherwise=otherwise)
-        with self.only(unit, keep) as kept:  # the first frame, which every video has
+        with self.only(unit, keep) as kept:  # every video has a first frame, so there is nothing to keep instead
             return kept.call(f, x)
 
 
 class ExitGate(nn.Module):
-    """The log-odds that the features so far are enough, from them and from those before the last frame: both go through
-    the same two layers, and what comes out through a third (arXiv:2104.13400, figure 2).
+    """The log-odds that the features so far are enough (arXiv:2104.13400, figure 2).
+
+    The features so far and those before the last frame go through the same two layers, and jointly through a third.
 
     Args:
-        features: of the backbone.
-        widths: of the two layers; those of the authors' code.
-        first: for the first frame, before which there was nothing.
+        features: width of the backbone's features.
+        widths: of the two layers; defaults as in the authors' code.
+        first: whether this is the gate of the first frame, which has no features before it.
     """
 
     def __init__(self, features: int, *, widths: tuple[int, int] = (128, 64), first: bool = False) -> None:
@@ -145,41 +146,42 @@ class ExitGate(nn.Module):
         self.leave = nn.Linear(widths[1] * (1 if first else 2), 1)
 
     def forward(self, features: Tensor, before: Tensor | None = None) -> Tensor:
-        """(rows, features) twice to (rows, 1)."""
+        """Map features (rows, features), and those before if any, to log-odds (rows, 1)."""
         seen = [features] if before is None else [features, before]
         return self.leave(torch.cat([self.embed(each) for each in seen], 1))
 
 
+@dataclass(frozen=True)
 class ExitLabels(Objective):
     """Trains the gates of a FrameExit beside its classifiers: `MultiExit() + ExitLabels(1e-3)`.
 
-    The t-th gate is to let a row out where the cross-entropy of its classifier is at most beta * exp(t / 2): what is
-    asked falls from frame to frame (arXiv:2104.13400, section 3). Binary cross-entropy, averaged over rows and gates;
-    a video's end decides nothing. No gradient goes through the labels.
+    Gate t learns to let a row leave where the cross-entropy of its classifier is at most beta * exp(t / 2), a bound
+    that rises from frame to frame (arXiv:2104.13400, section 3). Binary cross-entropy, averaged over rows and gates;
+    the end of a video is not a decision. No gradient flows through the labels.
 
     Args:
         beta: the larger, the earlier rows leave.
-        halt: the name of the FrameExit; None where the model has only one.
+        halt: name of the FrameExit; None where the model has only one.
 
     Raises:
         ConfigError: a beta that is not above 0.
     """
 
-    def __init__(self, beta: float, *, halt: str | None = None) -> None:
-        if not 0 < beta < math.inf:
-            raise ConfigError(f"beta is {beta}; expected the cross-entropy at which rows leave, a number above 0")
-        self.beta, self.halt = beta, halt
+    beta: float
+    _: KW_ONLY
+    halt: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < math.inf:
+            raise ConfigError(f"beta is {self.beta}; expected the cross-entropy at which rows leave, a number above 0")
 
     def __call__(self, answer: Tensor, y: Tensor, trace: Trace) -> Tensor:
-        """Over the steps' logits (B, classes) and the gates' scores in the trace.
+        """The loss of the gates' scores and the steps' logits (B, classes) in the trace, with labels y (B,).
 
         Raises:
             StructureError: no FrameExit, several and none named, or steps that only some rows reached.
         """
-        name = trace.one(FrameExit, self.halt)[1]
-        calls, answers = [call for call in trace.calls if call.name == name], trace.answers.get(name, [])
-        if len(answers) != len(calls) + 1 or any(each.shape[0] != y.shape[0] for each in answers):
-            raise StructureError(f"only some rows took all steps of {name!r}; this loss needs them: use train mode")
+        calls, answers = trace.full_pass(trace.one(FrameExit, self.halt)[1], y.shape[0])
         losses = []
         for t, (call, logits) in enumerate(zip(calls, answers[:-1], strict=True), start=1):
             score = call.decision.score[:, 0]
@@ -191,23 +193,24 @@ class ExitLabels(Objective):
             losses.append(total / decides.sum().clamp(min=1))
         return torch.stack(losses).mean() if losses else answer.new_zeros(())
 
-    def __repr__(self) -> str:
-        return f"ExitLabels({self.beta:g}, halt={self.halt!r})"
-
 
 def coarse_to_fine(frames: int, most: int | None = None) -> list[int]:
     """The order in which frames are read: the middle, the first, the last, then the middles of halves, quarters, ...
 
-    Ghodrati et al. 2021 (arXiv:2104.13400), algorithm 1 of appendix A; counted from 0.
+    Ghodrati et al. 2021 (arXiv:2104.13400), algorithm 1 of appendix A.
 
     Args:
-        frames: of the video.
-        most: so many of them; None for all.
+        frames: number of frames of the video.
+        most: maximum number of frames to read; None for all.
+
+    Returns:
+        Numbers of frames, counted from 0.
 
     >>> coarse_to_fine(10)
     [4, 0, 9, 2, 6, 1, 3, 5, 7, 8]
     """
-    found, parts = dict.fromkeys(((frames + 1) // 2, 1, frames)), 2  # counted from 1, as in the paper
+    found = dict.fromkeys(((frames + 1) // 2, 1, frames))  # counted from 1, as in the paper
+    parts = 2
     wanted = frames if most is None else min(most, frames)
     while len(found) < wanted:
         ends = [1 + (frames - 1) * i // parts for i in range(parts + 1)]
@@ -217,13 +220,9 @@ def coarse_to_fine(frames: int, most: int | None = None) -> list[int]:
 
 
 def frames_read(trace: Trace, halt: str | None = None) -> Tensor:
-    """How many frames of every video were read, (B,).
-
-    Args:
-        trace: of a pass.
-        halt: the name of the FrameExit; None where the model has only one.
+    """Number of frames of every video that were read, (B,).
 
     Raises:
-        StructureError: no FrameExit, several and none named, or one that did not run.
+        StructureError: no FrameExit ran, or several are in the model and `halt` does not name one.
     """
     return trace.runs(trace.names[trace.one(FrameExit, halt)[0].reader])

@@ -1,8 +1,9 @@
-"""Glance and focus: a look at the whole image, small; then crops, one after another, until the answer is sure."""
+"""Glance and focus: the whole image at low resolution, then crops, until the answer has enough confidence."""
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -17,42 +18,39 @@ from dynanet.nets.spatial_transformer import Size, crop, resize, sides
 
 
 class GlanceFocus(ThresholdHalt):
-    """Early exit over glimpses (GFNet: Wang et al. 2020, arXiv:2010.05300): step 0 sees the whole image at a low
-    resolution, each later step a crop at full resolution, and a policy says where the next one lies.
+    """Early exit over glimpses (GFNet: Wang et al. 2020, arXiv:2010.05300).
 
-    Every glimpse is answered with all that was seen so far. In training all steps answer, for `train.MultiExit`; in
-    eval mode a row goes on while its confidence is below the step's threshold. A new model takes all glimpses;
-    `calibrate.calibrate` finds thresholds for a budget. Images may have any size, one smaller than a crop too.
+    Step 0 sees the whole image at a low resolution, each later step a crop at full resolution, placed by a policy.
 
-    How the policy learns is `places`:
+    Every step answers from all glimpses so far. Images may have any size, also smaller than a crop. A new model takes
+    all glimpses; `calibrate.calibrate` finds thresholds for a budget.
 
-    - `LearnedCrops()`, the default: crops are interpolated, so the gradient of the loss reaches their places. One
-      training, end to end.
-    - `SampledCrops(std)`: places are drawn around the policy's, and `PlaceReward` makes those likelier after which the
-      true class was more probable (the paper's second stage; see the card for all three).
-    - `RandomCrops()`: places at random: encoders and head learn before there is a policy (the paper's first stage).
+    `places` sets how the policy is trained:
 
-    In eval mode all three look where the policy says. No gradient goes from the policy into the encoders.
+    - `LearnedCrops()`, the default: crops are interpolated, so that the gradient of the loss reaches their places, and
+      all parts are trained end to end.
+    - `SampledCrops(std)`: places are drawn around the policy's, and `PlaceReward` makes those more probable after which
+      the true class was more probable (the paper's second stage; see the card for all three).
+    - `RandomCrops()`: random places, to train encoders and head before there is a policy (the paper's first stage).
+
+    In eval mode all three crop where the policy says. No gradient flows from the policy into the encoders.
 
     Args:
-        glance: the resized image (B, C, *glance_size) to features (B, F, h, w).
-        focus: a crop (B, C, *crop_size) to features; the same module as `glance` where the two are to share weights.
+        glance: maps the resized image (B, C, *glance_size) to features (B, F, h, w).
+        focus: maps a crop (B, C, *crop_size) to features; the same module as `glance` to share weights.
         policy: maps (features, memory) to a place (B, 2) and the memory for the next step; memory is None at first. See
             `PlacePolicy`.
         head: maps (features, memory) to logits (B, classes) and the memory for the next step, likewise. See
             `RecurrentHead`.
         glance_size: of the first glimpse: a side, or (height, width).
         crop_size: of the others, in pixels of the image.
-        glimpses: how many at most, the first included.
-        places: how places are taken in training.
-        confidence: how sure logits are; `PerExit` for another criterion after every glimpse.
-
-    Attributes:
-        thresholds: (glimpses - 1,), in the units of `confidence`. +inf: nobody leaves here; -inf: everybody.
+        glimpses: maximum number of glimpses, the first included.
+        places: how places are chosen in training.
+        confidence: scores logits; `PerExit` for a criterion per glimpse. None for `MaxProbability`.
 
     Raises:
-        ConfigError: sizes that are none, or no glimpse.
-        StructureError: a confidence that does not speak of every glimpse.
+        ConfigError: sizes or a number of glimpses below 1.
+        StructureError: a confidence that does not score every glimpse but the last.
     """
 
     def __init__(
@@ -71,16 +69,17 @@ class GlanceFocus(ThresholdHalt):
         if not isinstance(glimpses, int) or glimpses < 1:
             raise ConfigError(f"{glimpses!r} glimpses; expected a whole number: 1 for the glance alone, or more")
         super().__init__(glimpses, confidence if confidence is not None else MaxProbability())
-        self.glance, self.focus, self.policy, self.head = glance, focus, policy, head
+        self.glance, self.focus = glance, focus
+        self.policy, self.head = policy, head
         self.glance_size, self.crop_size = sides(glance_size), sides(crop_size)
         self.places: CropSampler = places if places is not None else LearnedCrops()
 
     def start(self, x_BCHW: Tensor) -> Any:
-        """The image, no place yet and no likelihood of it, and empty memories of policy, head and confidence."""
+        """The image, no place and no likelihood of it, and no memories of policy, head and confidence."""
         return x_BCHW, None, None, None, None, None
 
     def step(self, k: int, state: Any) -> tuple[Any, Tensor]:
-        """A glimpse, the answer after it, and where to look next."""
+        """Take a glimpse, answer, and place the next crop."""
         image, place, likelihood, looked, seen, memory = state
         if k == 0:
             features = self.glance(resize(image, self.glance_size))
@@ -94,24 +93,25 @@ class GlanceFocus(ThresholdHalt):
         return (image, place, likelihood, looked, seen, memory), logits
 
     def score(self, k: int, state: Any, answer: Tensor) -> Tensor:
-        """The confidence; where the place of the next crop was drawn (in training), its log-likelihood, for
-        `PlaceReward`: every row goes on then, however sure it is.
+        """The confidence (B, 1); in training with drawn places, the log-likelihood of the next one, for `PlaceReward`.
+
+        In training every row goes on, whatever its score.
         """
         likelihood, memory = state[2], state[5]
         return self.confidence.at(k)(answer, memory) if likelihood is None else likelihood
 
 
 class PlacePolicy(nn.Module):
-    """Where to look next, from a feature map and what was looked at before: 1x1 convolution, pool to a grid, linear,
-    GRU, linear, sigmoid (Wang et al. 2020, appendix A.1; the grid is ours, so that features may have any size).
+    """The place of the next crop, from a feature map and a memory of those before (Wang et al. 2020, appendix A.1).
 
-    A new one looks at the middle.
+    1x1 convolution, pool to a grid (added here, so that features may have any size), linear, GRU, linear, sigmoid. A
+    new one crops the middle.
 
     Args:
         features: channels of the feature map.
         width: channels after the convolution.
         hidden: size of the memory.
-        grid: side of the grid that the map is averaged down to.
+        grid: side of the grid that the map is averaged to.
     """
 
     def __init__(self, features: int, *, width: int = 8, hidden: int = 32, grid: int = 4) -> None:
@@ -120,7 +120,8 @@ class PlacePolicy(nn.Module):
             nn.Conv2d(features, width, 1, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(grid), nn.Flatten(),
             nn.Linear(width * grid * grid, hidden), nn.ReLU(),
         )  # fmt: skip
-        self.cell, self.place = nn.GRUCell(hidden, hidden), nn.Linear(hidden, 2)
+        self.cell = nn.GRUCell(hidden, hidden)
+        self.place = nn.Linear(hidden, 2)
         nn.init.zeros_(self.place.bias)
 
     def forward(self, features_BCHW: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -130,7 +131,7 @@ class PlacePolicy(nn.Module):
 
 
 class RecurrentHead(nn.Module):
-    """Answers from all feature maps so far: each is averaged and read by a GRU (Wang et al. 2020, section 3.2).
+    """Answers from all feature maps so far, each averaged and read by a GRU (Wang et al. 2020, section 3.2).
 
     Args:
         features: channels of the feature maps.
@@ -140,7 +141,8 @@ class RecurrentHead(nn.Module):
 
     def __init__(self, features: int, hidden: int, num_classes: int) -> None:
         super().__init__()
-        self.cell, self.answer = nn.GRUCell(features, hidden), nn.Linear(hidden, num_classes)
+        self.cell = nn.GRUCell(features, hidden)
+        self.answer = nn.Linear(hidden, num_classes)
         nn.init.zeros_(self.answer.bias)
 
     def forward(self, features_BCHW: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -150,12 +152,13 @@ class RecurrentHead(nn.Module):
 
 
 class JoinedHead(nn.Module):
-    """Answers from all feature maps so far: each is averaged, they are joined, and there is a linear map for every
-    number of them (the cascaded classifiers of Wang et al. 2020, for MobileNets and EfficientNets).
+    """Answers from all feature maps so far, each averaged and joined, by a linear map per number of glimpses.
+
+    The cascaded classifiers of Wang et al. 2020, for MobileNets and EfficientNets.
 
     Args:
         features: channels of the feature maps.
-        glimpses: how many there will be at most.
+        glimpses: maximum number of glimpses.
         num_classes: width of the logits.
     """
 
@@ -175,37 +178,36 @@ class JoinedHead(nn.Module):
 
 
 class CropSampler(nn.Module, ABC):
-    """From the place that the policy wants (rows, 2) to the one that is looked at, and the log-likelihood of having
-    drawn it (rows, 1), None where nothing is drawn. In eval mode the two places are the same.
-    """
+    """Maps the place of the policy (rows, 2) to the place of the crop. In eval mode the two are the same."""
 
     @abstractmethod
     def forward(self, wanted: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The place, and its log-likelihood."""
+        """The place of the crop, and the log-likelihood of its draw (rows, 1); None where nothing is drawn."""
 
 
 class LearnedCrops(CropSampler):
-    """Where the policy says, in training too: the gradient of the answer moves the crop."""
+    """Crops where the policy says, in training too: the gradient of the answer moves the crop."""
 
     def forward(self, wanted: Tensor) -> tuple[Tensor, None]:
-        """As it was wanted."""
+        """The policy's place, unchanged."""
         return wanted, None
 
 
 class RandomCrops(CropSampler):
-    """Uniformly at random in training: no policy is needed yet."""
+    """Crops uniformly at random in training, before there is a policy."""
 
     def forward(self, wanted: Tensor) -> tuple[Tensor, None]:
-        """From 0 to 1."""
+        """A random place in training."""
         return (torch.rand_like(wanted) if self.training else wanted), None
 
 
 class SampledCrops(CropSampler):
-    """Around the policy's place in training, by a normal distribution; for `PlaceReward`. Beyond an edge the crop lies
-    at the edge.
+    """Crops around the policy's place in training, drawn from a normal distribution, for `PlaceReward`.
+
+    Beyond an edge the crop lies at the edge.
 
     Args:
-        std: of each coordinate, as a share of the way from edge to edge.
+        std: standard deviation of each coordinate, as a share of the way from edge to edge.
 
     Raises:
         ConfigError: a std that is not above 0.
@@ -214,59 +216,60 @@ class SampledCrops(CropSampler):
     def __init__(self, std: float = 0.1) -> None:
         super().__init__()
         if not 0 < std < math.inf:
-            raise ConfigError(f"places drawn with a standard deviation of {std}; give a number above 0")
+            raise ConfigError(f"std must be above 0 and finite, got a standard deviation of {std}")
         self.std = std
 
     def forward(self, wanted: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A draw that carries no gradient, and the logarithm of its density, up to a constant."""
+        """A drawn place, without gradient, and the logarithm of its density, up to a constant."""
         if not self.training:
             return wanted, None
-        wanted = wanted.to(torch.promote_types(wanted.dtype, torch.float32))  # halves would round the noise
+        wanted = wanted.to(torch.promote_types(wanted.dtype, torch.float32))  # half precision would round the noise
         drawn = (wanted + self.std * torch.randn_like(wanted)).detach()
         likelihood = -((drawn - wanted) / self.std).square().sum(1, keepdim=True) / 2
         return drawn.clamp(0, 1), likelihood
 
 
+@dataclass(frozen=True)
 class PlaceReward(Objective):
     """Trains the policy of a GlanceFocus whose places are `SampledCrops`: `MultiExit() + PlaceReward()`.
 
-    REINFORCE with the paper's reward: by how much a glimpse raised the probability of the true class. A place is
-    credited with its own glimpse and, discounted, with those after it; the baseline is the mean of the batch's other
-    rows, and what is above or below it is divided by its size in the batch, as the authors do. Only the policy gets a
-    gradient. Where nothing is drawn because the model is in eval mode (validation), it is 0.
+    REINFORCE with the paper's reward: the increase of the probability of the true class by a glimpse. A place is
+    credited with its own glimpse and, discounted, with those after it. The baseline is the mean over the other rows of
+    the batch, and advantages are divided by their root mean square in the batch, as in the authors' code. Only the
+    policy gets a gradient. In eval mode (validation), where nothing is drawn, the loss is 0.
 
     Args:
-        discount: what the next glimpse's reward counts for a place. 0.7 in the authors' code.
-        halt: the name of the GlanceFocus; None where the model has only one.
+        discount: factor of the reward of the next glimpse. 0.7 in the authors' code.
+        halt: name of the GlanceFocus; None where the model has only one.
 
     Raises:
         ConfigError: a discount outside [0, 1].
     """
 
-    def __init__(self, discount: float = 0.7, *, halt: str | None = None) -> None:
-        if not 0 <= discount <= 1:
-            raise ConfigError(f"a discount of {discount}; expected what later glimpses count, from 0 to 1")
-        self.discount, self.halt = discount, halt
+    discount: float = 0.7
+    _: KW_ONLY
+    halt: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.discount <= 1:
+            raise ConfigError(f"discount must be from 0 to 1, got a discount of {self.discount}")
 
     def __call__(self, answer: Tensor, y: Tensor, trace: Trace) -> Tensor:
-        """Over the glimpses' logits (B, C) and the likelihoods in the trace.
+        """The loss of the glimpses' logits (B, C) and the likelihoods in the trace, with labels y (B,).
 
         Raises:
-            StructureError: no GlanceFocus or several and none named, places that are not drawn, or rows that were not
+            StructureError: no GlanceFocus, several and none named, places that are not drawn, or rows that were not
                 computed.
         """
-        layer, name = self._layer(trace)
+        layer, name = trace.one(GlanceFocus, self.halt)
         if not isinstance(layer.places, SampledCrops):
             kind = type(layer.places).__name__
-            raise StructureError(
-                f"{name!r} takes its places by {kind}, so there is nothing to reward; give it SampledCrops()"
-            )
-        calls = [call for call in trace.calls if call.name == name]
-        if not layer.training or not calls:
+            raise StructureError(f"the places of {name!r} are not drawn but set by {kind}; give it SampledCrops()")
+        if not layer.training:
             return answer.new_zeros(())
-        answers = trace.answers[name]
-        if len(answers) != len(calls) + 1 or any(each.shape[0] != y.shape[0] for each in answers):
-            raise StructureError(f"only some rows took all glimpses of {name!r}; this loss needs them: use train mode")
+        calls, answers = trace.full_pass(name, y.shape[0])
+        if not calls:
+            return answer.new_zeros(())
         credit = self._credits(answers, y)
         rows = y.shape[0]
         advantage = (credit - credit.mean(0)) * (rows / (rows - 1)) if rows > 1 else credit
@@ -275,22 +278,9 @@ class PlaceReward(Objective):
         return -(likelihood * advantage.to(likelihood.dtype)).sum(1).mean()
 
     def _credits(self, answers: Sequence[Tensor], y: Tensor) -> Tensor:
-        """(B, crops): each one's reward, and what it is discounted of those after it."""
+        """The reward of each crop plus the discounted rewards of those after it, (B, crops)."""
         true = torch.stack([logits.detach().softmax(1).gather(1, y[:, None])[:, 0] for logits in answers], 1)
         rewards = list(true.diff(dim=1).unbind(1))
         for k in reversed(range(len(rewards) - 1)):
             rewards[k] = rewards[k] + self.discount * rewards[k + 1]
         return torch.stack(rewards, 1)
-
-    def _layer(self, trace: Trace) -> tuple[GlanceFocus, str]:
-        found = {name: layer for layer, name in trace.names.items() if isinstance(layer, GlanceFocus)}
-        name = next(iter(found)) if self.halt is None and len(found) == 1 else self.halt
-        if name is None or name not in found:
-            raise StructureError(
-                f"PlaceReward is of one GlanceFocus and {'none is' if name is None else repr(name) + ' was'} named; "
-                f"this model has {sorted(found)}"
-            )
-        return found[name], name
-
-    def __repr__(self) -> str:
-        return f"PlaceReward({self.discount:g}, halt={self.halt!r})"

@@ -1,5 +1,6 @@
-"""Jump: after every few steps a recurrent network jumps ahead, or stops. What lies between is never read."""
+"""Jump: after every few steps a recurrent network jumps ahead or stops. Steps in between are never read."""
 
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -7,45 +8,45 @@ from torch import Tensor, nn
 
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic
-from dynanet.core.errors import ConfigError, StructureError
+from dynanet.core.errors import ConfigError, StructureError, check_sizes
 from dynanet.core.gate import Gate
 from dynanet.core.objective import Objective
 from dynanet.core.trace import Trace
 from dynanet.data.ragged import Sequences, as_sequences
-from dynanet.gates.rules import Rule
+from dynanet.gates.rules import OneOf
+from dynanet.ops.recurrent import hidden_of, next_step, zero_state
 
 
 class Jump(Dynamic):
     """LSTM-Jump (Yu et al. 2017, arXiv:1704.06877, section 2).
 
     A row reads `read` steps (the paper's R), then jumps: by 1 to the next step, by k over k - 1 steps, by 0 to its end.
-    The jump is drawn from a softmax of the hidden state in training, and is the likeliest one in eval mode. A row ends
-    with a jump of 0, behind its last step, or with the steps it reads after its last jump.
+    The jump is drawn from a softmax of the hidden state in training, and is the most probable one in eval mode. A row
+    ends after a jump of 0, after its last step, or after the steps that follow its last jump.
 
-    Unit 0 is the cell, unit 1 the choice of a jump. The trace hears of every time step, so `torch.stack(trace[name],
-    1)` is (B, T, 2): which steps a row read, and after which of them it chose; the score is minus the number of steps
-    until the next one that is read. Rows jump apart, and a pass takes as many calls of the cell as the longest reader
-    reads steps, wherever these lie. `forced` says which steps are read; jumps then start from these.
+    Unit 0 is the cell, unit 1 the choice of a jump. The trace holds every time step, so `torch.stack(trace[name], 1)`
+    is (B, T, 2): the steps that a row read, and those after which it chose a jump; the score is minus the number of
+    steps until the next one that is read. Each row is at a position of its own, and a pass takes as many calls of the
+    cell as the largest number of steps that a row reads. `forced` sets which steps are read; jumps start from these.
 
-    In training a baseline guesses from the hidden state how well a row will do: for `ReinforceJumps`, the term of the
-    loss that jumps learn from.
+    In training a baseline predicts the reward of a row from its hidden state, for `ReinforceJumps`, the term of the
+    loss that trains jumps.
 
     Args:
-        cell: maps (x_t, state) to the next state: nn.LSTMCell, whose state is (h, c), nn.GRUCell, or any module like
-            these.
+        cell: maps (x_t, state) to the next state: nn.LSTMCell, whose state is (h, c), nn.GRUCell or nn.RNNCell.
         inputs: features per time step.
         hidden: size of the state; of h and c each.
         read: steps read before every jump.
         reach: the longest jump, the paper's K.
-        jumps: how often a row jumps at most, the paper's N.
-        scorer: from the state (h of an LSTM) to the logits of the jumps (rows, reach + 1); None for one linear map.
+        jumps: maximum number of jumps of a row, the paper's N.
+        scorer: maps the state (h of an LSTM) to the logits of the jumps (rows, reach + 1); None for a linear map.
 
     Attributes:
-        read: may be changed at any time, as in the paper: to read more between jumps than in training, say.
+        read: may be changed at any time, as in the paper, for example to read more between jumps than in training.
         jumps: likewise.
 
     Raises:
-        ConfigError: sizes that are no whole numbers of at least 1.
+        ConfigError: a size that is not a whole number of at least 1.
     """
 
     def __init__(
@@ -60,79 +61,75 @@ class Jump(Dynamic):
         scorer: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        if not _sizes(inputs, hidden, read, reach, jumps):
-            raise ConfigError(
-                f"jumps from {inputs} inputs and {hidden} hidden features, {read} steps read before each of at most "
-                f"{jumps} jumps of up to {reach}; all must be whole numbers of at least 1"
-            )
-        self.cell, self.inputs, self.hidden = cell, inputs, hidden
-        self.read, self.reach, self.jumps = read, reach, jumps
+        check_sizes(inputs=inputs, hidden=hidden, read=read, reach=reach, jumps=jumps)
+        self.cell = cell
+        self.inputs, self.hidden = inputs, hidden
+        self.read, self.reach = read, reach
+        self.jumps = jumps
         self.gate = Gate(scorer if scorer is not None else nn.Linear(hidden, reach + 1), OneOf(), units=reach + 1)
         self.baseline = nn.Linear(hidden, 1)
-        self._pair = isinstance(cell, nn.LSTMCell)  # asked now, as a session puts an engine in the cell's place
+        self._pair = isinstance(cell, nn.LSTMCell)  # kept, as a session replaces the cell by an engine
 
     @property
     def decides(self) -> str:
-        """How much it reads, and how often it jumps."""
+        """The bounds of reading, in words."""
         return f"a jump after every {self.read} steps read, at most {self.jumps} times"
 
     def forward(self, x: Tensor | Sequences) -> Tensor:
-        """To the state (h of an LSTM) after the last step that a row reads, (B, hidden).
+        """The state (h of an LSTM) after the last step that a row reads, (B, hidden).
 
         Args:
             x: (B, T, inputs), or `Sequences` of them.
 
         Raises:
             InputError: another shape, no step, or impossible lengths.
-            StructureError: `read` or `jumps` was set to less than 1, or a scorer of another number of jumps.
+            ConfigError: `read` or `jumps` was set to less than 1.
+            StructureError: a scorer of another number of jumps.
         """
-        if not _sizes(self.read, self.jumps):
-            raise StructureError(
-                f"read is {self.read} and jumps is {self.jumps}; set both to whole numbers of at least 1, as they were "
-                f"when this layer was made"
-            )
+        check_sizes(read=self.read, jumps=self.jumps)  # both may be set at any time
         x_BTD, lengths = as_sequences(x, self.inputs)
-        zero, none = x_BTD.new_zeros(x_BTD.shape[0], self.hidden), torch.zeros_like(lengths, dtype=torch.int64)
-        reader = _Reader((zero, zero) if self._pair else zero, none, none, none)
+        zero = torch.zeros_like(lengths, dtype=torch.int64)
+        state = zero_state(x_BTD, x_BTD.shape[0], self.hidden, pair=self._pair)
+        reader = _Reader(state, zero, zero, zero)
         along = self._jumping if self.force is None else self._stepping
-        return _hidden(along(x_BTD, lengths.long(), reader).state)
+        return hidden_of(along(x_BTD, lengths.long(), reader).state)
 
     def _jumping(self, x_BTD: Tensor, lengths: Tensor, reader: "_Reader") -> "_Reader":
-        """Read after read, each row at a position of its own."""
+        """Read until no row has a step left, each row at its own position."""
         visits: list[tuple[Tensor, Tensor, Tensor]] = []
         steps = x_BTD.shape[1]
         for _ in range(min(self.read * (self.jumps + 1), steps)):
             reads = reader.due < lengths
-            if _nobody(reads):
+            if _none(reads):
                 break
-            at = reader.due.where(reads, 0)  # who has ended looks at what it has read, and drops it
+            at = reader.due.where(reads, 0)  # rows that have ended take any step, which `run` leaves out
             step = x_BTD.gather(1, at[:, None, None].expand(-1, 1, self.inputs))[:, 0]
             reader, chooses = self._visit(step, at, reads, lengths, reader, steps)
             visits.append((at, reads, chooses))
         if self.trace is not None:
-            self._tell_steps(x_BTD, visits)
+            self._log_steps(x_BTD, visits)
         return reader
 
-    def _tell_steps(self, x_BTD: Tensor, visits: list[tuple[Tensor, Tensor, Tensor]]) -> None:
-        """Visits, each of a row at its own position, as decisions step by step."""
+    def _log_steps(self, x_BTD: Tensor, visits: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Record visits (positions, reads, chooses), with each row at its own position, as decisions per time step."""
         batch, steps = x_BTD.shape[:2]
-        time = torch.arange(steps, device=x_BTD.device)
         kept = x_BTD.new_zeros(batch, steps, 2)
-        for at, reads, chooses in visits:  # a row reads a step once
+        for at, reads, chooses in visits:  # a row reads no step twice, so that sums are 0 or 1
             kept.scatter_add_(1, at[:, None, None].expand(-1, 1, 2), _columns(reads, chooses, x_BTD)[:, None])
-        due = time.where(kept[..., 0] > 0, steps).flip(1).cummin(1).values.flip(1)
-        for keep, score in zip(kept.unbind(1), (time - due).to(x_BTD.dtype).split(1, 1), strict=True):
+        wait = next_step(kept[..., 0] > 0) - torch.arange(steps, device=x_BTD.device)
+        for keep, score in zip(kept.unbind(1), (-wait).to(x_BTD.dtype).split(1, 1), strict=True):
             self.log(Decision(keep, score))
 
     def _stepping(self, x_BTD: Tensor, lengths: Tensor, reader: "_Reader") -> "_Reader":
-        """Step after step, all rows at the same: who reads is said from outside."""
+        """Visit step after step with all rows, where `forced` sets which of them read."""
         steps = x_BTD.shape[1]
         for t in range(steps):
             at = torch.full_like(lengths, t)
-            due, there = reader.due <= t, _columns(at < lengths, at < lengths, x_BTD)
+            due = reader.due <= t
+            present = _columns(at < lengths, at < lengths, x_BTD)
             score = (t - reader.due).to(x_BTD.dtype)[:, None]
             own = Decision(_columns(due, due & self._will_choose(at, lengths, reader), x_BTD), score)
-            reads = self.apply_override(own, present=there).keep[:, 0] > 0
+            reads = self.apply_override(own, present=present).keep[:, 0] > 0
             reader, chooses = self._visit(x_BTD[:, t], at, reads, lengths, reader, steps)
             self.log(Decision(_columns(reads, chooses, x_BTD), score))
         return reader
@@ -140,46 +137,50 @@ class Jump(Dynamic):
     def _visit(
         self, step: Tensor, at: Tensor, reads: Tensor, lengths: Tensor, reader: "_Reader", steps: int
     ) -> tuple["_Reader", Tensor]:
-        """Rows with `reads` (B,) read what lies at their step `at` (B,); and who of them chose a jump, (B,)."""
+        """Rows with `reads` (B,) read `step` (B, inputs) at their positions `at` (B,), and jump where a jump is due.
+
+        Returns:
+            The progress after it, and the rows that chose a jump, (B,) bool.
+        """
         given = step, reader.state
         state = self.run(0, lambda g: self.cell(*g), reads.to(step.dtype), given, otherwise=reader.state)
         read = reader.read + reads
         full = reads & (read >= self.read)
         chooses = reads & self._will_choose(at, lengths, reader)
-        size = self._choose(_hidden(state), chooses)
+        size = self._choose(hidden_of(state), chooses)
         due = (at + 1).where(reads, reader.due)
-        due = (at + size).where(size > 0, steps).where(full, due)  # who is full and may not choose has a size of 0
+        due = (at + size).where(size > 0, steps).where(full, due)  # rows that are full but may not jump have size 0
         return _Reader(state, due.where(due < lengths, steps), read * ~full, reader.jumps + chooses), chooses
 
     def _will_choose(self, at: Tensor, lengths: Tensor, reader: "_Reader") -> Tensor:
-        """Would a row that reads at `at` choose a jump then? (B,)."""
+        """Whether a row that reads at `at` chooses a jump after it, (B,) bool."""
         return (reader.read + 1 >= self.read) & (reader.jumps < self.jumps) & (at + 1 < lengths)
 
     def _choose(self, hidden: Tensor, chooses: Tensor) -> Tensor:
-        """How far rows jump, (B,); 0 where they do not choose."""
+        """How far rows jump, (B,) int64; 0 where they do not choose."""
 
         def choose(hidden: Tensor) -> Tensor:
             jump = self.gate(hidden)
             if self.training and self.trace is not None:
-                # The baseline is to follow the states, not to shape them.
+                # The baseline must predict from the states, not change them.
                 value = self.baseline(hidden.detach())[:, 0]
                 self.trace.log_answer(self, Jumps(jump.keep, jump.score, value, chooses))
             return jump.keep.argmax(1)
 
         nowhere = torch.zeros_like(chooses, dtype=torch.int64)
-        if _nobody(chooses):
+        if _none(chooses):
             return nowhere
         return self.run(1, choose, chooses.to(hidden.dtype), hidden, otherwise=nowhere)
 
 
 class Jumps(NamedTuple):
-    """What a Jump drew in training, for its loss: an answer in the trace for every time it chose.
+    """What a Jump drew in training, for its loss; `trace.answers[name]` holds one for every choice.
 
     Attributes:
         keep: (B, reach + 1), 1 at the jump that was drawn.
         score: (B, reach + 1) logits.
-        value: (B,) the baseline's guess of the reward.
-        chooses: (B,) bool. The others drew too, and nothing came of it.
+        value: (B,) the baseline's prediction of the reward.
+        chooses: (B,) bool, the rows whose draw was used.
     """
 
     keep: Tensor
@@ -188,65 +189,38 @@ class Jumps(NamedTuple):
     chooses: Tensor
 
 
-class OneOf(Rule):
-    """One unit for every row: drawn from the softmax in training, without gradient, for REINFORCE with `log_prob`; the
-    likeliest in eval mode.
-    """
-
-    @property
-    def decides(self) -> str:
-        """The best."""
-        return "the best score"
-
-    def forward(self, score: Tensor) -> Tensor:
-        """1 at one unit of every row. A draw is the highest score after Gumbel noise."""
-        score = score.detach()
-        if self.training:
-            score = score - torch.empty_like(score).exponential_().clamp(min=1e-20).log()
-        return torch.zeros_like(score).scatter(-1, score.argmax(-1, keepdim=True), 1.0)
-
-    @staticmethod
-    def log_prob(score: Tensor, keep: Tensor) -> Tensor:
-        """Log-probability of the draw, (rows...)."""
-        return (score.log_softmax(-1) * keep).sum(-1)
-
-
+@dataclass(frozen=True)
 class ReinforceJumps(Objective):
-    """Trains the jumps of all Jump layers (section 2.2): `CrossEntropy() + ReinforceJumps()`.
+    """Trains the jumps of all Jump layers (section 2.2 of the paper): `CrossEntropy() + ReinforceJumps()`.
 
-    REINFORCE (Williams 1992, doi:10.1007/BF00992696) with a reward of 1 for a right answer and -1 for a wrong one, less
-    the baseline; and the baseline's squared error, which is how it learns. Where nothing is drawn because the model is
-    in eval mode (validation), it is 0.
+    REINFORCE (Williams 1992, doi:10.1007/BF00992696) with a reward of 1 for a right answer and -1 for a wrong one,
+    minus the baseline, plus the squared error of the baseline, by which it learns. In eval mode (validation), where
+    nothing is drawn, the loss is 0.
 
     Args:
-        reading: what reading a step costs, in rewards. 0 as in the paper: `read`, `reach` and `jumps` are the bounds.
-        entropy: weight of the mean entropy (nats) of the jumps' distributions, which keeps them from settling early.
+        reading: cost of a step that is read, in rewards. 0 in the paper, where `read`, `reach` and `jumps` are bounds.
+        entropy: weight of the mean entropy (nats) of the distributions of jumps, which keeps them from settling early.
 
     Raises:
-        ConfigError: a weight below 0.
+        ConfigError: a negative weight.
     """
 
-    def __init__(self, reading: float = 0.0, *, entropy: float = 0.0) -> None:
-        if not (reading >= 0 and entropy >= 0):
-            raise ConfigError(
-                f"jumps are reinforced with a price of {reading} for reading and a weight of {entropy} for entropy; "
-                f"give 0 or more"
-            )
-        self.reading, self.entropy = reading, entropy
+    reading: float = 0.0
+    _: KW_ONLY
+    entropy: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.reading >= 0 and self.entropy >= 0):
+            raise ConfigError(f"reading is {self.reading} and entropy {self.entropy}; give 0 or more for both")
 
     def __call__(self, answer: Tensor, y: Tensor, trace: Trace) -> Tensor:
-        """Over the jumps in the trace; `answer` is (B, classes).
+        """The loss of the jumps in the trace; `answer` is (B, classes), y are labels (B,).
 
         Raises:
             StructureError: no Jump layer that ran, or one that saw other rows than the batch.
         """
-        layers = {name: layer for layer, name in trace.names.items() if isinstance(layer, Jump)}
-        keeps = [keep for name in layers for keep in trace[name]]
-        if not keeps:
-            raise StructureError(
-                f"jumps are reinforced for Jump layers that ran; the layers are {sorted(trace.names.values())}"
-            )
-        drawn: list[Jumps] = [jump for name in layers for jump in trace.answers.get(name, [])]
+        keeps = [call.keep for call in trace.decisions(Jump)]
+        drawn: list[Jumps] = [jump for name in trace.all(Jump) for jump in trace.answers.get(name, [])]
         if not drawn:  # in eval mode, or sequences too short to jump in
             return answer.new_zeros(())
         rows = {jump.chooses.shape[0] for jump in drawn}
@@ -254,9 +228,10 @@ class ReinforceJumps(Objective):
             raise StructureError(
                 f"jumps of {sorted(rows)} rows in a batch of {y.shape[0]}; this loss needs every row of the batch once"
             )
-        score, value = torch.stack([j.score for j in drawn], 1), torch.stack([j.value for j in drawn], 1)
-        chooses = torch.stack([j.chooses for j in drawn], 1).to(score.dtype)  # (B, choices)
-        log_p = OneOf.log_prob(score, torch.stack([j.keep for j in drawn], 1))
+        score = torch.stack([jump.score for jump in drawn], 1)
+        value = torch.stack([jump.value for jump in drawn], 1)
+        chooses = torch.stack([jump.chooses for jump in drawn], 1).to(score.dtype)  # (B, choices)
+        log_p = OneOf.log_prob(score, torch.stack([jump.keep for jump in drawn], 1))
         reward = (answer.detach().argmax(1) == y).to(score.dtype) * 2 - 1
         if self.reading:
             reward = reward - self.reading * torch.stack([keep.detach()[..., 0] for keep in keeps]).sum(0)
@@ -267,13 +242,15 @@ class ReinforceJumps(Objective):
             loss = loss - self.entropy * (entropy * chooses).sum() / chooses.sum().clamp(min=1)
         return loss
 
-    def __repr__(self) -> str:
-        return f"ReinforceJumps({self.reading:g}, entropy={self.entropy:g})"
-
 
 class _Reader(NamedTuple):
-    """Where the rows are: their state, the step they read next (as many as there are steps: none), the steps they have
-    read since the last jump, and the jumps they have made.
+    """The progress of all rows.
+
+    Attributes:
+        state: of the cell.
+        due: (B,) int64, the step that is read next; T where none is left.
+        read: (B,) int64, steps read since the last jump.
+        jumps: (B,) int64, jumps made.
     """
 
     state: Any
@@ -282,21 +259,11 @@ class _Reader(NamedTuple):
     jumps: Tensor
 
 
-def _sizes(*numbers: int) -> bool:
-    """Are these whole numbers of at least 1?"""
-    return all(isinstance(number, int) and number >= 1 for number in numbers)
-
-
 def _columns(reads: Tensor, chooses: Tensor, like: Tensor) -> Tensor:
-    """keep (B, 2) of unit 0 and unit 1."""
+    """The keep (B, 2) of unit 0 and unit 1, from two masks (B,)."""
     return torch.stack([reads, chooses], 1).to(like.dtype)
 
 
-def _nobody(rows: Tensor) -> bool:
-    """No row, where that may be asked: a compiled or exported graph holds every step."""
+def _none(rows: Tensor) -> bool:
+    """Whether a mask is empty. False while compiling or exporting, where the graph has to hold every step."""
     return not torch.compiler.is_compiling() and not bool(rows.any())
-
-
-def _hidden(state: Any) -> Tensor:
-    """h of a state: the state itself, or the first of (h, c)."""
-    return state[0] if isinstance(state, tuple) else state

@@ -14,13 +14,13 @@ from dynanet.gates.recurrent import RecurrentGate
 class LayerSkip(Dynamic):
     """Runs a block only for the rows that keep it (SkipNet, arXiv:1711.09485).
 
-    keep * block(x) + (1 - keep) * otherwise(x). With a residual block whose input is not negative (after a ReLU) and
-    the identity as `otherwise`, that is x + keep * branch(x).
+    The answer is keep * block(x) + (1 - keep) * otherwise(x). With a residual block whose input is not negative (after
+    a ReLU) and the identity as `otherwise`, that is x + keep * branch(x).
 
     Args:
-        block: the unit, its shortcut included; answers a tensor (or pytree) shaped as `otherwise` answers.
+        block: the unit, its shortcut included; returns a tensor (or pytree) of the shape that `otherwise` returns.
         gate: maps x to a Decision with one unit: keep (rows, 1), or (B, T, 1) where tokens decide.
-        otherwise: what takes the block's place, always computed; the identity if None. Blocks that change the shape
+        otherwise: replaces a skipped block, and is always computed; the identity if None. Blocks that change the shape
             put their shortcut here.
 
     Raises:
@@ -34,32 +34,28 @@ class LayerSkip(Dynamic):
         self.otherwise = otherwise if otherwise is not None else nn.Identity()
 
     def forward(self, x: Any) -> Tensor:
-        """The block's answer where it ran, `otherwise`'s elsewhere."""
+        """The answer of the block where it ran, that of `otherwise` elsewhere."""
         keep = self.tap(self.gate(x)).keep
         return self.run(0, self.block, keep[..., 0], x, otherwise=self.otherwise(x))
 
 
 class BranchSkip(Dynamic):
-    """activation(shortcut(x) + keep * branch(x)): the residual branch alone is skipped (ConvNet-AIG, arXiv:1711.11503).
+    """Skips the residual branch only: activation(shortcut(x) + keep * branch(x)) (ConvNet-AIG, arXiv:1711.11503).
 
-    The shortcut always runs, once; so a block whose shortcut is a convolution belongs here and not into `LayerSkip`.
+    The shortcut always runs, once; so use this, not `LayerSkip`, for blocks whose shortcut is a convolution.
 
     Args:
         branch: the unit.
         gate: maps x to a Decision with one unit, keep (rows, 1).
-        shortcut: the identity if None.
-        activation: after the sum, not in place (where no row runs the branch, the sum is x itself); none if None.
+        shortcut: None for the identity.
+        activation: applied to the sum, not in place (where no row runs the branch, the sum is x itself); None for none.
 
     Raises:
         StructureError: a gate for more than one unit.
     """
 
     def __init__(
-        self,
-        branch: nn.Module,
-        gate: nn.Module,
-        shortcut: nn.Module | None = None,
-        activation: nn.Module | None = None,
+        self, branch: nn.Module, gate: nn.Module, shortcut: nn.Module | None = None, activation: nn.Module | None = None
     ) -> None:
         super().__init__()
         _one_unit(gate)
@@ -68,7 +64,7 @@ class BranchSkip(Dynamic):
         self.activation = activation if activation is not None else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(rows, ...) to what the shortcut answers."""
+        """Map (rows, ...) to the shape that the shortcut returns."""
         keep = self.tap(self.gate(x)).keep
         shortcut = self.shortcut(x)
         return self.activation(self.run(0, self._added, keep[..., 0], (x, shortcut), otherwise=shortcut))
@@ -79,17 +75,17 @@ class BranchSkip(Dynamic):
 
 
 class RecurrentSkip(Dynamic):
-    """A chain of blocks, each run or skipped as one recurrent gate says (SkipNet, arXiv:1711.09485, section 3.2).
+    """A chain of blocks that one recurrent gate runs or skips (SkipNet, arXiv:1711.09485, section 3.2).
 
-    Unit k is block k; the trace hears one decision per block, in order.
+    Unit k is block k; the trace holds one decision per block, in order.
 
     Args:
         blocks: the units, shortcuts included.
-        gate: its projections fit the blocks' inputs.
-        otherwise: what takes the place of each block, always computed; identities if None.
+        gate: its projections fit the inputs of the blocks.
+        otherwise: one module per block that replaces it where it is skipped, always computed; identities if None.
 
     Raises:
-        StructureError: not as many blocks as the gate decides on, or as there is an `otherwise` for.
+        StructureError: the numbers of blocks, of `otherwise` and of blocks that the gate decides on differ.
     """
 
     def __init__(
@@ -99,13 +95,15 @@ class RecurrentSkip(Dynamic):
         otherwise = otherwise if otherwise is not None else [nn.Identity() for _ in blocks]
         if not len(blocks) == gate.blocks == len(otherwise):
             raise StructureError(
-                f"a recurrent gate for {gate.blocks} blocks got {len(blocks)} of them and {len(otherwise)} shortcuts; "
-                f"give one width, one block and one shortcut each"
+                f"a recurrent gate for {gate.blocks} blocks got {len(blocks)} blocks and {len(otherwise)} shortcuts; "
+                f"make the three numbers equal"
             )
-        self.blocks, self.gate, self.otherwise = nn.ModuleList(blocks), gate, nn.ModuleList(otherwise)
+        self.blocks = nn.ModuleList(blocks)
+        self.gate = gate
+        self.otherwise = nn.ModuleList(otherwise)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(rows, ...) to the answer of the last block."""
+        """Map (rows, ...) to the answer of the last block."""
         memory = self.gate.start(x)
         for k, (block, otherwise) in enumerate(zip(self.blocks, self.otherwise, strict=True)):
             decision, memory = self.gate(k, x, memory)
@@ -116,4 +114,4 @@ class RecurrentSkip(Dynamic):
 
 def _one_unit(gate: nn.Module) -> None:
     if isinstance(gate, Gate) and gate.units != 1:
-        raise StructureError(f"one layer is run or skipped, and its gate decides on {gate.units} units; give units=1")
+        raise StructureError(f"a gate for one layer decides on {gate.units} units; give units=1")

@@ -1,4 +1,4 @@
-"""Policy skip: one look at the input decides, in one shot, which of all the blocks run."""
+"""Policy skip: a policy network sees the input and decides once which blocks run."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,22 +16,22 @@ from dynanet.core.gate import Gate
 class PolicySkip(Dynamic):
     """Runs the blocks that a policy keeps (BlockDrop: Wu et al. 2018, arXiv:1711.08393).
 
-    The policy sees the layer's own input (the image), not the blocks': hence `before` and `after`, so that the whole
+    The policy sees the input of this layer (the image), not that of the blocks. With `before` and `after` the whole
     network can be one layer. Unit k is block k.
 
     Args:
         policy: maps the input to a Decision with one unit per block, keep (B, blocks).
         blocks: the units, shortcuts included.
-        otherwise: what takes the place of each block, always computed; identities if None.
-        before: from the input to the first block's (a stem); always runs.
-        after: from the last block's answer to this layer's (a head); always runs.
+        otherwise: one module per block that replaces it where it is skipped, always computed; identities if None.
+        before: maps the input to that of the first block (a stem); always runs.
+        after: maps the answer of the last block to that of this layer (a head); always runs.
 
     Attributes:
-        free: in training the policy decides on so many of the last blocks, and those before them are kept;
-            `curriculum` moves it. In eval mode it decides on all.
+        free: number of blocks, counted from the last, that the policy decides on in training; those before are kept.
+            `curriculum` changes it. In eval mode the policy decides on all.
 
     Raises:
-        StructureError: no blocks, or a number of units or shortcuts that is not theirs.
+        StructureError: no blocks, or the numbers of blocks, units and shortcuts differ.
     """
 
     def __init__(
@@ -51,13 +51,15 @@ class PolicySkip(Dynamic):
                 f"a policy for {units} units got {len(blocks)} blocks and {len(otherwise)} shortcuts; give one block "
                 f"and one shortcut per unit"
             )
-        self.policy, self.blocks, self.otherwise = policy, nn.ModuleList(blocks), nn.ModuleList(otherwise)
+        self.policy = policy
+        self.blocks = nn.ModuleList(blocks)
+        self.otherwise = nn.ModuleList(otherwise)
         self.before = before if before is not None else nn.Identity()
         self.after = after if after is not None else nn.Identity()
         self.free = len(blocks)
 
     def forward(self, x: Any) -> Any:
-        """The input to the last block's answer, or to that of `after`."""
+        """Map the input to the answer of the last block, or of `after`."""
         keep = self.tap(self._held(self.policy(x))).keep
         x = self.before(x)
         for k, (block, otherwise) in enumerate(zip(self.blocks, self.otherwise, strict=True)):
@@ -65,7 +67,7 @@ class PolicySkip(Dynamic):
         return self.after(x)
 
     def _held(self, decision: Decision) -> Decision:
-        """The first blocks kept, and no gradient to scores that decided nothing: REINFORCE reads them."""
+        """Keep the first blocks, and detach their scores: REINFORCE must not credit decisions that were not made."""
         held = len(self.blocks) - self.free
         if not self.training or held <= 0:
             return decision
@@ -75,14 +77,14 @@ class PolicySkip(Dynamic):
 
 
 class Bounded(nn.Module):
-    """Scores whose probabilities stay away from 0 and 1 in training, so that both choices go on being tried.
+    """Bounds the probabilities of scores in training, so that both choices continue to be explored.
 
-    p becomes bound * p + (1 - bound) * (1 - p), and its logit is the score (arXiv:1711.08393, section 3.2; the
-    authors' code takes 0.8). The sign does not change; in eval mode nothing does.
+    p becomes bound * p + (1 - bound) * (1 - p), and its logit is the score (arXiv:1711.08393, section 3.2; 0.8 in the
+    authors' code). The sign stays, and in eval mode scores are unchanged.
 
     Args:
-        scorer: answers scores (rows, units).
-        bound: the largest probability; 1 for none.
+        scorer: returns scores (rows, units).
+        bound: the largest probability; 1 for no bound.
 
     Raises:
         ConfigError: a bound outside (0.5, 1].
@@ -91,11 +93,11 @@ class Bounded(nn.Module):
     def __init__(self, scorer: nn.Module, bound: float = 0.8) -> None:
         super().__init__()
         if not 0.5 < bound <= 1:
-            raise ConfigError(f"a bound of {bound} on the probability of keeping; give a number above 0.5, at most 1")
+            raise ConfigError(f"bound must be above 0.5 and at most 1, got {bound}")
         self.scorer, self.bound = scorer, bound
 
     def forward(self, x: Any) -> Tensor:
-        """(rows, units)."""
+        """Scores (rows, units)."""
         score = self.scorer(x)
         if not self.training or self.bound == 1:
             return score
@@ -103,20 +105,20 @@ class Bounded(nn.Module):
 
 
 def curriculum(layer: PolicySkip, *, share: float = 0.5) -> Callable[[float], None]:
-    """A schedule (`train.fit(schedules=[...])`) that hands the policy block after block, the last one first.
+    """A schedule (`train.fit(schedules=[...])`) that frees block after block for the policy, the last one first.
 
-    At first the policy is free to drop the last block only; all of them from `share` of the training on
-    (arXiv:1711.08393, section 3.3: one more block per epoch).
+    The policy may drop the last block only at first, and every block after `share` of the training (arXiv:1711.08393,
+    section 3.3: one more block per epoch).
 
     Args:
-        layer: whose `free` is set.
-        share: of the training after which all blocks are free.
+        layer: its `free` is set.
+        share: fraction of the training after which all blocks are free.
 
     Raises:
-        ConfigError: a share that is none.
+        ConfigError: a share outside (0, 1].
     """
     if not 0 < share <= 1:
-        raise ConfigError(f"a curriculum over a share of {share} of training; give a number above 0 and at most 1")
+        raise ConfigError(f"share of training must be above 0 and at most 1, got a share of {share}")
     blocks = len(layer.blocks)
 
     def set_free(progress: float) -> None:

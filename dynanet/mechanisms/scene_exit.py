@@ -1,4 +1,4 @@
-"""Early exit over a whole scene: the stem runs once over the image, and only unsure pixels get a patch."""
+"""Early exit over a whole scene: the stem runs once over the image, and only uncertain pixels get a patch."""
 
 from typing import cast
 
@@ -14,20 +14,20 @@ from dynanet.ops.patches import Patches
 
 
 class SceneExit(Dynamic):
-    """A classifier of pixel patches, run over an image without doing the same pixel 81 times.
+    """A classifier of pixel patches, run over an image without computing overlapping patches again and again.
 
-    A per-pixel stem (1x1 convolutions) answers the same for a pixel whichever patch it lies in, so it runs once over
-    the image. The first exit sees single pixels; those it is sure of need no patch. For the others patches of stem
-    features are cut and go on through the later stages, leaving exit by exit. Answers equal those of the patch
-    classifier, if the stem answers 0 where there is no image. The trace tells for every pixel what was computed.
+    A per-pixel stem (1x1 convolutions) does not depend on the patch, so it runs once over the image. The first exit
+    sees single pixels; those with enough confidence need no patch. For the others patches of stem features are cut, and
+    the later stages run as an early exit. Answers equal those of the patch classifier, if the stem maps 0 to 0 outside
+    the image. The trace holds what was computed for every pixel.
 
     Args:
         stem: (B, bands, H, W) to (B, C, H, W), pixel by pixel.
-        first: (pixels, C) to logits (pixels, classes).
+        first: the first exit, (pixels, C) to logits (pixels, classes).
         rest: the later stages, on patches (rows, C, P, P).
         patch: side P of a patch.
         threshold: pixels whose confidence is at least this need no patch.
-        confidence: how sure logits are; as that of `rest`.
+        confidence: scores logits, as that of `rest` does; None for `MaxProbability`.
     """
 
     def __init__(
@@ -40,17 +40,18 @@ class SceneExit(Dynamic):
         confidence: Confidence | None = None,
     ) -> None:
         super().__init__()
-        self.stem, self.first, self.rest, self.rows = stem, first, rest, Patches(patch)
+        self.stem, self.first = stem, first
+        self.rest, self.rows = rest, Patches(patch)
         self.confidence = confidence if confidence is not None else MaxProbability()
         self.threshold: Tensor
         self.register_buffer("threshold", torch.tensor(float(threshold)))
 
     @classmethod
     def of(cls, model: EarlyExit, first: nn.Module, patch: int) -> "SceneExit":
-        """The scene form of a trained patch classifier, with its weights and thresholds.
+        """Make the scene form of a trained patch classifier, with its weights and thresholds.
 
         Args:
-            model: its first stage is the stem, its first exit looks at the centre pixel.
+            model: its first stage is the stem, its first exit sees the centre pixel only.
             first: that exit as a function of single pixels.
             patch: the side of the patches it was trained on.
 

@@ -170,7 +170,7 @@ def test_what_cannot_be_learned_from_is_refused(deep):
     for wrong in ({"weight": -1.0}, {"weight": 0.1, "decay": float("nan")}):
         with pytest.raises(ConfigError):
             fit_gates(table, **wrong)
-    with pytest.raises(StructureError, match="one that has 1"):
+    with pytest.raises(StructureError, match="no confidence for exit .*, only 1;"):
         rescore(table, PerExit([LearnedGate()]))
 
     class Mute(EarlyExit):

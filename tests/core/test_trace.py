@@ -6,8 +6,9 @@ from torch import nn
 
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic, execute, record
+from dynanet.core.errors import StructureError
 from dynanet.core.gate import Gate
-from dynanet.core.halt import Halt
+from dynanet.core.halt import Halt, ThresholdHalt
 from dynanet.core.rows import Leading
 from dynanet.core.trace import Frame
 from dynanet.gates.rules import Sigmoid, Threshold
@@ -239,3 +240,59 @@ def test_a_halt_of_many_steps_is_heard_in_time_linear_in_them(sparse, monkeypatc
     last = trace.calls[-1]
     assert last.within == tuple(("", k) for k in range(steps - 1)) and last.innermost == ("", steps - 2)
     assert last.around == {"": steps - 2} and trace.calls[0].within == () and trace.calls[0].innermost is None
+
+
+class TwoExits(ThresholdHalt):
+    """Two steps; the score is the first feature."""
+
+    def __init__(self, threshold) -> None:
+        super().__init__(2, threshold=threshold)
+
+    def start(self, x):
+        return x
+
+    def step(self, k, state):
+        return state, state + k
+
+    def score(self, k, state, answer):
+        return state[:, :1]
+
+
+def test_a_full_pass_has_an_answer_per_step_and_a_decision_per_step_but_the_last():
+    halt = TwoExits(0.0).train()
+    with record(halt) as trace:
+        halt(x := torch.randn(3, 4))
+    calls, answers = trace.full_pass("")
+    assert [call.keep.shape for call in calls] == [(3, 1)]
+    assert torch.equal(answers[0], x) and torch.equal(answers[1], x + 1)
+
+
+@pytest.mark.parametrize("passes", [0, 2])
+def test_a_full_pass_is_one_pass(passes):
+    halt = TwoExits(0.0).train()
+    with record(halt) as trace:
+        for _ in range(passes):
+            halt(torch.randn(3, 4))
+    with pytest.raises(StructureError, match="expected one pass"):
+        trace.full_pass("")
+
+
+@pytest.mark.parametrize("scores", [[1.0, 1.0], [-1.0, 1.0]])
+def test_a_full_pass_has_every_row_at_every_step(scores):
+    halt, x = TwoExits(0.0).eval(), torch.tensor(scores)[:, None]
+    with record(execute(halt, sparse=False)) as trace:
+        halt(x)
+    assert len(trace.full_pass("")[1]) == 2
+    with record(execute(halt, sparse=True)) as trace:
+        halt(x)
+    with pytest.raises(StructureError, match="use train mode"):
+        trace.full_pass("")
+
+
+def test_a_full_pass_has_the_rows_of_the_batch():
+    halt = TwoExits(0.0).train()
+    with record(halt) as trace:
+        halt(torch.randn(3, 4))
+    trace.full_pass("", 3)
+    with pytest.raises(StructureError, match="use train mode"):
+        trace.full_pass("", 4)

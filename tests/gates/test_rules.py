@@ -7,10 +7,10 @@ from torch import nn
 from dynanet.core.errors import ConfigError, StructureError
 from dynanet.core.gate import Gate
 from dynanet.gates.rules import (
-    Always,
     Bernoulli,
-    Given,
+    BinaryRule,
     Gumbel,
+    OneOf,
     RelaxedTopK,
     Rule,
     Sigmoid,
@@ -31,8 +31,7 @@ RULES = {
     "soft": Sigmoid(2.0),
     "pick": RelaxedTopK(),
     "pick two of noise, hard": RelaxedTopK(2, noise=True, hard=True),
-    "always": Always(),
-    "given": Given(torch.tensor([1.0, 0.0, 1.0, 0.0])),
+    "one of": OneOf(),
 }
 HARD_IN_TRAINING = sorted(RULES.keys() - {"soft", "pick"})
 
@@ -43,7 +42,8 @@ def seeded():
 
 
 def test_every_rule_is_held_to_these_laws():
-    ours = {rule for rule in Rule.__subclasses__() if rule.__module__ == Rule.__module__}  # mechanisms bring their own
+    classes = Rule.__subclasses__() + BinaryRule.__subclasses__()
+    ours = {rule for rule in classes if rule.__module__ == "dynanet.gates.rules"} - {BinaryRule}
     assert {type(rule) for rule in RULES.values()} == ours
 
 
@@ -102,7 +102,7 @@ def test_the_gradient_of_gumbel_is_that_of_the_sigmoid_it_sampled():
     assert (slope > 0).all() and (slope <= 0.25).all()
 
 
-@pytest.mark.parametrize("name", ["threshold", "top-k", "always", "given", "bernoulli"])
+@pytest.mark.parametrize("name", ["threshold", "top-k", "one of", "bernoulli"])
 def test_other_rules_pass_no_gradient(name):
     score = torch.randn(5, 4, requires_grad=True)
     assert not RULES[name].train()(score).requires_grad
@@ -124,6 +124,16 @@ def test_log_prob_is_that_of_the_sample_and_safe_at_the_ends():
     assert torch.allclose(left.exp().double(), 1 - p, rtol=1e-5, atol=1e-7)
     (kept + left).sum().backward()
     assert score.grad.isfinite().all()
+
+
+def test_one_of_draws_from_the_softmax():
+    torch.manual_seed(0)
+    score = torch.tensor([0.0, 1.0, -1.0, 2.0])
+    keep = OneOf().train()(score.expand(20_000, 4))
+    assert torch.equal(keep.sum(1), torch.ones(20_000))
+    torch.testing.assert_close(keep.mean(0), score.softmax(0), rtol=0, atol=0.015)
+    assert OneOf().eval()(score[None]).tolist() == [[0, 0, 0, 1]]
+    torch.testing.assert_close(OneOf.log_prob(score.expand(4, 4), torch.eye(4)), score.log_softmax(0))
 
 
 @given(st.integers(1, 6), st.integers(0, 99))
@@ -166,9 +176,3 @@ def test_a_gate_refuses_scores_without_units():
 def test_temperatures_are_above_0(rule):
     with pytest.raises(ConfigError, match="temperature"):
         rule(temperature=0.0)
-
-
-def test_what_is_given_is_saved_with_the_model():
-    rule = Given(torch.zeros(3))
-    rule.load_state_dict(Given(torch.tensor([0.0, 1.0, 1.0])).state_dict())
-    assert rule(torch.randn(2, 3)).tolist() == [[0, 1, 1], [0, 1, 1]]

@@ -177,9 +177,9 @@ def test_what_does_not_fit_together_is_refused():
         with pytest.raises(ConfigError, match="is 0; give a whole number"):
             ClipSampling(nn.Identity(), nn.Identity(), clips, classes)
     x = torch.randn(2, 6, 12)
-    with pytest.raises(StructureError, match=r"scorer answered a tensor of shape \(12, 2\)"):
+    with pytest.raises(StructureError, match=r"scorer returned a tensor of shape \(12, 2\)"):
         ClipSampling(nn.Linear(12, 2), nn.Linear(12, 3), 2, 3)(x)
-    with pytest.raises(StructureError, match=r"network answered a tensor of shape \(12, 4\); expected \(rows, 3\)"):
+    with pytest.raises(StructureError, match=r"network returned a tensor of shape \(12, 4\); expected \(rows, 3\)"):
         ClipSampling(nn.Linear(12, 1), nn.Linear(12, 4), 2, 3)(x)
     for shape in ((2, 6), (2, 0, 3, 1, 2, 2)):
         with pytest.raises(InputError, match="expected .batch, clips, ...., none of them 0"):
@@ -188,5 +188,5 @@ def test_what_does_not_fit_together_is_refused():
         model_of()(videos(3, 0))
     with pytest.raises(ConfigError, match="margin is -1"):
         SalienceRank(-1)
-    with record(model_of()) as trace, pytest.raises(StructureError, match="'body' was named"):
+    with record(model_of()) as trace, pytest.raises(StructureError, match="is named 'body'"):
         SalienceRank(layer="body")(torch.zeros(1), torch.zeros(1, dtype=torch.int64), trace)

@@ -182,7 +182,7 @@ def test_what_it_refuses():
         answer = model(torch.zeros(2, 4, 3))
     with pytest.raises(StructureError, match="use train.MultiExit"):
         Earliest(0.1)(answer, torch.tensor([0, 1]), trace)
-    with pytest.raises(StructureError, match="'nobody' was named"):
+    with pytest.raises(StructureError, match="is named 'nobody'"):
         steps_read(trace, "nobody")
 
 

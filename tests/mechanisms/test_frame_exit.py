@@ -198,7 +198,7 @@ def test_what_does_not_fit_together_is_refused():
         answer = model(videos(7, 1, 2, 7, 3))
     with pytest.raises(StructureError, match="use train mode"):
         ExitLabels(0.1)(answer, torch.zeros(5, dtype=torch.int64), trace)
-    with pytest.raises(StructureError, match="'body' was named"):
+    with pytest.raises(StructureError, match="is named 'body'"):
         ExitLabels(0.1, halt="body")(answer, torch.zeros(5, dtype=torch.int64), trace)
     with record(model) as trace, pytest.raises(StructureError, match="did not run"):
         frames_read(trace)

@@ -309,9 +309,9 @@ def test_what_it_refuses(x):
     y, model = torch.tensor([0, 1, 2, 0, 1, 2]), glances()
     with record(model.train()) as trace:
         answer = model(x)
-    with pytest.raises(StructureError, match="by LearnedCrops.*give it SampledCrops"):
+    with pytest.raises(StructureError, match="set by LearnedCrops.*give it SampledCrops"):
         PlaceReward()(answer, y, trace)
-    with pytest.raises(StructureError, match="'nobody' was named"):
+    with pytest.raises(StructureError, match="is named 'nobody'"):
         PlaceReward(halt="nobody")(answer, y, trace)
     model.places = SampledCrops()
     with forced(model, lambda d: torch.zeros_like(d.keep)), record(model) as trace:

@@ -7,7 +7,7 @@ from dynanet.core.dynamic import execute, forced, record
 from dynanet.core.errors import StructureError
 from dynanet.core.gate import Gate
 from dynanet.gates.recurrent import RecurrentGate
-from dynanet.gates.rules import Given, Gumbel, Sigmoid, StraightThrough, Threshold
+from dynanet.gates.rules import Gumbel, Sigmoid, StraightThrough, Threshold
 from dynanet.mechanisms.layer_skip import BranchSkip, LayerSkip, RecurrentSkip
 from dynanet.session import Session
 from dynanet.train import CrossEntropy, TargetRate
@@ -23,7 +23,7 @@ def test_branch_skip_is_the_papers_sum():
 
 def test_branch_skip_runs_the_shortcut_once_and_layer_skip_twice():
     branch, shortcut, x = nn.Linear(4, 6), nn.Linear(4, 6), torch.randn(1, 4)
-    gate = Gate(nn.Linear(4, 1), Given(torch.ones(1)))
+    gate = Gate(nn.Linear(4, 1), Threshold(-torch.inf))
 
     class Block(nn.Module):
         def __init__(self) -> None:

@@ -10,7 +10,7 @@ from dynanet.core.dynamic import everything, execute, forced, record
 from dynanet.core.errors import ConfigError, StructureError
 from dynanet.core.gate import Gate
 from dynanet.core.macs import CountMacs
-from dynanet.gates.rules import Given, StraightThrough, TopK
+from dynanet.gates.rules import StraightThrough, TopK
 from dynanet.mechanisms.neuron_skip import LowRankScorer, NeuronSkip, moefy
 from dynanet.nets.moefication import balanced_clusters, fit_router
 
@@ -43,10 +43,11 @@ def test_every_way_answers_the_same(rows, bias, grad):
 
 @pytest.mark.parametrize("keep", [[0] * 8, [1] * 8, [1, 0, 0, 1, 1, 0, 0, 1], [0, 1, 1, 0, 0, 0, 1, 0]])
 def test_rows_that_agree_run_together(keep):
-    model, x = layer(Given(torch.tensor(keep, dtype=torch.float64))), torch.randn(6, D, dtype=torch.float64)
-    expected = execute(model, sparse=False)(x)
-    with torch.no_grad(), CountMacs() as count:
-        torch.testing.assert_close(execute(model, sparse=True)(x), expected, rtol=1e-12, atol=1e-12)
+    model, x = layer(), torch.randn(6, D, dtype=torch.float64)
+    with forced(model, lambda decision: torch.tensor(keep).expand_as(decision.keep)):
+        expected = execute(model, sparse=False)(x)
+        with torch.no_grad(), CountMacs() as count:
+            torch.testing.assert_close(execute(model, sparse=True)(x), expected, rtol=1e-12, atol=1e-12)
     gate = 6 * 4 * (D + BLOCKS)
     assert count.total - gate == 6 * sum(keep) * BLOCK * 2 * D
 

@@ -222,7 +222,7 @@ def test_balance_is_zero_when_balanced_and_pushes_towards_it():
         both = (CrossEntropy() + PathBalance())(model(x), torch.zeros(64, dtype=torch.long), trace)
         alone = CrossEntropy()(model(x), torch.zeros(64, dtype=torch.long), trace)
     torch.testing.assert_close(both, alone)
-    with record(nn.Linear(1, 1)) as trace, pytest.raises(StructureError, match="nothing to balance"):
+    with record(nn.Linear(1, 1)) as trace, pytest.raises(StructureError, match="model with PathSelect layers"):
         PathBalance()(None, None, trace)
 
 
@@ -245,14 +245,14 @@ WRONG = {
         "a gate for 2 units",
         lambda: PathSelect([mlp(4)] * 3, Gate(nn.Linear(D, 2), Sigmoid(), 2)),
     ),
-    "k of too few": (ConfigError, "k = 4 of only 3", lambda: paths(RelaxedTopK(4))),
+    "k of too few": (ConfigError, "k = 4 but there are only 3", lambda: paths(RelaxedTopK(4))),
     "costs of two": (ConfigError, "2 costs for 3 units", lambda: paths(RelaxedTopK(costs=[1.0, 2.0]))),
     "no branch": (ConfigError, "k = 0", lambda: RelaxedTopK(0)),
-    "frozen": (ConfigError, "temperature of 0", lambda: RelaxedTopK(temperature=0.0)),
+    "frozen": (ConfigError, "temperature must be above 0", lambda: RelaxedTopK(temperature=0.0)),
     "a gift": (ConfigError, "0 or more", lambda: RelaxedTopK(costs=[1.0, -2.0])),
     "costs of nothing": (ConfigError, "finite", lambda: RelaxedTopK(costs=[1.0, float("nan")])),
     "a budget below all": (BudgetError, "below the 3", lambda: price_for(torch.randn(4, 3), [1.0, 2.0, 5.0], 2.5, k=2)),
-    "annealed to zero": (ConfigError, "temperature of 0", lambda: annealed_to_zero()),
+    "annealed to zero": (ConfigError, "temperature must be above 0", lambda: annealed_to_zero()),
 }
 
 

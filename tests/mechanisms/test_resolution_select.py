@@ -233,5 +233,5 @@ def test_what_does_not_fit_together_is_refused(x):
     cost = CostModel(layer(), x[:1])
     with pytest.raises(BudgetError, match="below the .* of the cheapest"):
         ResolutionCost(cost.always, cost)
-    with pytest.raises(StructureError, match="'body' is no layer"):
+    with pytest.raises(StructureError, match="no layer 'body'"):
         ResolutionCost(1e9, cost, layer="body")

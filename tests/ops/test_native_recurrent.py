@@ -13,7 +13,7 @@ from dynanet.core.dynamic import execute, forced, record
 from dynanet.core.errors import InputError
 from dynanet.core.macs import CountMacs
 from dynanet.data.ragged import Sequences
-from dynanet.gates.rules import Sigmoid, Threshold
+from dynanet.gates.rules import Threshold, TopK
 from dynanet.mechanisms.skim import Skim
 from dynanet.mechanisms.update_skip import UpdateSkip
 from dynanet.ops.native import library, recurrent
@@ -165,7 +165,7 @@ def test_the_rule_decides(ran):
         shares.append(float(torch.stack(sparse[""])[..., 0].sum()))
     assert ran and shares[0] == x.lengths.sum() > shares[1] > shares[2] == 0
     del ran[:]
-    both(skimming(rule=Sigmoid()), x)
+    both(skimming(rule=TopK(1)), x)
     assert not ran
 
 
