@@ -22,7 +22,7 @@ def samples_section(f: Findings) -> Markup:
     )
     said = f"At the operating point “{f.evaluation.name}”; at most {PER_CLASS} of a class."
     if f.shown is not None and f.shown.spectra is not None:
-        unit = f", in {f.shown.unit}," if f.shown.unit else ""
+        unit = f" in {f.shown.unit}" if f.shown.unit else ""
         said += (
             f" Blue is the sample's spectrum{unit}, grey the mean test spectrum of its true class, all on one vertical "
             "scale."
