@@ -102,11 +102,7 @@ def _figures(f: ImageFindings) -> Markup:
     ]  # fmt: skip
     titles = ["", *names, "MACs per image", "of full MACs"]
     return join(
-        [
-            tag("h2", "Results"),
-            table(titles, rows, f"On {f.origin.test}."),
-            facts(f.beside) if f.beside else None,
-        ]
+        [tag("h2", "Results"), table(titles, rows, f"On {f.origin.test}."), facts(f.beside) if f.beside else None]
     )
 
 
