@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_map
 
 from dynanet.core.cost import CostModel
-from dynanet.core.dynamic import Dynamic, everything, forced, layers, record
+from dynanet.core.dynamic import Dynamic, evaluating, everything, forced, layers, record
 from dynanet.core.errors import DataError, StructureError
 from dynanet.core.files import write_atomically
 from dynanet.core.halt import Halt
@@ -289,21 +289,18 @@ class _Collector:
 @contextmanager
 def _every_step(model: nn.Module, halt: Dynamic) -> Iterator[None]:
     """Inside, the model is in eval mode and the halt (not the layers inside it) runs every step for every row."""
-    modes = {module: module.training for module in model.modules()}
     limit = halt.limit if isinstance(halt, Halt) else None
     force = halt.force
-    model.eval()
     halt.force = everything
     if isinstance(halt, Halt):
         halt.limit = None
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         halt.force = force
         if isinstance(halt, Halt):
             halt.limit = limit
-        for module, mode in modes.items():
-            module.training = mode
 
 
 class _Rows(NamedTuple):

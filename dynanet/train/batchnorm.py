@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dynanet.core.dynamic import evaluating
 from dynanet.core.errors import DataError
 
 
@@ -36,22 +37,19 @@ def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any], *, batches: i
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     if not norms:
         return model
-    modes = {module: module.training for module in model.modules()}
     before = {norm: ({k: v.clone() for k, v in norm.named_buffers()}, norm.momentum) for norm in norms}
     seen = 0
-    model.eval()
     try:
-        for batch in islice(loader, batches):
-            if not seen:
-                for norm in norms:
-                    norm.reset_running_stats()
-                    norm.momentum = None  # None: the cumulative average
-                    norm.train()
-            model(batch[0] if isinstance(batch, tuple | list) else batch)
-            seen += 1
+        with evaluating(model):
+            for batch in islice(loader, batches):
+                if not seen:
+                    for norm in norms:
+                        norm.reset_running_stats()
+                        norm.momentum = None  # None: the cumulative average
+                        norm.train()
+                model(batch[0] if isinstance(batch, tuple | list) else batch)
+                seen += 1
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for norm, (statistics, momentum) in before.items():
             norm.momentum = momentum
             if norm.num_batches_tracked == 0:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dynanet.core.cost import CostModel
-from dynanet.core.dynamic import Dynamic, record
+from dynanet.core.dynamic import Dynamic, evaluating, record
 from dynanet.core.errors import ConfigError, StructureError
 from dynanet.core.gate import Gate
 from dynanet.core.objective import Objective
@@ -217,15 +217,9 @@ def deployed_reward(model: nn.Module, x: Any, y: Any, reward: Reward) -> Tensor:
     rules = [m for m in model.modules() if isinstance(m, Bernoulli)]
     if not rules:
         raise StructureError("no gate of this model samples; give gates the rule Bernoulli")
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with record(model) as trace:
-            answer = model(x)
+    with evaluating(model), record(model) as trace:
+        answer = model(x)
         return reward(answer, y, trace)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _samples(module: nn.Module) -> bool:

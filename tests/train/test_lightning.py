@@ -17,7 +17,7 @@ from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import record
 from dynanet.core.errors import CheckpointError, ConfigError, TrainingError
 from dynanet.core.gate import Gate
-from dynanet.gates.rules import Bernoulli, Gumbel
+from dynanet.gates.rules import Bernoulli, Gumbel, Sigmoid
 from dynanet.mechanisms.layer_skip import LayerSkip
 from dynanet.train.checkpoint import step_files
 from tests.train.train_toys import data, run, toy
@@ -181,7 +181,7 @@ def test_equilibrium_in_a_run_is_that_of_a_loop(tmp_path):
     models = [toy().double() for _ in range(2)]
     for model in models:
         model.stages[0][3].p = 0.0
-        model.stages[1].gate.rule = nn.Identity()
+        model.stages[1].gate.rule = Sigmoid()
     x, y = (torch.stack(list(column)) for column in zip(*data(20), strict=True))
     samples = TensorDataset(x.double(), y)
     train.fit(
