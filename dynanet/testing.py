@@ -216,7 +216,7 @@ def _agree(dense: Trace, sparse: Trace, decide: Any) -> None:
     for name in dense.keys():
         reached = [[k for k in trace[name] if k.any()] for trace in (dense, sparse)]
         assert len(reached[0]) == len(reached[1]), (
-            f"law 4: {name!r} heard {len(reached[0])} and {len(reached[1])} times"
+            f"law 4: {name!r} was recorded {len(reached[0])} and {len(reached[1])} times"
         )
         for a, b in zip(*reached, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12, msg=_law(4, decide))

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from dynanet import CostModel, execute, record
+from dynanet.bench.comparison import latency_theory
 from dynanet.bench.machine import append_rows
 from dynanet.bench.timing import paired, ratio
 from dynanet.core.macs import CountMacs
@@ -41,8 +42,8 @@ CELLS = {"lstm": (nn.LSTMCell, nn.LSTM), "gru": (nn.GRUCell, nn.GRU)}
 NETWORKS = (*CELLS, *(f"skim-{kind}" for kind in CELLS))
 
 
-class Last(nn.Module):
-    """The fused network, and of it the last state."""
+class LastState(nn.Module):
+    """The last state of the fused network."""
 
     def __init__(self, net) -> None:
         super().__init__()
@@ -120,9 +121,9 @@ def measured(network, hidden, keep, batches, rounds, cache):
     every, _ = skipping(kind, hidden, 1, x_all[:64])
     settings = {"threads": 1, "batches": sorted({1, 4, 16, *batches}), "cache": cache}
     session, same = Session(layer, x_all[:1], **settings), Session(every, x_all[:1], **settings)
-    runtime = OnnxRuntime(Last(net), [x_all[:2]], threads=1, workspaces=True, cache=cache)
+    runtime = OnnxRuntime(LastState(net), [x_all[:2]], threads=1, workspaces=True, cache=cache)
     dense = {
-        f"torch nn.{kind.upper()}": lambda x: Last(net)(x)[0],
+        f"torch nn.{kind.upper()}": lambda x: LastState(net)(x)[0],
         "torch cell": lambda x: loop(every.cell, x),
         "onnxruntime": lambda x: runtime([x])[0],
     }
@@ -134,19 +135,12 @@ def measured(network, hidden, keep, batches, rounds, cache):
         kept, spent = same_decisions(layer, session, x, cost)
         with CountMacs() as count:
             loop(every.cell, x)
-        calls = []
-        for engine in session.engines():
-            engine.listener = lambda inputs, calls=calls, engine=engine: calls.append(
-                (engine, [t.clone() for t in inputs])
-            )
-        session(x)
-        for engine in session.engines():
-            engine.listener = None
+        theory = latency_theory(session, [x])
         times = max(1, 8 // batch)
         contestants = {
             "session": lambda x=x: session(x),
             "same": lambda x=x: same(x),
-            "theory": lambda calls=calls: [engine(inputs) for engine, inputs in calls],
+            "theory": theory.run,
             **{name: lambda run=run, x=x: run(x) for name, run in dense.items()},
         }
         contestants = {name: lambda f=f, times=times: [f() for _ in range(times)] for name, f in contestants.items()}
@@ -163,7 +157,7 @@ def measured(network, hidden, keep, batches, rounds, cache):
             "spread": f"{low:.2f}-{high:.2f}", "over_same_engine": over_same, "over_best_dense": over_best,
             "macs_ratio": macs_ratio, "over_flop_ratio": over_same / macs_ratio,
             "best_over_flop_ratio": over_best / macs_ratio,
-            "over_latency_theory": ratio(seconds["theory"], seconds["session"])[0] if calls else "",
+            "over_latency_theory": ratio(seconds["theory"], seconds["session"])[0] if theory.engines else "",
             **{f"{name.split('.')[0].replace(' ', '_')}_ms": ms[name] for name in dense},
         }  # fmt: skip
 

@@ -14,8 +14,6 @@ session against the static encoder in its best engine: packed or padded to the l
 
 import argparse
 import copy
-import io
-import logging
 import random
 from pathlib import Path
 
@@ -23,17 +21,15 @@ import numpy as np
 import torch
 from beside import at_same_macs
 from text_sets import sst2, trec
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
 from dynanet import Budget, CostModel, calibrate, execute, forced, record
-from dynanet.bench.comparison import check_equivalent, engine_calls
+from dynanet.bench.comparison import check_equivalent, latency_theory
+from dynanet.bench.dense import rectangle_engines
 from dynanet.bench.machine import append_rows
 from dynanet.bench.timing import paired, ratio
 from dynanet.calibrate.frontier import select_exits
 from dynanet.core.dynamic import everything
-from dynanet.core.errors import require
 from dynanet.gates.confidence import Entropy, MaxProbability, Patience
 from dynanet.session import Session
 from dynanet.train import Batches, MultiExit, adamw, fit, load_weights, newest, one_cycle
@@ -192,33 +188,6 @@ def measure(args, held_out, test):
     append_rows(args.results / "text_exits.csv", rows, about)
 
 
-class Whole(nn.Module):
-    """The static encoder on a rectangle, as one graph with a free batch and a free length."""
-
-    def __init__(self, model) -> None:
-        super().__init__()
-        self.model = execute(model, sparse=False)
-
-    def forward(self, ids):
-        """Logits."""
-        return self.model(ids)
-
-
-def padded_runtime(model):
-    """The static encoder in ONNX Runtime, fed with batches padded to their longest sentence."""
-    runtime, file = require("onnxruntime", "onnx"), io.BytesIO()
-    ids = torch.full((2, 9), 7)
-    shapes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=LONGEST)},)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    program = torch.export.export(Whole(model).eval(), (ids,), dynamic_shapes=shapes)
-    torch.onnx.export(program, dynamo=True, verbose=False).save(file)
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = 1, 1
-    session = runtime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda ids: torch.from_numpy(session.run(None, {name: trimmed(ids).numpy()})[0])
-
-
 def trimmed(ids):
     return ids[:, : int((ids != 0).sum(1).max())]
 
@@ -247,10 +216,15 @@ def speed(args, held_out, test_ids, labels):
     session = Session(early, example, batches=(1, 4, 16, 32))
     static = only_last(model)
     packed = Session(static, example, batches=(1, 4, 16, 32))
-    runtime, dense = padded_runtime(only_last(model)), execute(only_last(model), sparse=False)
+    dense = execute(only_last(model), sparse=False)
+    runtime = rectangle_engines(only_last(model), ids)["onnxruntime"]
     with torch.no_grad():
         expected = dense(ids)
-        for name, answer in (("packed", packed(ids)), ("onnxruntime", runtime(ids)), ("sparse", static(ids))):
+        for name, answer in (
+            ("packed", packed(ids)),
+            ("onnxruntime", runtime([trimmed(ids)])[0]),
+            ("sparse", static(ids)),
+        ):
             torch.testing.assert_close(answer, expected, rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
     check_equivalent(early, session, ids)
     rows = []
@@ -263,21 +237,18 @@ def speed(args, held_out, test_ids, labels):
     for batch in (1, 32):
         groups = ids[: 64 if batch == 1 else 256].split(batch)
         count = sum(len(g) for g in groups)
-        with Attention() as attention:
-            calls = engine_calls(session, groups)
+        theory = latency_theory(session, groups)
         with torch.no_grad():
             seconds = paired({
                 "session": lambda groups=groups: [session(g) for g in groups],
                 "stream": lambda groups=groups, b=batch: list(session.stream(torch.cat(groups), batch=b)),
                 "kept": lambda groups=groups: all_kept(session, groups),
-                "engines": lambda calls=calls: [engine(inputs) for engine, inputs in calls],
-                "theory": lambda calls=calls, more=attention.calls: [
-                    *(engine(inputs) for engine, inputs in calls), *(op(*args) for op, args in more)
-                ],
+                "engines": theory.run_engines,
+                "theory": theory.run,
                 "static packed session": lambda groups=groups: [packed(g) for g in groups],
                 "static packed eager": lambda groups=groups: [static(g) for g in groups],
                 "static padded eager": lambda groups=groups: [dense(trimmed(g)) for g in groups],
-                "static padded onnxruntime": lambda groups=groups: [runtime(g) for g in groups],
+                "static padded onnxruntime": lambda groups=groups: [runtime([trimmed(g)]) for g in groups],
             }, rounds=args.rounds)  # fmt: skip
         statics = [name for name in seconds if name.startswith("static")]
         best = min(statics, key=lambda name: np.median(seconds[name]))
@@ -294,22 +265,6 @@ def speed(args, held_out, test_ids, labels):
         })  # fmt: skip
         print(rows[-1], flush=True)
     append_rows(args.results / "text_exits_speed.csv", rows, {"data": f"{args.title}, test sentences"})
-
-
-class Attention(TorchDispatchMode):
-    """Keeps the calls of native attention that are made inside, with their inputs. Packed sentences have none in their
-    engines, and it is computing: neither deciding nor the moving of rows.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """As it is."""
-        if func is torch.ops.dynanet.attend_packed.default:
-            self.calls.append((func, [t.clone() if isinstance(t, torch.Tensor) else t for t in args]))
-        return func(*args, **(kwargs or {}))
 
 
 def cheapest(frontier):

@@ -1,4 +1,4 @@
-"""A session against the same weights without skipping: equivalence first, then the four numbers, in one process."""
+"""A session against the same weights without skipping: first equal answers, then the four ratios, in one process."""
 
 import copy
 import logging
@@ -7,12 +7,14 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dynanet.bench.dense import check_dense, dense_engines, rectangle_engines
@@ -23,7 +25,10 @@ from dynanet.core.dynamic import execute, layers, record
 from dynanet.core.errors import ConfigError, InputError
 from dynanet.core.halt import Halt, highest_score
 from dynanet.data.ragged import Sequences, trimmed
-from dynanet.session.engines import Engine, folded
+from dynanet.ops.native.attention import ATTEND_PACKED
+from dynanet.session.engines import Engine
+from dynanet.session.plan import folded
+from dynanet.session.selector import EnginesByBatch
 from dynanet.session.session import Session
 
 log = logging.getLogger(__name__)
@@ -31,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Row:
-    """One cell of a comparison: a batch size on so many threads.
+    """One cell of a comparison: a batch size and a number of threads.
 
     Attributes:
         batch: samples per call.
@@ -41,18 +46,18 @@ class Row:
         session_ms: of the session, per sample.
         stream_ms: of `session.stream` with this batch, per sample; NaN for a model without steps.
         reference_ms: of the untouched model in eager torch: everything computed, thresholds applied afterwards.
-        best_dense_ms: of the quickest engine for the full network (last answer only). Of samples of different lengths
-            it gets the same batches, each padded to its own longest sample.
-        best_dense: which engine that is.
+        best_dense_ms: of the fastest engine for the full network (last answer only). Samples of different lengths run
+            in the same batches, each padded to its own longest sample.
+        best_dense: the name of that engine.
         over_reference: reference_ms / session_ms.
-        over_same_engine: the session on its dearest path (`CostModel.most_expensive`) / session_ms. First of the four
-            numbers. No path is longer than its sample.
+        over_same_engine: the session on its most expensive path (`CostModel.most_expensive`) / session_ms. First of
+            the four ratios. A path ends with its sample.
         over_best_dense: best_dense_ms / session_ms. Second.
         over_flop_ratio: over_same_engine / macs_ratio. Third.
-        over_latency_theory: the engines' own time for the same calls / session_ms. Fourth: 1 means that deciding,
-            gathering and scattering cost nothing.
-        stream_over_latency_theory: the same for the stream: the session's engine time / stream_ms.
-        macs_ratio: MACs of the dearest path / MACs spent.
+        over_latency_theory: time of the session's computing alone (`latency_theory`) / session_ms. Fourth: 1 means
+            that deciding, gathering and scattering cost nothing.
+        stream_over_latency_theory: the same time / stream_ms.
+        macs_ratio: MACs of the most expensive path / MACs spent.
         spread: interquartile range of the per-round over_reference, as "low-high".
     """
 
@@ -93,14 +98,14 @@ def compare(
         model: as deployed: with the thresholds (or gates) that decide.
         samples: real inputs; at least as many as the largest batch. A tensor, or `data.ragged.Sequences`.
         batches: samples per call.
-        threads: how many threads to try.
+        threads: numbers of threads to try.
         rounds: interleaved repetitions.
-        full: the network to beat in `over_best_dense`; the model itself, with everything kept, if None. Give one where
+        full: the network to beat in `over_best_dense`; the model itself, with everything kept, if None. Needed where
             units exclude each other (widths, branches): the dense form of such a model computes more than any row runs.
-        cut: of samples of different lengths, from a batch to the rectangle that its longest sample needs: what engines
-            that skip nothing are given. `Sequences` need not say; None for samples of one size.
+        cut: for samples of different lengths: cuts a batch to the rectangle that its longest sample needs, as input of
+            engines that skip nothing. Not needed for `Sequences`; None for samples of one size.
         cache: of exported graphs.
-        echo: gets a line per cell as it is done.
+        echo: called with a line per cell.
 
     Returns:
         One row per batch and thread count.
@@ -115,12 +120,12 @@ def compare(
         raise ConfigError(f"batches is {list(batches)}; expected samples per call, 1 or more each")
     if not threads or min(threads) < 1 or rounds < 1:
         raise ConfigError(f"threads is {list(threads)} and rounds is {rounds}; expected 1 or more of each")
-    count = tree_leaves(samples)[0].shape[0]
-    if count < max(batches):
+    if (count := _count(samples)) < max(batches):
         raise InputError(f"{count} samples for a batch of {max(batches)}; give more samples or smaller batches")
     model = copy.deepcopy(model).eval()
     example = _longest(samples, cut)
-    before, rows = torch.get_num_threads(), []
+    rows = []
+    before = torch.get_num_threads()
     try:
         for n in threads:
             torch.set_num_threads(n)
@@ -140,20 +145,22 @@ def compare(
 
 
 def line(row: Row) -> str:
-    """A row in a line of text."""
+    """Format a row as one line of text."""
     speeds = f"{row.session_ms:.3f} ms/sample, {row.over_reference:.2f} times the untouched model"
     engines = f"{row.over_same_engine:.2f} the same engine dense, {row.over_best_dense:.2f} the best ({row.best_dense})"
     theory = f"{row.over_flop_ratio:.2f} of the FLOP ratio, {row.over_latency_theory:.2f} of the latency theory"
     stream = f"; stream {row.stream_ms:.3f} ms/sample, {row.stream_over_latency_theory:.2f} of the latency theory"
-    told = f"batch {row.batch:>3}, {row.threads} thread(s): {speeds}; {engines}; {theory}"
-    return told + (stream if math.isfinite(row.stream_ms) else "")
+    text = f"batch {row.batch:>3}, {row.threads} thread(s): {speeds}; {engines}; {theory}"
+    return text + stream if math.isfinite(row.stream_ms) else text
 
 
 def check_equivalent(model: nn.Module, session: Session, samples: Any, margin: float = 1e-3) -> None:
-    """The session answers what the dense model answers, decisions within `margin` of a threshold aside.
+    """Check that a session answers what the dense model answers.
+
+    A share of samples, `margin`, may be decided otherwise: their scores round to the other side of a threshold.
 
     Raises:
-        InputError: it does not.
+        InputError: more answers differ, or one after the same decisions.
     """
     model = execute(folded(model), sparse=False)
     with torch.no_grad(), record(model) as dense:
@@ -161,21 +168,83 @@ def check_equivalent(model: nn.Module, session: Session, samples: Any, margin: f
     with record(session) as sparse:
         answer = session(samples)
     differs = ((answer - expected).abs() > 1e-3 + 1e-3 * expected.abs()).flatten(1).any(1)
-    decided_alike = torch.ones_like(differs)
-    for name in sparse.keys():  # a sparse run may stop before the last decisions: nobody was left
+    same_decisions = torch.ones_like(differs)
+    for name in sparse.keys():
+        # Not strict: a sparse run ends before the last decisions when no row is left.
         for ours, theirs in zip(sparse[name], dense[name], strict=False):
-            decided_alike &= (ours == theirs).flatten(1).all(1)
+            same_decisions &= (ours == theirs).flatten(1).all(1)
     allowed = max(1, round(margin * len(differs)))
-    if bool((differs & decided_alike).any()) or int(differs.sum()) > allowed:
+    if bool((differs & same_decisions).any()) or int(differs.sum()) > allowed:
         raise InputError(
             f"{int(differs.sum())} of {len(differs)} answers of the session differ from the dense model's, "
-            f"{int((differs & decided_alike).sum())} of them after the same decisions; nothing is timed"
+            f"{int((differs & same_decisions).sum())} of them after the same decisions; nothing is timed"
         )
+
+
+class LatencyTheory(NamedTuple):
+    """The computing that a session does for some batches, without deciding, gathering and scattering.
+
+    Attributes:
+        engines: its engine calls in order, with their inputs.
+        attention: its calls of native attention between engines, with their arguments. Packed tokens have no engine
+            for their attention.
+    """
+
+    engines: list[tuple[EnginesByBatch, list[Tensor]]]
+    attention: list[tuple[Callable, list[Any]]]
+
+    def run_engines(self) -> None:
+        """Repeat the engine calls."""
+        for engine, inputs in self.engines:
+            engine(inputs)
+
+    def run(self) -> None:
+        """Repeat all calls: the shortest time in which the session could answer."""
+        self.run_engines()
+        for operator, arguments in self.attention:
+            operator(*arguments)
+
+
+def latency_theory(session: Session, groups: Sequence[Any]) -> LatencyTheory:
+    """Record the computing that a session does for these batches."""
+    engines: list[tuple[EnginesByBatch, list[Tensor]]] = []
+    attention = _AttentionCalls(lambda: len(engines))
+    for engine in session.engines():
+        engine.listener = lambda inputs, engine=engine: engines.append((engine, [t.clone() for t in inputs]))
+    try:
+        with attention:
+            _each(session, groups)
+    finally:
+        for engine in session.engines():
+            engine.listener = None
+    between = attention.calls.get(0, [])
+    for number, (engine, inputs) in enumerate(engines, start=1):
+        later = attention.calls.get(number, [])
+        if later:  # those that an eager engine made itself are in its time already
+            with _AttentionCalls(lambda: 0) as inside, torch.no_grad():
+                engine(inputs)
+            between += later[len(inside.calls.get(0, [])) :]
+    return LatencyTheory(engines, between)
+
+
+class _AttentionCalls(TorchDispatchMode):
+    """Keeps the calls of native attention, with their arguments, by a number that is current at the call."""
+
+    def __init__(self, number: Callable[[], int]) -> None:
+        super().__init__()
+        self.calls: dict[int, list[tuple[Callable, list[Any]]]] = {}
+        self._number = number
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is ATTEND_PACKED:
+            arguments = [t.clone() if isinstance(t, Tensor) else t for t in args]
+            self.calls.setdefault(self._number(), []).append((func, arguments))
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What is compared on so many threads.
+    """A comparison on one number of threads.
 
     Attributes:
         model: as deployed.
@@ -197,7 +266,7 @@ class _Job:
 def _rivals(
     full: nn.Module, samples: Any, cut: Callable[[Any], Any] | None, cache: Path | None, echo: Callable[[str], None]
 ) -> dict[str, Engine]:
-    """Engines of the full network. Those that take rectangles have answered as the model does."""
+    """Make engines of the full network; those for rectangles are checked to answer as the model does."""
     if cut is None:
         return dense_engines(full, samples, cache, echo)
     groups = _groups(samples, 64)
@@ -208,46 +277,65 @@ def _rivals(
 
 def _row(job: _Job, batch: int, rounds: int) -> Row:
     # Enough samples for a stable mean of where they exit, few enough that a round stays short.
-    model, session, cost = job.model, job.session, job.cost
     count = max(batch, min(_count(job.samples), 64 if batch == 1 else 256) // batch * batch)
     samples = _rows(job.samples, slice(0, count))
+    with torch.no_grad():
+        seconds = paired(_contestants(job, samples, batch), rounds=rounds)
+    return _figures(job, samples, batch, seconds)
+
+
+def _contestants(job: _Job, samples: Any, batch: int) -> dict[str, Callable[[], object]]:
+    """Everything that is timed on these samples, by name: `_figures` reads the names."""
+    session = job.session
     groups = _groups(samples, batch)
     rectangles = groups if job.cut is None else [job.cut(x) for x in groups]
     flat = [tree_leaves(x) for x in rectangles]
-    calls = engine_calls(session, groups)
-    lengths_differ = job.cut is not None
     contestants: dict[str, Callable[[], object]] = {
-        "session": lambda: [session(x) for x in groups],
-        "theory": lambda: [engine(inputs) for engine, inputs in calls],
-        "same": lambda: _run_dearest(session, cost, groups, lengths_differ),
-        "reference": lambda: [_reference(model, x) for x in rectangles],
-        **{name: lambda engine=engine: [engine(x) for x in flat] for name, engine in job.rivals.items()},
+        "session": partial(_each, session, groups),
+        "theory": latency_theory(session, groups).run,
+        "same": partial(_run_most_expensive, job, groups),
+        "reference": partial(_each, partial(_reference, job.model), rectangles),
     }
+    for name, engine in job.rivals.items():
+        contestants[name] = partial(_each, engine, flat)
     if isinstance(session.model, Halt):
-        singles = [_rows(samples, i) for i in range(count)]
+        singles = [_rows(samples, i) for i in range(_count(samples))]
         contestants["stream"] = lambda: list(session.stream(singles, batch=batch))
-    with torch.no_grad():
-        seconds = paired(contestants, rounds=rounds)
-    best = min(job.rivals, key=lambda name: np.median(seconds[name]))
+    return contestants
+
+
+def _figures(job: _Job, samples: Any, batch: int, seconds: dict[str, np.ndarray]) -> Row:
+    count = _count(samples)
     ms = {name: 1e3 * float(np.median(s)) / count for name, s in seconds.items()}
+    best = min(job.rivals, key=lambda name: ms[name])
     over_reference, low, high = ratio(seconds["reference"], seconds["session"])
     over_same = ratio(seconds["same"], seconds["session"])[0]
-    spent, kept = _spent(session, cost, samples), cost.worst
-    if lengths_differ:  # the dearest path of these samples is not that of the longest one
-        with _on_dearest(session, cost, lengths_differ):
-            kept = _spent(session, cost, samples)
+    macs_ratio = _kept(job, samples) / _spent(job, samples)
     streamed = "stream" in seconds
     return Row(
-        batch=batch, threads=torch.get_num_threads(), samples=count, rounds=rounds,
-        session_ms=ms["session"], stream_ms=ms.get("stream", float("nan")), reference_ms=ms["reference"],
-        best_dense_ms=ms[best], best_dense=best,
-        over_reference=over_reference, over_same_engine=over_same,
+        batch=batch,
+        threads=torch.get_num_threads(),
+        samples=count,
+        rounds=len(seconds["session"]),
+        session_ms=ms["session"],
+        stream_ms=ms["stream"] if streamed else math.nan,
+        reference_ms=ms["reference"],
+        best_dense_ms=ms[best],
+        best_dense=best,
+        over_reference=over_reference,
+        over_same_engine=over_same,
         over_best_dense=ratio(seconds[best], seconds["session"])[0],
-        over_flop_ratio=over_same / (kept / spent),
+        over_flop_ratio=over_same / macs_ratio,
         over_latency_theory=ratio(seconds["theory"], seconds["session"])[0],
-        stream_over_latency_theory=ratio(seconds["theory"], seconds["stream"])[0] if streamed else float("nan"),
-        macs_ratio=kept / spent, spread=f"{low:.2f}-{high:.2f}",
-    )  # fmt: skip
+        stream_over_latency_theory=ratio(seconds["theory"], seconds["stream"])[0] if streamed else math.nan,
+        macs_ratio=macs_ratio,
+        spread=f"{low:.2f}-{high:.2f}",
+    )
+
+
+def _each(function: Callable[[Any], object], inputs: Sequence[Any]) -> None:
+    for x in inputs:
+        function(x)
 
 
 def _count(x: Any) -> int:
@@ -263,11 +351,10 @@ def _groups(x: Any, batch: int) -> list[Any]:
 
 
 def _longest(samples: Any, cut: Callable[[Any], Any] | None) -> Any:
-    """One sample, as it comes: the first; of different lengths the longest, in which every unit runs."""
+    """The first sample; of samples of different lengths the longest, in which every unit runs."""
     if cut is None:
         return _rows(samples, slice(0, 1))
-    ones = _groups(samples, 1)
-    return max(ones, key=lambda x: tree_leaves(cut(x))[0].shape[1])
+    return max(_groups(samples, 1), key=lambda x: tree_leaves(cut(x))[0].shape[1])
 
 
 def _reference(model: nn.Module, x: Any) -> object:
@@ -280,47 +367,33 @@ def _reference(model: nn.Module, x: Any) -> object:
 
 
 @contextmanager
-def _on_dearest(session: Session, cost: CostModel, lengths_differ: bool) -> Iterator[None]:
-    with cost.most_expensive(session):
-        for layer in layers(session).values() if lengths_differ else ():
+def _on_most_expensive(job: _Job) -> Iterator[None]:
+    with job.cost.most_expensive(job.session):
+        for layer in layers(job.session).values() if job.cut is not None else ():
             if isinstance(layer, Halt):
                 layer.force = _to_the_end
         yield
 
 
 def _to_the_end(decision: Decision) -> Tensor:
-    """Nobody leaves who has something left to do."""
+    """Keep every row that has steps left."""
     return (decision.score < highest_score(decision.score.dtype)).to(decision.keep)
 
 
-def _run_dearest(session: Session, cost: CostModel, groups: Sequence[Any], lengths_differ: bool) -> None:
-    with _on_dearest(session, cost, lengths_differ):
-        for x in groups:
-            session(x)
+def _run_most_expensive(job: _Job, groups: Sequence[Any]) -> None:
+    with _on_most_expensive(job):
+        _each(job.session, groups)
 
 
-def _spent(session: Session, cost: CostModel, samples: Any) -> float:
-    """MACs per sample."""
-    with record(session) as trace:
-        session(samples)
-    return float(cost.spent(trace).mean()) if trace.calls else cost.always
+def _kept(job: _Job, samples: Any) -> float:
+    """MACs per sample of the most expensive path."""
+    if job.cut is None:
+        return job.cost.worst
+    with _on_most_expensive(job):  # of these samples; the cost model's is that of the longest one
+        return _spent(job, samples)
 
 
-def engine_calls(session: Session, groups: Sequence[Any]) -> list[tuple[Any, list[Tensor]]]:
-    """Every engine call that the session makes for these batches, in order, with its inputs."""
-    calls: list[tuple[Any, list[Tensor]]] = []
-    with _listening(session, calls):
-        for x in groups:
-            session(x)
-    return calls
-
-
-@contextmanager
-def _listening(session: Session, calls: list[tuple[Any, list[Tensor]]]) -> Iterator[None]:
-    for engine in session.engines():
-        engine.listener = lambda inputs, engine=engine: calls.append((engine, [t.clone() for t in inputs]))
-    try:
-        yield
-    finally:
-        for engine in session.engines():
-            engine.listener = None
+def _spent(job: _Job, samples: Any) -> float:
+    with record(job.session) as trace:
+        job.session(samples)
+    return float(job.cost.spent(trace).mean()) if trace.calls else job.cost.always

@@ -46,10 +46,33 @@ class Rows(ABC):
         return unit(x)
 
 
-class Leading(Rows):
-    """Rows are the leading axes of every tensor and do not touch each other: samples (B,), tokens (B, T), frames."""
+class LeadingAnswers(Rows, ABC):
+    """Answers have the rows as their leading axes, whatever the rows are taken from."""
 
     flat = True
+
+    def put(self, y: Any, lead: tuple[int, ...], index: Tensor, otherwise: Any) -> Any:
+        """`otherwise` (lead..., ...) with y (r, ...) at `index`."""
+
+        def scattered(t: Tensor, o: Tensor) -> Tensor:
+            if index.numel() != math.prod(lead):
+                t = _flat(o, lead).index_copy(0, index, t)
+            return t.reshape(*lead, *t.shape[1:])
+
+        return over_tensors(scattered, y, otherwise)
+
+    def mask(self, y: Any, lead: tuple[int, ...], keep: Tensor, otherwise: Any) -> Any:
+        """The blend, in the layout of `otherwise`."""
+
+        def blend(t: Tensor, o: Tensor) -> Tensor:
+            k = keep.to(t.dtype).reshape(t.shape[0], *[1] * (t.dim() - 1))
+            return (k * t + (1 - k) * _flat(o, lead)).reshape(*lead, *t.shape[1:])
+
+        return over_tensors(blend, y, otherwise)
+
+
+class Leading(LeadingAnswers):
+    """Rows are the leading axes of every tensor and do not touch each other: samples (B,), tokens (B, T), frames."""
 
     def whole(self, x: Any, lead: tuple[int, ...]) -> Any:
         """x with its leading axes made one: (rows, ...)."""
@@ -72,25 +95,6 @@ class Leading(Rows):
             return flat if index.numel() == flat.shape[0] else take_rows(flat, index)
 
         return over_tensors(rows, x)
-
-    def put(self, y: Any, lead: tuple[int, ...], index: Tensor, otherwise: Any) -> Any:
-        """`otherwise` (lead..., ...) with y (r, ...) at `index`."""
-
-        def home(t: Tensor, o: Tensor) -> Tensor:
-            if index.numel() != math.prod(lead):
-                t = _flat(o, lead).index_copy(0, index, t)
-            return t.reshape(*lead, *t.shape[1:])
-
-        return over_tensors(home, y, otherwise)
-
-    def mask(self, y: Any, lead: tuple[int, ...], keep: Tensor, otherwise: Any) -> Any:
-        """The blend, in the layout of `otherwise`."""
-
-        def blend(t: Tensor, o: Tensor) -> Tensor:
-            k = keep.to(t.dtype).reshape(t.shape[0], *[1] * (t.dim() - 1))
-            return (k * t + (1 - k) * _flat(o, lead)).reshape(*lead, *t.shape[1:])
-
-        return over_tensors(blend, y, otherwise)
 
 
 LEADING = Leading()

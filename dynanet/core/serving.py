@@ -1,4 +1,4 @@
-"""Interfaces of a Halt that a session serves frame by frame, or as one graph per step for a single row."""
+"""What a model tells a session: how a Halt is served frame by frame or row by row, and what no engine replaces."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -45,22 +45,30 @@ class FrameByFrame(ABC):
 
 
 class PartByPart(ABC):
-    """Interface of a Halt whose rows are made of parts that see each other (the tokens of a sentence).
+    """How a Halt runs a row that is made of parts which see each other (the tokens of a sentence): `Halt.part_by_part`.
 
     A session runs a single row as one graph per step. In a batch such rows have different lengths, and need several.
     """
 
     @abstractmethod
-    def parts(self, x: Any) -> Tensor:
+    def parts(self, halt: Any, x: Any) -> Tensor:
         """The parts (n, ...) that the first step takes of an input with one row."""
 
     @abstractmethod
-    def one_row(self, k: int) -> nn.Module | None:
+    def one_row(self, halt: Any, k: int) -> nn.Module | None:
         """Step k of one row, from its parts to (answer, score, parts); of the last step to (answer,).
 
         Answer and score are repeated for every part. None: a layer inside decides or has a memory, so that the step
         runs as in a batch.
         """
+
+
+class CalledInParts(ABC):  # noqa: B024 - a mark, which adds no method
+    """A module that no engine may replace.
+
+    Other methods than `forward` are called too, or its answer depends on the whole batch. Its submodules may become
+    engines.
+    """
 
 
 class Conclusion(NamedTuple):

@@ -79,6 +79,7 @@ class EarlyStop(ThresholdHalt, FrameByFrame):
         self.inputs, self.hidden = inputs, hidden
         self.longest, self.every = longest, every
         self.policy = policy
+        self.multi_exit = policy is None
         self._pair = isinstance(cell, nn.LSTMCell)  # kept, as a session replaces the cell by an engine
 
     def start(self, x: Tensor | Sequences) -> Any:

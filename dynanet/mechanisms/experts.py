@@ -11,6 +11,7 @@ from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import ConfigError, StructureError
 from dynanet.core.gate import Gate
 from dynanet.core.rows import take_rows
+from dynanet.core.serving import CalledInParts
 from dynanet.core.trace import Frame
 from dynanet.gates.rules import Rule, TopK
 from dynanet.ops.native.experts import PackedExperts
@@ -232,7 +233,7 @@ class BiasedTopK(Rule):
         return keep
 
 
-class BatchCoupledTopK(Rule):
+class BatchCoupledTopK(Rule, CalledInParts):  # an engine would see a batch in pieces, or padded
     """Top-k with a limit: an expert takes at most ceil(capacity * rows * k / experts) rows (Switch eq. 3).
 
     Batch-coupled: whether a row is served depends on the rows before it in the batch, so its answer changes with its
@@ -250,7 +251,6 @@ class BatchCoupledTopK(Rule):
 
     competes = True
     counts_rows = True
-    called_in_parts = True  # an engine would see a batch in pieces, or padding with it
 
     def __init__(self, k: int, capacity: float) -> None:
         super().__init__()

@@ -22,7 +22,7 @@ class MixtureOfDepths(Dynamic):
     predictor, which sees that token alone, expects it to be among the highest. `PredictTopTokens` trains it.
 
     Tokens that run attend to each other only, so blocks must ask `Tokens` who is there (`ops.tokens.attend`, or
-    `ops.causal.attend_causal` in a causal model).
+    `ops.tokens.attend_causal` in a causal model).
 
     Args:
         block: Tokens to Tokens of the same layout, its shortcuts included.

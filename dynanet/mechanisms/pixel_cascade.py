@@ -13,7 +13,8 @@ from dynanet.core.objective import Objective
 from dynanet.core.trace import Trace
 from dynanet.data.camvid import check_labels
 from dynanet.gates.confidence import Confidence, MaxProbability
-from dynanet.ops.region import Region, RegionChain, flat_image
+from dynanet.ops.positions import PositionChain
+from dynanet.ops.region import Region, flat_image
 
 
 class PixelCascade(Dynamic):
@@ -95,24 +96,37 @@ class PixelCascade(Dynamic):
                     logits = flat.view(answer.shape).permute(0, 3, 1, 2)
                 else:
                     for cell in cells:
-                        image = image + keep * cell.dense(keep, image)
-                    logits = keep * head.dense(keep, image) + (1 - keep) * logits
+                        image = image + keep * cell.dense(image, keep)
+                    logits = keep * head.dense(image, keep) + (1 - keep) * logits
         self._hear(logits)
         return functional.interpolate(logits, size=x_BCHW.shape[2:], mode="bilinear", align_corners=False)
 
-    def _chains(self) -> list[list[RegionChain]]:
+    def _chains(self) -> list[list[PositionChain]]:
         """Of every stage its cells and its exit. Made anew where layers were replaced: folded norms, say."""
         units = [[*cells, head] for cells, head in zip(self.stages, list(self.exits)[1:], strict=True)]
         modules = [module for stage in units for unit in stage for module in unit.modules()]
         made, chains = vars(self).get("_made", ([], []))
         if len(made) != len(modules) or any(a is not b for a, b in zip(made, modules, strict=True)):
-            chains = [[RegionChain(unit) for unit in stage] for stage in units]
+            chains = [[PositionChain(unit) for unit in stage] for stage in units]
             vars(self)["_made"] = modules, chains
         return chains
 
     def _hear(self, logits: Tensor) -> None:
         if self.trace is not None:
             self.trace.log_answer(self, logits)
+
+    def pixel_loss(self, ignore: int, weights: Sequence[float] | None) -> Objective:
+        """Every stage's own loss."""
+        return PixelCascadeLoss(ignore, weights=weights)
+
+    def schedules(self) -> list[Callable[[float], None]]:
+        """Thresholds drawn at random in the second part of training."""
+        return [roaming_thresholds(self)]
+
+    @torch.no_grad()
+    def finish_training(self) -> None:
+        """No thresholds: every position runs every stage."""
+        self.thresholds.fill_(torch.inf)
 
 
 class PixelCascadeLoss(Objective):

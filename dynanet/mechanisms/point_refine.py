@@ -10,7 +10,7 @@ from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import ConfigError, StructureError
 from dynanet.core.objective import Objective
-from dynanet.core.rows import Leading
+from dynanet.core.rows import LeadingAnswers
 from dynanet.core.trace import Trace
 from dynanet.data.camvid import check_labels
 from dynanet.gates.confidence import Confidence, Margin
@@ -210,7 +210,7 @@ def sampled(map_BCHW: Tensor, points: Tensor) -> Tensor:
     return _bilinear(map_BCHW, sample.flatten(), points.flatten(0, 1)).unflatten(0, points.shape[:2])
 
 
-class _At(Leading):
+class _At(LeadingAnswers):
     """Positions of a grid over the image, lead (B, H, W): a unit sees maps of any sizes there, one beside the other."""
 
     def __init__(self, size: tuple[int, int]) -> None:

@@ -12,7 +12,8 @@ from dynanet.core.errors import ConfigError, StructureError
 from dynanet.core.objective import Objective
 from dynanet.core.trace import Call, Trace
 from dynanet.gates.scorers import ContextScorer, tile_mean
-from dynanet.ops.tiles import Compact, Tiles
+from dynanet.ops.compact import Compact
+from dynanet.ops.tiles import Tiles
 
 
 class PositionHalting(Dynamic):
@@ -147,6 +148,11 @@ class PositionHalting(Dynamic):
         else:
             score = self.run(unit, head.local, alive, x, zeros, rows=Tiles(self.tiles.tile, 1))
         return (tile_mean(score, self.tiles.tile) + head.overall(x))[..., 0]
+
+    @classmethod
+    def ponder_cost(cls) -> Objective:
+        """Of all layers that halt positions."""
+        return PositionPonderCost()
 
 
 class PositionPonderCost(Objective):

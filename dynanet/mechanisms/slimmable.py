@@ -14,6 +14,7 @@ from dynanet.core.dynamic import Dynamic, Kept, layers
 from dynanet.core.errors import ConfigError, StructureError
 from dynanet.core.gate import Gate
 from dynanet.core.objective import Objective
+from dynanet.core.serving import CalledInParts
 from dynanet.core.trace import Trace
 from dynanet.nets.slim import Slim
 
@@ -139,7 +140,7 @@ class Slimmable(Dynamic):
                 self.trace.log_answer(self, answer)
 
 
-class DoubleHead(nn.Module):
+class DoubleHead(nn.Module, CalledInParts):  # `attend` is called too
     """Both heads of DS-Net's gate on one hidden layer over pooled features (arXiv:2103.13023, section 3.3).
 
     The slimming head scores widths. The attention head multiplies every channel with 1 + tanh, which is 1 at the start;
@@ -151,8 +152,6 @@ class DoubleHead(nn.Module):
         widths: scores per row.
         hidden: width of the hidden layer; a quarter of the channels if None.
     """
-
-    called_in_parts = True  # `attend` is asked too
 
     def __init__(self, channels: int, widths: int, hidden: int | None = None) -> None:
         super().__init__()

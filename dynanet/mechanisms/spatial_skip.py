@@ -15,8 +15,9 @@ from dynanet.core.gate import Gate
 from dynanet.core.objective import Objective
 from dynanet.core.trace import Trace
 from dynanet.gates.scorers import ContextScorer, TileScorer
+from dynanet.ops.compact import Compact
 from dynanet.ops.native.pixels import channels_last
-from dynanet.ops.tiles import Compact, Tiles
+from dynanet.ops.tiles import Tiles
 
 
 class SpatialSkip(Dynamic):

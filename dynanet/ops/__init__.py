@@ -1,1 +1,1 @@
-"""How rows that are no leading axis leave a tensor and come home: tiles of images, tokens with their neighbours."""
+"""Rows that are not a leading axis (tiles of images, tokens with their neighbours), and fast kernels."""

@@ -1,4 +1,4 @@
-"""Decoding token by token: a causal transformer in parts, and what it remembers of earlier tokens: keys and values."""
+"""Decoding token by token: a causal transformer in parts, and its cache of keys and values."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from torch.nn import functional
 
 
 class Decoder(nn.Module, ABC):
-    """A causal transformer in parts, so that rows can leave after some layers, and tokens be drafted and verified.
+    """A causal transformer in parts, so that tokens can leave after some layers, be drafted and verified.
 
     Attributes:
         depth: layers.
@@ -25,34 +25,34 @@ class Decoder(nn.Module, ABC):
 
     @abstractmethod
     def query(self, layer: int, x: Tensor) -> Tensor:
-        """(..., D) to (..., heads, d)."""
+        """Queries of a layer, (..., D) to (..., heads, d)."""
 
     @abstractmethod
     def key_value(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(..., D) to (..., heads, d) twice."""
+        """Keys and values of a layer, (..., D) to (..., heads, d) each."""
 
     @abstractmethod
     def finish(self, layer: int, x: Tensor, attended: Tensor) -> Tensor:
-        """What follows attention: x and attended, (..., D) each, to the layer's answer."""
+        """The rest of a layer after attention: x and attended, (..., D) each, to the layer's answer."""
 
     @abstractmethod
     def logits(self, number: int, x: Tensor) -> Tensor:
-        """(..., D) to (..., vocabulary), by exit `number` of `exits`."""
+        """Features (..., D) to logits (..., vocabulary), by exit `number` of `exits`."""
 
     def check(self, prompt: Tensor, positions: int) -> None:
-        """Refuse what cannot be decoded, before anything is.
+        """Check a prompt before anything is decoded; by default nothing is refused.
 
         Args:
             prompt: (length,) int64.
-            positions: that the prompt and its continuation take.
+            positions: number of positions that the prompt and its continuation take.
 
         Raises:
-            InputError: tokens that there are not, or more positions than there are.
+            InputError: tokens outside the vocabulary, or more positions than the decoder has.
         """
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """The device of its parameters."""
         return next(self.parameters()).device
 
     def stage(self, number: int) -> range:
@@ -61,16 +61,17 @@ class Decoder(nn.Module, ABC):
 
 
 class Cache:
-    """Keys and values of every layer, by row and position. What lies behind a row's last token is never looked at.
+    """Keys and values of every layer, by row and position. Places after a row's last token are never read.
 
     Args:
-        decoder: whose.
-        rows: sequences that are decoded together.
-        longest: positions.
+        decoder: whose layers these are.
+        rows: number of sequences that are decoded together.
+        longest: number of positions.
     """
 
     def __init__(self, decoder: Decoder, rows: int, longest: int) -> None:
-        self.decoder, self.rows = decoder, rows
+        self.decoder = decoder
+        self.rows = rows
         first = torch.zeros(1, 1, dtype=torch.int64, device=decoder.device)
         key, _ = decoder.key_value(0, decoder.embed(first, first))
         shape = (rows, longest, *key.shape[2:])
@@ -78,21 +79,21 @@ class Cache:
         self.values = [key.new_zeros(shape) for _ in range(decoder.depth)]
 
     def remember(self, layer: int, x: Tensor, rows: Tensor, positions: Tensor) -> None:
-        """Keys and values of x (..., D), as input of the layer; rows and positions broadcast to its leading axes."""
+        """Store keys and values of a layer's input x (..., D); rows and positions broadcast to its leading axes."""
         self.keys[layer][rows, positions], self.values[layer][rows, positions] = self.decoder.key_value(layer, x)
 
     def run(
         self, layers: Iterable[int], x: Tensor, rows: Tensor, positions: Tensor, there: Tensor | None = None
     ) -> Tensor:
-        """Layers over x (R, S, D): each token attends to what its row has at its own position and before.
+        """Run layers: each token attends to its row's tokens up to its own position.
 
         Args:
             layers: ascending.
-            x: input of the first of them.
-            rows: (R,), which sequences these are.
+            x: (R, S, D), input of the first of them.
+            rows: (R,), the numbers of the sequences.
             positions: (R, S).
-            there: (R, S) bool, which tokens of the rectangle there are; None: all. Of the others only attention is
-                computed, and nobody looks at it.
+            there: (R, S) bool, which places of the rectangle hold tokens; None: all. For the others only attention is
+                computed, and its answer is not used.
         """
         if x.shape[0] == 0:
             return x
@@ -122,22 +123,22 @@ class Cache:
 
 
 def prefilled(decoder: Decoder, prompts: list[Tensor], new: int) -> tuple[Cache, Tensor, Tensor]:
-    """A cache that has read all prompts but their last tokens, room for `new` more; these tokens and their positions.
+    """Fill a cache with all tokens of the prompts except their last ones.
 
     Args:
-        decoder: eval mode.
+        decoder: in eval mode.
         prompts: (length,) int64 each, one token or more.
-        new: tokens that will be generated.
+        new: number of tokens to make room for.
 
     Returns:
-        The cache, last tokens (B,), positions (B,).
+        The cache, the last tokens (B,), and their positions (B,).
     """
     lengths = torch.tensor([p.shape[0] for p in prompts], device=decoder.device)
     cache = Cache(decoder, len(prompts), int(lengths.max()) + new)
     ids = nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(decoder.device)
     rows = torch.arange(len(prompts), device=decoder.device)
     before = ids[:, :-1]
-    if before.shape[1]:  # what stands behind a shorter prompt is overwritten before anyone looks at it
+    if before.shape[1]:  # padding after a shorter prompt is overwritten before it is read
         positions = torch.arange(before.shape[1], device=decoder.device).expand_as(before)
         cache.run(range(decoder.depth), decoder.embed(before, positions), rows, positions)
     return cache, ids[rows, lengths - 1], lengths - 1

@@ -1,4 +1,4 @@
-"""Rows are samples of different lengths, their tokens packed one after another: samples leave, nothing is padded."""
+"""Samples of different lengths as rows: their tokens are packed one after another, and nothing is padded."""
 
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ class Packed(NamedTuple):
     Attributes:
         x: (N, D), sample after sample.
         counts: (B,) int64, tokens of every sample.
-        width: columns of the rectangle that they came from, for those who look at decisions.
+        width: columns of the rectangle that they came from, the width of decisions in a trace.
     """
 
     x: Tensor
@@ -36,7 +36,7 @@ class Packed(NamedTuple):
         return (columns < self.counts[:, None]).to(self.x.dtype)
 
     def mean(self) -> Tensor:
-        """Over the tokens of every sample, (B, D)."""
+        """Average over the tokens of every sample, (B, D)."""
         if self.counts.shape[0] == 1:
             return self.x.mean(0, keepdim=True)
         if self.counts.shape[0] == 0:
@@ -50,13 +50,13 @@ class Packed(NamedTuple):
 
 
 def pack(x: Tensor, counts: Tensor) -> Packed:
-    """The first `counts` columns of every row of a rectangle (B, T, ...), packed."""
+    """Pack the first `counts` columns of every row of a rectangle (B, T, ...)."""
     columns = torch.arange(x.shape[1], device=x.device)
     return Packed(x[columns < counts[:, None]], counts, x.shape[1])
 
 
 class PackedRows(Rows):
-    """Samples leave. A `Packed` gives away their tokens; any other tensor has the samples along its first axis.
+    """Rows are samples: of a `Packed` its samples with all their tokens, of any other tensor its first axis.
 
     In the dense form nothing is packed: `Tokens` in their rectangle are leading rows.
     """
@@ -64,11 +64,11 @@ class PackedRows(Rows):
     flat = True
 
     def whole(self, x: Any, lead: tuple[int, ...]) -> Any:
-        """x as it is."""
+        """All rows of a rectangle."""
         return LEADING.whole(x, lead)
 
     def take(self, x: Any, lead: tuple[int, ...], index: Tensor) -> Any:
-        """The samples at `index`. All of them are x itself: nothing is copied."""
+        """The samples at `index`; x itself, without a copy, if these are all."""
         if index.numel() == lead[0]:
             return x
 
@@ -82,11 +82,11 @@ class PackedRows(Rows):
         return tree_map(samples, x, is_leaf=lambda node: isinstance(node, Packed))
 
     def put(self, y: Any, lead: tuple[int, ...], index: Tensor, otherwise: Any) -> Any:
-        """Answers, which have the samples along their first axis."""
+        """As of leading rows: answers have the samples along their first axis."""
         return LEADING.put(y, lead, index, otherwise)
 
     def mask(self, y: Any, lead: tuple[int, ...], keep: Tensor, otherwise: Any) -> Any:
-        """Answers, blended."""
+        """As of leading rows."""
         return LEADING.mask(y, lead, keep, otherwise)
 
 

@@ -1,4 +1,4 @@
-"""Rows are the pixels of an image; a unit sees the patch around each."""
+"""Pixels of an image as rows: a unit sees the patch around each."""
 
 from typing import Any
 
@@ -7,13 +7,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dynanet.core.errors import StructureError
-from dynanet.core.rows import Leading, over_tensors
+from dynanet.core.rows import LeadingAnswers, over_tensors
 
 
-class Patches(Leading):
+class Patches(LeadingAnswers):
     """Pixels of (B, C, H, W) tensors, lead (B, H, W): a unit maps patches (rows, C, P, P) to one answer per pixel.
 
-    Answers are (B, H, W, ...), so they come home as leading rows do.
+    Answers are (B, H, W, ...), and are put back as leading rows are.
 
     Args:
         size: side P of a patch, odd; zeros beyond the image's edge.
@@ -38,10 +38,12 @@ class Patches(Leading):
     def _cut(self, image: Tensor, index: Tensor) -> Tensor:
         """(r, C, P, P), laid out channels last: pixels are gathered whole, as rows of (pixels, C)."""
         batch, channels, height, width = image.shape
-        half, wide = self.size // 2, width + self.size - 1
+        half = self.size // 2
+        wide = width + self.size - 1
         padded = F.pad(image, (half, half, half, half)).permute(0, 2, 3, 1).reshape(-1, channels)
-        sample, row, column = index // (height * width), index // width % height, index % width
-        corner = (sample * (height + self.size - 1) + row) * wide + column
+        sample = index // (height * width)
+        row = index // width % height
+        corner = (sample * (height + self.size - 1) + row) * wide + index % width
         span = torch.arange(self.size, device=index.device)
         offsets = (span[:, None] * wide + span).flatten()
         pixels = padded.index_select(0, (corner[:, None] + offsets).flatten())

@@ -1,12 +1,13 @@
-"""Rows are tokens: they leave, but those that stay must no longer attend to them."""
+"""Tokens as rows: those that stay must no longer attend to those that left."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dynanet.core.rows import Rows, over_tensors
+from dynanet.core.rows import LEADING, Rows, over_tensors
 from dynanet.ops.native.attention import attend_packed
 from dynanet.ops.native.library import fit
 
@@ -14,7 +15,7 @@ from dynanet.ops.native.library import fit
 class Tokens(NamedTuple):
     """Tokens with their membership: a rectangle with `alive` (dense), or packed with `lengths` (sparse).
 
-    Linears and norms work on `x` in either layout; only what looks at other tokens must know who is there.
+    Linears and norms work on `x` in either layout; only attention needs to know which tokens are there.
 
     Attributes:
         x: (B, T, D), or packed (N, D), sample after sample.
@@ -22,8 +23,8 @@ class Tokens(NamedTuple):
         lengths: tokens of every sample when packed; None when x is a rectangle.
         size: how many tokens each stands for, shaped as x without its last axis; None: one each. A token of size s is
             attended to as s equal ones.
-        attention: how much the class token attends to each, as `class_attention` answers; None where nobody asked.
-        key: what tells alike tokens, (..., d), as `summed_key` answers; None where nobody asked.
+        attention: of the class token to each, as of `class_attention`; None where no layer needs it.
+        key: by which similar tokens are found, (..., d), as of `summed_key`; None where no layer needs it.
     """
 
     x: Tensor
@@ -45,18 +46,18 @@ class Tokens(NamedTuple):
         return mark
 
     def there(self) -> Tensor:
-        """True where a token is there, shaped as x without its last axis."""
+        """True where there is a token, shaped as x without its last axis."""
         return torch.ones_like(self.x[..., 0], dtype=torch.bool) if self.alive is None else self.alive > 0
 
 
 class TokenRows(Rows):
-    """Tokens leave; `alive` (dense) or `lengths` (sparse) tells those that stay. Lead is (B, T), or (N,) when packed.
+    """Rows are tokens; `alive` (dense) or `lengths` (sparse) says which stay. Lead is (B, T), or (N,) when packed.
 
     x is Tokens, or a pytree of Tokens and tensors that start with the lead; answers are pytrees of such tensors.
     """
 
     def whole(self, x: Any, lead: tuple[int, ...]) -> Any:
-        """The rectangle as it is: the layer has written keep into `alive`."""
+        """The rectangle itself: the layer has written keep into `alive`."""
         return x
 
     def take(self, x: Any, lead: tuple[int, ...], index: Tensor) -> Any:
@@ -65,27 +66,23 @@ class TokenRows(Rows):
             return self._packed(x, lead, index)
         if isinstance(x, tuple | list):
             return type(x)(self.take(part, lead, index) for part in x)
-        return over_tensors(lambda t: _rows(t, lead, index), x)
+        return LEADING.take(x, lead, index)
 
     def _packed(self, tokens: Tokens, lead: tuple[int, ...], index: Tensor) -> Tokens:
-        taken = over_tensors(lambda t: _rows(t, lead, index), tokens._replace(lengths=None, alive=None))
-        if index.numel() == _count(lead):
+        taken = LEADING.take(tokens._replace(lengths=None, alive=None), lead, index)
+        if index.numel() == math.prod(lead):
             return taken._replace(lengths=(lead[1],) * lead[0] if tokens.lengths is None else tokens.lengths)
         if tokens.lengths is None:
-            samples, sample = lead[0], index // lead[1]
+            samples = lead[0]
+            sample = index // lead[1]
         else:
-            samples, sample = len(tokens.lengths), sample_of_row(tokens.lengths, index.device)[index]
+            samples = len(tokens.lengths)
+            sample = sample_of_row(tokens.lengths, index.device)[index]
         return taken._replace(lengths=tuple(torch.bincount(sample, minlength=samples).tolist()))
 
     def put(self, y: Any, lead: tuple[int, ...], index: Tensor, otherwise: Any) -> Any:
         """`otherwise` (lead..., D) with y (r, D) at `index`."""
-
-        def home(t: Tensor, o: Tensor) -> Tensor:
-            if index.numel() != _count(lead):
-                t = o.flatten(0, len(lead) - 1).index_copy(0, index, t)
-            return t.reshape(*lead, *t.shape[1:])
-
-        return over_tensors(home, y, otherwise)
+        return LEADING.put(y, lead, index, otherwise)
 
     def mask(self, y: Any, lead: tuple[int, ...], keep: Tensor, otherwise: Any) -> Any:
         """The blend, token by token."""
@@ -101,7 +98,7 @@ TOKEN_ROWS = TokenRows()
 
 
 def attention_price(keep: Tensor, unit_macs: Tensor) -> Tensor:
-    """MACs per sample of units in which n kept tokens attend to each other: a n + b n^2, (B,).
+    """Price units in which n kept tokens attend to each other: a n + b n^2 MACs per sample, (B,).
 
     Args:
         keep: (B, ..., units), in the whole batch.
@@ -112,18 +109,20 @@ def attention_price(keep: Tensor, unit_macs: Tensor) -> Tensor:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, heads: int) -> Tensor:
-    """Multi-head attention among the tokens that are there, each counting as many times as its `size` says.
+    """Multi-head attention among the tokens that are there, each counted as many times as its `size` says.
+
+    Packed tokens run in one native call (see `library.fit`); without it equal lengths run as one rectangle, unequal
+    ones sample by sample. Nothing is padded.
 
     Args:
-        query: (B, T, D), or (N, D) when the tokens are packed; key and value alike.
+        query: (B, T, D), or (N, D) when the tokens are packed.
         key: as query.
         value: as query.
-        tokens: says who is there.
-        heads: D is split into so many.
+        tokens: which tokens are there.
+        heads: number of heads that D is split into.
 
     Returns:
-        As query. Packed tokens run in one native call (see `library.fit`); without it equal lengths run as one
-        rectangle, unequal ones sample by sample. Nothing is padded.
+        As query.
     """
     if tokens.lengths is None:
         if tokens.alive is not None and tokens.alive.requires_grad:
@@ -138,26 +137,34 @@ def attend(query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, heads: int
         q, k, v = (z.unflatten(0, (samples, -1)) for z in (query, key, value))
         mask = None if bias is None else bias.reshape(samples, 1, 1, -1)
         return _heads_attend(q, k, v, heads, mask).flatten(0, 1)
-    parts = zip(*(z.split(tokens.lengths) for z in (query, key, value)), strict=True)
-    biases = [None] * samples if bias is None else bias.split(tokens.lengths)
-    answers = [
-        _heads_attend(q[None], k[None], v[None], heads, None if b is None else b[None, None, None])[0]
-        for (q, k, v), b in zip(parts, biases, strict=True)
-        if q.shape[0]
-    ]
-    return torch.cat(answers) if answers else torch.zeros_like(query)
+    return _attend_each(query, key, value, tokens.lengths, heads, bias)
+
+
+def attend_causal(query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, heads: int) -> Tensor:
+    """Multi-head attention of every token to itself and to those before it; arguments as of `attend`.
+
+    Sizes do not count, and no gradient reaches `alive`.
+    """
+    if tokens.lengths is not None:
+        return _attend_each(query, key, value, tokens.lengths, heads, causal=True)
+    mask = torch.ones(query.shape[1], query.shape[1], dtype=torch.bool, device=query.device).tril()
+    if tokens.alive is not None:
+        # A dropped token attends to itself, so that its softmax is not over nothing; its answer is not used.
+        own = torch.eye(query.shape[1], dtype=torch.bool, device=query.device)
+        mask = mask & ((tokens.alive > 0)[:, None, None, :] | own)
+    return _heads_attend(query, key, value, heads, mask)
 
 
 def class_attention(query: Tensor, key: Tensor, tokens: Tokens, heads: int) -> Tensor:
     """How much the first token attends to each token of its sample: the softmax of its query, averaged over heads.
 
-    Liang et al. 2022 (EViT, arXiv:2202.07800, section 3.2) call it attentiveness. 0 for what is not there.
+    Attentiveness in Liang et al. 2022 (EViT, arXiv:2202.07800, section 3.2). 0 where a token is missing.
 
     Args:
         query: as in `attend`.
         key: as in `attend`.
-        tokens: says who is there.
-        heads: D is split into so many.
+        tokens: which tokens are there.
+        heads: number of heads that D is split into.
 
     Returns:
         (B, T), or (N,) when packed.
@@ -175,17 +182,26 @@ def class_attention(query: Tensor, key: Tensor, tokens: Tokens, heads: int) -> T
 
 
 def summed_key(key: Tensor, heads: int) -> Tensor:
-    """(..., D) to (..., D / heads), the sum over heads: in direction the mean, which is what Bolya et al. 2023 (ToMe,
-    arXiv:2210.09461) compare.
+    """Sum keys over heads, (..., D) to (..., D / heads).
+
+    In direction it is the mean, by which Bolya et al. 2023 (ToMe, arXiv:2210.09461) compare tokens.
     """
     first, *others = key.chunk(heads, -1)
     return sum(others, first.clone())
 
 
 def rank(score: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """For every token how many of its sample's tokens score lower (the earlier first where equal), and how many there
-    are; both shaped as score, (B, T) or (N,), as whole numbers. Minus and plus infinity are scores like others; what is
-    not there ranks nowhere and is not counted.
+    """Rank tokens within their sample by ascending score; of equal scores the earlier is lower.
+
+    Minus and plus infinity are scores like others. Tokens that are not there are not counted, and their rank means
+    nothing.
+
+    Args:
+        score: (B, T) or (N,).
+        tokens: which tokens are there.
+
+    Returns:
+        Ranks from 0, and the sample's number of tokens, both as score, int64.
     """
     rectangle = Rectangle(tokens)
     if rectangle.full:
@@ -194,7 +210,7 @@ def rank(score: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
     else:
         there = rectangle.there()
         order = torch.where(there, rectangle.of(score, fill=0.0), torch.inf).argsort(dim=1, stable=True)
-        # What is there but infinite must still come before what is not: sort once more by presence, which is stable.
+        # Tokens with infinite scores must still come before missing ones: a second, stable sort by presence.
         order = order.gather(1, (~there).gather(1, order).to(torch.int8).argsort(dim=1, stable=True))
         count = there.sum(1, keepdim=True).expand_as(order)
     place = torch.arange(order.shape[1], device=score.device).expand_as(order)
@@ -203,14 +219,14 @@ def rank(score: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
 
 
 def spread_rows(per_sample: Tensor, tokens: Tokens) -> Tensor:
-    """(B, ...) to every token of the sample: (B, 1, ...), which broadcasts, or (N, ...) when packed."""
+    """Repeat (B, ...) for every token of the sample: (B, 1, ...), which broadcasts, or (N, ...) when packed."""
     if tokens.lengths is None:
         return per_sample[:, None]
     return per_sample.index_select(0, sample_of_row(tokens.lengths, per_sample.device))
 
 
 def first_rows(t: Tensor, tokens: Tokens) -> Tensor:
-    """The first token's part of t, (B, T, ...) or (N, ...), for every sample: (B, ...); 0 where it has no tokens."""
+    """Select every sample's first token of t, (B, T, ...) or (N, ...): (B, ...); 0 where it has no tokens."""
     if tokens.lengths is None:
         return t[:, 0]
     lengths = torch.tensor(tokens.lengths, dtype=torch.long, device=t.device)
@@ -221,7 +237,7 @@ def first_rows(t: Tensor, tokens: Tokens) -> Tensor:
 
 
 def sum_by_sample(x: Tensor, tokens: Tokens) -> Tensor:
-    """The sum over a sample's tokens, (B, ...). What is not there must be 0 in x."""
+    """Sum over every sample's tokens, (B, ...); x must be 0 where a token is missing."""
     if tokens.lengths is None:
         return x.sum(1)
     sums = x.new_zeros(len(tokens.lengths), *x.shape[1:])
@@ -235,16 +251,17 @@ def sample_of_row(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 class Rectangle:
-    """Numbers of tokens as one rectangle (B, longest, ...), and back: for what is sorted or compared in a sample.
+    """Values of tokens as one rectangle (B, longest, ...), and back: to sort or compare them within a sample.
 
     Attributes:
-        full: every place of it is a token.
+        full: it has a token everywhere.
     """
 
     def __init__(self, tokens: Tokens) -> None:
         self._tokens = tokens
         self._place: Tensor | None = None
-        self._longest, lengths = tokens.x.shape[1], tokens.lengths
+        self._longest = tokens.x.shape[1]
+        lengths = tokens.lengths
         self.full = tokens.alive is None if lengths is None else len(set(lengths)) == 1
         if lengths is not None:
             self._longest = max(lengths, default=0)
@@ -256,7 +273,7 @@ class Rectangle:
             self._place = sample * self._longest + within
 
     def of(self, t: Tensor, fill: float) -> Tensor:
-        """(B, T, ...) or (N, ...) to (B, longest, ...); `fill` where no token is."""
+        """(B, T, ...) or (N, ...) to (B, longest, ...); `fill` where a token is missing."""
         lengths = self._tokens.lengths
         if lengths is None:
             return t if self.full else torch.where(_like(self._tokens.there(), t), t, fill)
@@ -266,7 +283,7 @@ class Rectangle:
         return padded.reshape(len(lengths), self._longest, *t.shape[1:])
 
     def there(self) -> Tensor:
-        """(B, longest), True where a token is."""
+        """(B, longest), True where there is a token."""
         if self._tokens.lengths is None:
             return self._tokens.there()
         return self.of(torch.ones_like(self._tokens.x[:, 0]), fill=0.0) > 0
@@ -278,22 +295,13 @@ class Rectangle:
         return t.flatten(0, 1) if self._place is None else t.flatten(0, 1).index_select(0, self._place)
 
 
-def _rows(t: Tensor, lead: tuple[int, ...], index: Tensor) -> Tensor:
-    flat = t.flatten(0, len(lead) - 1) if len(lead) > 1 else t
-    return flat if index.numel() == flat.shape[0] else flat.index_select(0, index)
-
-
 def _like(mark: Tensor, t: Tensor) -> Tensor:
     """With as many axes as t has, the last ones 1."""
     return mark.reshape(*mark.shape, *[1] * (t.dim() - mark.dim()))
 
 
-def _count(lead: tuple[int, ...]) -> int:
-    return lead[0] * lead[1] if len(lead) > 1 else lead[0]
-
-
 def _bias(tokens: Tokens, dtype: torch.dtype) -> Tensor | None:
-    """What is added to the logits of a rectangle; a boolean mask where that says it all."""
+    """What is added to the logits of a rectangle; a boolean mask where tokens have no sizes."""
     if tokens.size is None:
         return None if tokens.alive is None else (tokens.alive > 0)[:, None, None, :]
     bias = tokens.size.log().to(dtype)
@@ -301,8 +309,9 @@ def _bias(tokens: Tokens, dtype: torch.dtype) -> Tensor | None:
 
 
 def _weighted_attend(query: Tensor, key: Tensor, value: Tensor, heads: int, weight: Tensor) -> Tensor:
-    """Attention whose exponentials are multiplied with a weight (DynamicViT, arXiv:2106.02034, eq. 10-11): the same as
-    a boolean mask where it is 0 or 1, and the way by which a gradient reaches the gate that dropped a token.
+    """Attention whose exponentials are multiplied with a weight (DynamicViT, arXiv:2106.02034, eq. 10-11).
+
+    The same as a boolean mask where the weight is 0 or 1; a gradient reaches the gate that dropped a token.
     """
     q, k, v = (z.unflatten(-1, (heads, -1)).transpose(-2, -3) for z in (query, key, value))
     logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
@@ -311,6 +320,30 @@ def _weighted_attend(query: Tensor, key: Tensor, value: Tensor, heads: int, weig
     return (weights @ v).transpose(-2, -3).flatten(-2)
 
 
-def _heads_attend(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+def _heads_attend(
+    query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None = None, *, causal: bool = False
+) -> Tensor:
     q, k, v = (z.unflatten(-1, (heads, -1)).transpose(-2, -3) for z in (query, key, value))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(-2, -3).flatten(-2)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    return y.transpose(-2, -3).flatten(-2)
+
+
+def _attend_each(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[int, ...],
+    heads: int,
+    bias: Tensor | None = None,
+    *,
+    causal: bool = False,
+) -> Tensor:
+    """Attention of packed tokens, sample by sample; `bias` (N,) is added to the scores of a key."""
+    columns = [z.split(lengths) for z in (query, key, value)]
+    biases = [None] * len(lengths) if bias is None else [b[None, None, None] for b in bias.split(lengths)]
+    answers = [
+        _heads_attend(q[None], k[None], v[None], heads, mask, causal=causal)[0]
+        for q, k, v, mask in zip(*columns, biases, strict=True)
+        if q.shape[0]
+    ]
+    return torch.cat(answers) if answers else torch.zeros_like(query)

@@ -1,6 +1,6 @@
-"""The parts of a deployed model: Halts and static modules whose work is done by engines."""
+"""Compiled parts of a model: Halts and static modules whose work is done by engines."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,13 +9,33 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.halt import Halt
-from dynanet.core.rows import Leading, over_tensors, take_rows
-from dynanet.core.serving import PartByPart
-from dynanet.session.engines import Engine
-from dynanet.session.pytree import Layout, tensors_of
+from dynanet.core.rows import LEADING, LeadingAnswers, over_tensors, take_rows
+from dynanet.session.plan import Plan, PlannedHalt, PlannedPart
+from dynanet.session.pytree import tensors_of
+from dynanet.session.selector import EnginesByBatch, EngineSelector
 
 
-class Workspaces(Leading):
+def compiled(model: nn.Module, plan: Plan, selector: EngineSelector) -> nn.Module:
+    """Replace what a plan names by its engines.
+
+    Args:
+        model: the plan's; changed in place unless it is replaced as a whole.
+        plan: its halts and parts.
+        selector: of the engines.
+    """
+    replaced: dict[str, nn.Module] = {}
+    for name, halt in plan.halts.items():
+        replaced[name] = CompiledHalt(halt, [selector.engines(unit) for unit in halt.steps])
+    for name, part in plan.parts.items():
+        replaced[name] = CompiledPart(part, selector.engines(part.unit))
+    if "" in replaced:
+        return replaced[""]
+    for name, module in replaced.items():
+        model.set_submodule(name, module)
+    return model
+
+
+class Workspaces(LeadingAnswers):
     """Leading rows, gathered into buffers that are allocated once and written again in every pass."""
 
     def __init__(self) -> None:
@@ -23,11 +43,18 @@ class Workspaces(Leading):
         self._takes = 0
 
     def begin(self) -> None:
-        """A new pass: what the last one took may be overwritten."""
+        """Start a pass: buffers of the last one may be overwritten."""
         self._takes = 0
 
+    def whole(self, x: Any, lead: tuple[int, ...]) -> Any:
+        """All rows, (rows, ...)."""
+        return LEADING.whole(x, lead)
+
     def take(self, x: Any, lead: tuple[int, ...], index: Tensor) -> Any:
-        """The rows at `index`. Valid until the next pass: what a step hands on as it came is gathered again."""
+        """The rows at `index`, valid until the next pass.
+
+        Every step gathers again, also what the step before returned unchanged.
+        """
         self._takes += 1
         if isinstance(x, list):  # the state of a CompiledHalt: no tree to flatten
             return [self._row(i, t, index) for i, t in enumerate(x)]
@@ -50,31 +77,36 @@ class CompiledHalt(Halt):
 
     Attributes:
         engines: per step, by batch size.
-        source: the Halt it runs; asked for its rule, so that thresholds stay where they are.
+        source: the Halt that it runs; its rule decides, so that thresholds are read where they were set.
     """
 
     if TYPE_CHECKING:
         source: Halt
 
-    def __init__(
-        self, source: Halt, engines: "list[EnginesByBatch]", states: "list[Layout]", answers: "list[Layout]"
-    ) -> None:
+    def __init__(self, planned: PlannedHalt, engines: list[EnginesByBatch]) -> None:
         super().__init__()
-        vars(self)["source"] = source  # not registered: there is one layer here, not two
-        self.engines, self._states, self._answers = engines, states, answers
-        self.steps, self.limit, self._workspaces = source.steps, source.limit, Workspaces()
+        vars(self)["source"] = planned.halt  # not registered: there is one layer here, not two
+        self.engines = engines
+        self.steps = planned.halt.steps
+        self.limit = planned.halt.limit
+        self._states = planned.states
+        self._answers = planned.answers
+        self._workspaces = Workspaces()
         self.rows = self._workspaces
 
     def forward(self, x: Any) -> Any:
-        """Every row's answer, in memory of its own: what engines write lies in workspaces."""
-        alone = (x if isinstance(x, Tensor) else tensors_of(x)[0]).shape[0] == 1
-        answer = self._alone(x) if alone and self.trace is None and self.force is None else super().forward(x)
+        """Every row's answer, in its own memory: what engines write lies in workspaces."""
+        single = (x if isinstance(x, Tensor) else tensors_of(x)[0]).shape[0] == 1
+        if single and self.trace is None and self.force is None:
+            answer = self._one_row(x)
+        else:
+            answer = super().forward(x)
         return over_tensors(torch.clone, answer)
 
-    def _alone(self, x: Any) -> Any:
-        """One row either leaves or goes on: there is nothing to gather or put back."""
+    def _one_row(self, x: Any) -> Any:
+        """The answer for one row, which either leaves or goes on: nothing is gathered or scattered."""
         state = self.start(x)
-        last = (self.steps if self.limit is None else min(self.limit, self.steps)) - 1
+        last = self.last
         for k in range(last):
             state, answer = self.step(k, state)
             if not self.source.should_continue_one(k, self.score(k, state, answer)):
@@ -87,16 +119,16 @@ class CompiledHalt(Halt):
         return tensors_of(self.source.start(x))
 
     def step(self, k: int, state: list[Tensor]) -> tuple[list[Tensor], Any]:
-        """One engine call: state, answer and score."""
+        """Call one engine for state, answer and score."""
         outputs = self.engines[k](state)
         if self.trace is not None:  # a trace outlives the pass
             outputs = [t.clone() for t in outputs]
-        states, answers = self._states[k].tensors, self._answers[k].tensors
-        answer = self._answers[k].filled(outputs[states : states + answers])
-        return [*outputs[:states], *outputs[states + answers :]], answer
+        first = self._states[k]
+        end = first + self._answers[k].tensors
+        return [*outputs[:first], *outputs[end:]], self._answers[k].filled(outputs[first:end])
 
     def score(self, k: int, state: list[Tensor], answer: Any) -> Tensor:
-        """Computed with the step."""
+        """The score, which was computed with the step."""
         return state.pop()
 
     def should_continue(self, k: int, score: Tensor) -> Tensor:
@@ -105,31 +137,37 @@ class CompiledHalt(Halt):
 
 
 class BatchOnePath:
-    """A Halt whose rows are made of parts, run by one engine per step where there is only one row. Nobody may look on:
-    what is recorded or forced takes the usual way. Its graphs hold the weights of the steps a second time.
+    """A Halt whose rows are made of parts, run by one engine per step where there is only one row.
 
-    Attributes:
+    A call that is recorded or forced runs as in a batch. The engines' graphs hold the weights of the steps a second
+    time: 4 bytes per float32 parameter of all steps, embeddings excluded.
+
+    Args:
+        halt: with a `part_by_part`.
         engines: per step.
     """
 
-    def __init__(self, halt: Halt, engines: "list[EnginesByBatch]") -> None:
-        assert isinstance(halt, PartByPart)
-        self._halt, self._parts, self.engines = halt, halt.parts, engines
+    def __init__(self, halt: Halt, engines: list[EnginesByBatch]) -> None:
+        assert halt.part_by_part is not None
+        self.engines = engines
+        self._halt = halt
+        self._part_by_part = halt.part_by_part
         self._layers = [module for module in halt.modules() if isinstance(module, Dynamic)]
 
     def serves(self, x: Any) -> bool:
-        """One row, and nobody looks on."""
+        """Whether x is one row, and no layer is recorded or forced."""
         if x.shape[0] != 1:
             return False
-        for layer in self._layers:  # a generator would cost more: beside one row that counts
+        for layer in self._layers:  # slower as a generator, which shows beside a single row
             if layer.trace is not None or layer.force is not None:
                 return False
         return True
 
     def __call__(self, x: Any) -> Any:
         """The answer for one row."""
-        halt, parts = self._halt, self._parts(x)
-        last = (halt.steps if halt.limit is None else min(halt.limit, halt.steps)) - 1
+        halt = self._halt
+        parts = self._part_by_part.parts(halt, x)
+        last = halt.last
         for k, engine in enumerate(self.engines):
             answer, *rest = engine([parts])
             if k == last:
@@ -140,55 +178,30 @@ class BatchOnePath:
         return answer[:1].clone()
 
 
-class Unit(nn.Module):
+class CompiledPart(nn.Module):
     """A static part of a model, run by an engine in the model's place."""
 
     if TYPE_CHECKING:
         module: nn.Module
 
-    def __init__(self, module: nn.Module, engine: "EnginesByBatch", inputs: Sequence[Tensor], structure: Any) -> None:
+    def __init__(self, part: PlannedPart, engine: EnginesByBatch) -> None:
         super().__init__()
-        self.engine, self._structure = engine, structure
-        self._takes = [(t.shape[1:], t.dtype) for t in inputs]
-        vars(self)["module"] = module  # not registered: its weights are in the engine
+        vars(self)["module"] = part.module  # not registered: its weights are in the engine
+        self.engine = engine
+        self._structure = part.structure
+        self._takes = self._sizes(part.unit.inputs)
 
     def forward(self, *args: Any) -> Any:
-        """As the part it stands for; that itself runs what comes in another size."""
-        # One tensor, as nearly always, needs no pytree: with few rows that counts.
+        """The part's answer. Inputs of another size than planned run in the part itself."""
+        # One tensor, the usual case, needs no pytree: with few rows the difference shows.
         inputs = list(args) if len(args) == 1 and isinstance(args[0], Tensor) else tensors_of(args)
-        if [(t.shape[1:], t.dtype) for t in inputs] != self._takes:
+        if self._sizes(inputs) != self._takes:
             return self.module(*args)
         if inputs[0].shape[0] == 0:
             return self.engine.empty(self._structure)
         outputs = self.engine(inputs)
         return outputs[0] if self._structure.is_leaf() else tree_unflatten(outputs, self._structure)
 
-
-class EnginesByBatch:
-    """A unit's engines: the one that was fastest at the nearest batch size runs.
-
-    Attributes:
-        engines: by batch size.
-        listener: is shown the inputs of every call, for measuring.
-    """
-
-    def __init__(self, engines: dict[int, Engine], outputs: Sequence[Tensor]) -> None:
-        self.engines = engines
-        self.listener: Callable[[Sequence[Tensor]], None] | None = None
-        self._sizes = sorted(engines)
-        self._empty = list(outputs)
-
-    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The unit's outputs."""
-        if self.listener is not None:
-            self.listener(inputs)
-        rows = inputs[0].shape[0]
-        nearest = self._sizes[0]
-        for size in self._sizes[1:]:
-            if rows * rows >= nearest * size:  # the geometric middle between two sizes
-                nearest = size
-        return self.engines[nearest](inputs)
-
-    def empty(self, structure: Any) -> Any:
-        """The answer for no rows."""
-        return tree_unflatten(self._empty, structure)
+    @staticmethod
+    def _sizes(tensors: Sequence[Tensor]) -> list[tuple[torch.Size, torch.dtype]]:
+        return [(t.shape[1:], t.dtype) for t in tensors]

@@ -1,7 +1,7 @@
-"""Engines run one static unit: eager torch, or an ONNX Runtime graph with a dynamic batch. Flat tensors in and out.
+"""Engines run one static unit: eager PyTorch, or an ONNX Runtime graph. Flat tensors in and out.
 
-A unit here is a function of tensors whose first axis is the rows, with nothing dynamic inside. Which engine is faster
-depends on the unit, the batch and the machine, so a session measures (`fastest`) and does not guess.
+A unit is a function of tensors whose first axis is the rows, with nothing dynamic inside. This is the only file that
+exports to ONNX or opens ONNX Runtime.
 """
 
 import copy
@@ -11,7 +11,6 @@ import io
 import logging
 import math
 import os
-import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from dynanet.core.errors import MissingExtraError, StructureError, require
 from dynanet.core.files import write_atomically
@@ -35,20 +33,21 @@ class Engine(ABC):
     """Runs a unit.
 
     Attributes:
-        name: what reports call it.
+        name: of the engine, in reports.
     """
 
     name: str
 
     @abstractmethod
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The unit's outputs for these rows; never called without rows. With workspaces on, an output stays valid
-        until the next call only.
+        """Compute the unit's outputs for one row or more.
+
+        With workspaces on, an output is valid only until the next call.
         """
 
 
 class Eager(Engine):
-    """Torch itself: the fallback, and the engine on GPUs."""
+    """PyTorch itself: the fallback, and the engine on GPUs."""
 
     name = "eager"
 
@@ -56,12 +55,49 @@ class Eager(Engine):
         self.unit = unit
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The unit's outputs."""
+        """Compute the unit's outputs."""
         return list(self.unit(*inputs))
 
 
+class OnnxGraph(Engine):
+    """A graph in ONNX Runtime, fed by name; any axis may be free. `OnnxRuntime` is quicker where only rows are.
+
+    Args:
+        graph: serialised. Its inputs are named `input_0`, `input_1`, ... in the order of the call; it may lack those
+            that it does not read.
+        threads: of the runtime.
+
+    Attributes:
+        runtime: the inference session.
+        reads: positions of the inputs that the graph reads.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(self, graph: bytes, threads: int) -> None:
+        module = require("onnxruntime", "onnx")
+        options = module.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        # Threads that spin while they wait take the cores from torch's, and torch's from them: 4 times slower on two.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 4
+        self.runtime = module.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        self.reads = [int(node.name.removeprefix("input_")) for node in self.runtime.get_inputs()]
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Compute the graph's outputs."""
+        given = {f"input_{i}": inputs[i].numpy() for i in self.reads}
+        return [torch.from_numpy(out) for out in self.runtime.run(None, given)]
+
+
 class OnnxRuntime(Engine):
-    """One graph for all batch sizes. Exported once and kept in the cache, by a hash of what it computes.
+    """A unit as one ONNX Runtime graph for all numbers of rows, its tensors bound in place.
+
+    The graph is exported once and kept in the cache, under a hash of what it computes.
 
     Args:
         unit: maps flat tensors to a tuple of tensors, on the CPU.
@@ -73,7 +109,7 @@ class OnnxRuntime(Engine):
 
     Raises:
         MissingExtraError: onnxruntime (or, for a graph that is not in the cache, onnx and onnxscript) is missing.
-        StructureError: the unit cannot become such a graph, or the graph answers something else.
+        StructureError: the unit cannot be exported, or the graph's outputs differ from the unit's.
     """
 
     name = "onnxruntime"
@@ -84,14 +120,18 @@ class OnnxRuntime(Engine):
         require("onnxruntime", "onnx")
         with torch.no_grad():
             outputs = unit(*inputs)
-        self._threads, self._workspaces, self._chunk = threads, workspaces, 0
+        self._threads = threads
+        self._workspaces = workspaces
+        self._chunk = 0
         try:
-            program, name = _program(unit, tuple(inputs))
-            path = (cache if cache is not None else cache_folder()) / name
+            program = exported(unit, inputs)
+            path = (cache if cache is not None else cache_folder()) / f"{_digest(program, inputs)}.onnx"
             try:
                 self._open(path.read_bytes(), inputs, outputs)
             except Exception:  # not kept yet, damaged, or of another version of the runtime
-                self._open(_exported(program, path), inputs, outputs)
+                graph = onnx_graph(program)
+                _keep(graph, path)
+                self._open(graph, inputs, outputs)
         except MissingExtraError:
             raise
         except Exception as error:  # exporter and runtime have dozens of kinds for what they cannot do
@@ -99,77 +139,82 @@ class OnnxRuntime(Engine):
             raise StructureError(f"a part that ONNX Runtime cannot run ({reason}); use eager engines") from error
 
     def _open(self, graph: bytes, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        runtime = require("onnxruntime", "onnx")
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = self._threads, 1
-        # Threads that spin while they wait take the cores from torch's, and torch's from them: 4 times slower on two.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 4
-        self._runtime = runtime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        self._inputs = [node.name for node in self._runtime.get_inputs()]
+        opened = OnnxGraph(graph, self._threads)
+        self._runtime = opened.runtime
+        self._inputs = [(f"input_{i}", i, inputs[i][:1].numel() * inputs[i].element_size()) for i in opened.reads]
         self._outputs = [
             (node.name, tuple(t.shape[1:]), t.dtype)
             for node, t in zip(self._runtime.get_outputs(), outputs, strict=True)
         ]
-        # The exporter drops inputs that the unit does not read.
-        self._used = [int(name.removeprefix("input_")) for name in self._inputs]
         self._output_bytes = sum(math.prod(shape) * dtype.itemsize for _, shape, dtype in self._outputs)
-        self._row_bytes = [inputs[which][:1].numel() * inputs[which].element_size() for which in self._used]
         self._buffers: list[Tensor] = []
-        self._plans: dict[int, _Plan] = {}
+        self._bindings: dict[int, _Bindings] = {}
         for ours, theirs in zip(self(inputs), outputs, strict=True):
             if theirs.is_floating_point() and not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3, equal_nan=True):
                 raise StructureError("its graph answers something else than the part itself")
 
     def chunked(self, rows: int) -> "OnnxRuntime":
-        """The same graph, fed so many rows at a time: activations of a small chunk stay in the cache."""
+        """Make an engine that feeds the same graph `rows` rows at a time: small activations stay in the cache."""
         other = copy.copy(self)
-        other.name, other._chunk, other._buffers, other._plans = f"{self.name}, {rows} at a time", rows, [], {}
+        other.name = f"{self.name}, {rows} at a time"
+        other._chunk = rows
+        other._buffers = []
+        other._bindings = {}
         return other
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The unit's outputs, bound without a copy."""
+        """Compute the unit's outputs, bound without a copy."""
         rows = inputs[0].shape[0]
         inputs = [t if t.is_contiguous() else t.contiguous() for t in inputs]
-        plan = self._plans.get(rows) or self._plan(rows)
-        for first, n, binding, bound in plan.runs:
-            for i, (name, which) in enumerate(zip(self._inputs, self._used, strict=True)):
+        bindings = self._bindings.get(rows) or self._bind(rows)
+        for first, n, binding, bound in bindings.runs:
+            for i, (name, which, row_bytes) in enumerate(self._inputs):
                 t = inputs[which]
-                address = t.data_ptr() + first * self._row_bytes[i]
+                address = t.data_ptr() + first * row_bytes
                 if bound[i] != address:  # with workspaces most addresses are those of the last such call
                     binding.bind_input(name, "cpu", 0, _NUMPY[t.dtype], (n, *t.shape[1:]), address)
                     bound[i] = address
             self._runtime.run_with_iobinding(binding)
-        return plan.outputs if self._workspaces or not plan.again else [t.clone() for t in plan.outputs]
+        if self._workspaces or not bindings.again:
+            return bindings.outputs
+        return [t.clone() for t in bindings.outputs]
 
-    def _plan(self, rows: int) -> "_Plan":
-        """Where so many rows go: outputs bound once, kept for the next call if they lie in workspaces. Small outputs
-        always do, and are copied: that is quicker than to bind others.
+    def _bind(self, rows: int) -> "_Bindings":
+        """Bind outputs for calls with `rows` rows.
+
+        The bindings serve later calls too if outputs lie in workspaces. Small outputs always do, and are copied: that
+        is quicker than binding new memory.
         """
         again = self._workspaces or rows * self._output_bytes <= _SMALL
-        if not again:
-            outputs = [torch.empty(rows, *shape, dtype=dtype) for _, shape, dtype in self._outputs]
-        else:
+        if again:
             if not self._buffers or self._buffers[0].shape[0] < rows:
                 self._buffers = [torch.empty(rows, *shape, dtype=dtype) for _, shape, dtype in self._outputs]
-                self._plans.clear()
+                self._bindings.clear()
             outputs = [buffer[:rows] for buffer in self._buffers]
-        runs, step = [], self._chunk or rows
+        else:
+            outputs = [torch.empty(rows, *shape, dtype=dtype) for _, shape, dtype in self._outputs]
+        runs = []
+        step = self._chunk or rows
         for first in range(0, rows, step):
-            n, binding = min(step, rows - first), self._runtime.io_binding()
+            n = min(step, rows - first)
+            binding = self._runtime.io_binding()
             for (name, shape, dtype), out in zip(self._outputs, outputs, strict=True):
                 address = out.data_ptr() + first * out.stride(0) * out.element_size()
                 binding.bind_output(name, "cpu", 0, _NUMPY[dtype], (n, *shape), address)
             runs.append((first, n, binding, [0] * len(self._inputs)))
-        plan = _Plan(outputs, runs, again)
+        bindings = _Bindings(outputs, runs, again)
         if again:
-            self._plans[rows] = plan
-        return plan
+            self._bindings[rows] = bindings
+        return bindings
 
 
-class _Plan(NamedTuple):
-    """The outputs of a call, its runs: (first row, rows, binding, addresses of the bound inputs), and whether it serves
-    the next call too.
+class _Bindings(NamedTuple):
+    """The bound memory of a call.
+
+    Attributes:
+        outputs: of all rows.
+        runs: first row, rows, binding, and the addresses of the bound inputs, of every run of the graph.
+        again: the next call with as many rows uses them too.
     """
 
     outputs: list[Tensor]
@@ -177,43 +222,9 @@ class _Plan(NamedTuple):
     again: bool
 
 
-def fastest(
-    engines: Sequence[Engine], inputs: Sequence[Tensor], *, threads: int, seconds: float = 0.1
-) -> tuple[Engine, dict[str, float]]:
-    """The quickest engine for these rows, and every engine's milliseconds.
-
-    Interleaved, each the minimum of at least three runs: other programs only ever add time, and a choice made once at
-    load time should not hang on them. On one thread it is processor time, which they do not even touch.
-    """
-    clock = time.process_time if threads == 1 else time.perf_counter
-    ms = {engine.name: float("inf") for engine in engines}
-    started, rounds = time.perf_counter(), 0
-    while rounds < 4 or (rounds < 50 and time.perf_counter() - started < seconds):
-        for engine in engines:
-            start = clock()
-            engine(inputs)
-            if rounds:  # the first round warms up
-                ms[engine.name] = min(ms[engine.name], 1e3 * (clock() - start))
-        rounds += 1
-    return min(engines, key=lambda engine: ms[engine.name]), ms
-
-
-def folded(model: nn.Module) -> nn.Module:
-    """A copy in eval mode whose batch norms are folded into the convolutions before them (in a Sequential)."""
-    model = copy.deepcopy(model).eval()
-    for parent in list(model.modules()):
-        if not isinstance(parent, nn.Sequential):
-            continue
-        for i in range(len(parent) - 1):
-            conv, norm = parent[i], parent[i + 1]
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
-                parent[i], parent[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
-    return model.requires_grad_(False)
-
-
 @functools.cache
 def onnx_runtime() -> ModuleType | None:
-    """The onnxruntime module; None, said once, where it is not installed."""
+    """Return the onnxruntime module; None, logged once, where it is not installed."""
     try:
         return require("onnxruntime", "onnx")
     except MissingExtraError as error:
@@ -222,23 +233,47 @@ def onnx_runtime() -> ModuleType | None:
 
 
 def cache_folder() -> Path:
-    """Where exported graphs are kept: $DYNANET_CACHE, or dynanet/engines in the user's cache folder."""
+    """Return the folder of exported graphs: $DYNANET_CACHE, or dynanet/engines in the user's cache folder."""
     home = (
         os.environ.get("DYNANET_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dynanet"
     )
     return Path(home) / "engines"
 
 
+def exported(unit: nn.Module, inputs: Sequence[Tensor], *, lengths: bool = False) -> torch.export.ExportedProgram:
+    """Export a unit as a program with a free number of rows.
+
+    Args:
+        unit: maps flat tensors to a tuple of tensors.
+        inputs: an example, two rows or more.
+        lengths: the second axis is free too.
+    """
+    rows = torch.export.Dim("rows")
+    steps = torch.export.Dim.AUTO
+    free = tuple({0: rows, 1: steps} if lengths and t.dim() > 1 else {0: rows} for t in inputs)
+    with _quiet():
+        return torch.export.export(_Positional(unit), tuple(inputs), dynamic_shapes=(free,))
+
+
+def onnx_graph(program: torch.export.ExportedProgram) -> bytes:
+    """Convert a program to a serialised graph, as `OnnxGraph` takes it.
+
+    Raises:
+        MissingExtraError: onnxscript is not installed.
+    """
+    require("onnxscript", "onnx")
+    names = [f"input_{i}" for i in range(len(program.graph_signature.user_inputs))]
+    with _quiet():
+        converted = torch.onnx.export(program, dynamo=True, verbose=False, input_names=names)
+    assert converted is not None
+    return converted.model_proto.SerializeToString()
+
+
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64, torch.int64: np.int64, torch.bool: np.bool_}
 
 
-def _program(unit: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[torch.export.ExportedProgram, str]:
-    """The unit as a program, and the name of its graph in the cache: a hash of all that it computes with."""
-    batch = torch.export.Dim("batch")
-    with _quiet("torch.fx", logging.CRITICAL), redirect_stderr(io.StringIO()):  # what it cannot do, it prints at length
-        program = torch.export.export(
-            _Positional(unit, len(inputs)), inputs, dynamic_shapes=(tuple({0: batch} for _ in inputs),)
-        )
+def _digest(program: torch.export.ExportedProgram, inputs: Sequence[Tensor]) -> str:
+    """Hash all that a program computes with."""
     digest = hashlib.sha256(f"{torch.__version__}|{[(t.dtype, t.shape[1:]) for t in inputs]}".encode())
     digest.update(str(program.graph).encode())
     # Only what the graph reads: thresholds, and the weights of other steps, may change without a new graph.
@@ -249,45 +284,40 @@ def _program(unit: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[torch.export.
         if isinstance(tensor, Tensor):
             digest.update(f"{spec.target}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
             digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return program, f"{digest.hexdigest()}.onnx"
+    return digest.hexdigest()
 
 
-def _exported(program: torch.export.ExportedProgram, path: Path) -> bytes:
-    """The program's graph; kept at the path, if one can write there."""
-    require("onnxscript", "onnx")
-    inputs = len(program.graph_signature.user_inputs)
-    with warnings.catch_warnings(), _quiet("torch.onnx", logging.ERROR):  # it warns of torchvision's absence
-        warnings.simplefilter("ignore")  # the exporter's own deprecations, not ours
-        exported = torch.onnx.export(
-            program, dynamo=True, verbose=False, input_names=[f"input_{i}" for i in range(inputs)]
-        )
-    assert exported is not None
-    graph = exported.model_proto.SerializeToString()
+def _keep(graph: bytes, path: Path) -> None:
+    """Write a graph to the cache, if that is possible."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: file.write(graph))
     except OSError as error:
         log.warning("exported graphs cannot be kept in %s (%s); set DYNANET_CACHE", path.parent, error.strerror)
-    return graph
 
 
 @contextmanager
-def _quiet(name: str, level: int) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(level)
+def _quiet() -> Iterator[None]:
+    """Silence the exporters: they print at length what they cannot do, and warn of their own deprecations."""
+    loggers = [logging.getLogger(name) for name in ("torch.fx", "torch.onnx", "torch.export")]
+    before = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        logger.setLevel(before)
+        for each, level in zip(loggers, before, strict=True):
+            each.setLevel(level)
 
 
 class _Positional(nn.Module):
-    """Takes flat tensors under positional names, whatever the unit calls its own."""
+    """Takes flat tensors under positional names, whatever the unit's own arguments are called."""
 
-    def __init__(self, unit: nn.Module, inputs: int) -> None:
+    def __init__(self, unit: nn.Module) -> None:
         super().__init__()
-        self.unit, self.inputs = unit, inputs
+        self.unit = unit
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.unit(*tensors))

@@ -10,15 +10,18 @@ import torch
 from torch import nn
 
 from dynanet import zoo
-from dynanet.bench.comparison import check_equivalent, compare, line
+from dynanet.bench.comparison import check_equivalent, compare, latency_theory, line
 from dynanet.core.cost import CostModel
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import record
 from dynanet.core.errors import InputError
 from dynanet.core.gate import Gate
+from dynanet.core.macs import CountMacs
 from dynanet.gates.rules import Threshold
 from dynanet.mechanisms.early_exit import EarlyExit
 from dynanet.mechanisms.layer_skip import LayerSkip
+from dynanet.ops.native.attention import attend_packed
+from dynanet.ops.native.library import fit
 from dynanet.session.session import Session
 
 X = torch.randn(40, 3, 10, 10, generator=torch.Generator().manual_seed(0))
@@ -158,3 +161,37 @@ def test_decisions_that_a_sparse_run_never_comes_to():
 class Never(nn.Module):
     def forward(self, x):
         return Decision(torch.zeros(x.shape[0], 1), torch.zeros(x.shape[0], 1))
+
+
+def test_latency_theory_has_engines_and_the_attention_between_them():
+    torch.manual_seed(0)
+    net = zoo.text_exits(num_classes=3, vocabulary=30, longest=12, width=8, depth=2, heads=2, hidden=8).eval()
+    ids = torch.randint(2, 30, (4, 12)) * (torch.arange(12) < torch.tensor([3, 12, 7, 5])[:, None])
+    session = Session(net, ids, engines="eager")
+    theory = latency_theory(session, [ids[:2], ids[2:]])
+    if fit():
+        assert len(theory.attention) == 4, "two layers, two batches: nobody leaves"
+    assert all(engine.listener is None for engine in session.engines())
+    with CountMacs() as counted:
+        theory.run()
+    with CountMacs() as whole:
+        session(ids[:2])
+        session(ids[2:])
+    assert counted.total == whole.total
+
+
+def test_attention_inside_an_engine_is_not_counted_twice():
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(8))
+
+        def forward(self, x):
+            return attend_packed(x * self.weight, x, x, None, [1] * x.shape[0], 2)
+
+    if not fit():
+        pytest.skip("no native kernels")
+    session = Session(Attends().requires_grad_(False).eval(), torch.randn(6, 8), engines="eager")
+    x = torch.randn(6, 8)
+    theory = latency_theory(session, [x])
+    assert len(theory.engines) == 1 and not theory.attention

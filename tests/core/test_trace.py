@@ -9,7 +9,7 @@ from dynanet.core.dynamic import Dynamic, execute, record
 from dynanet.core.errors import StructureError
 from dynanet.core.gate import Gate
 from dynanet.core.halt import Halt, ThresholdHalt
-from dynanet.core.rows import Leading
+from dynanet.core.rows import LEADING, LeadingAnswers
 from dynanet.core.trace import Frame
 from dynanet.gates.rules import Sigmoid, Threshold
 from dynanet.mechanisms.layer_skip import LayerSkip
@@ -99,11 +99,14 @@ def test_an_inner_keep_carries_gradients_to_the_outer_gate():
 def test_frames_of_rows_in_their_layout_and_along_one_axis_nest():
     """A layer over samples, in it one over tokens whose unit keeps the layout, in it one over the same tokens."""
 
-    class InLayout(Leading):
+    class InLayout(LeadingAnswers):
         flat = False
 
         def whole(self, x, lead):
             return x
+
+        def take(self, x, lead, index):
+            return LEADING.take(x, lead, index)
 
         def mask(self, y, lead, keep, otherwise):
             k = keep.reshape(*lead, *[1] * (y.dim() - len(lead)))

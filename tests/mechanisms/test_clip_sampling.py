@@ -174,7 +174,7 @@ def test_videos_are_cut_into_clips():
 
 def test_what_does_not_fit_together_is_refused():
     for clips, classes in ((0, 3), (2, 0)):
-        with pytest.raises(ConfigError, match="is 0; give a whole number"):
+        with pytest.raises(ConfigError, match="must be at least 1, got 0"):
             ClipSampling(nn.Identity(), nn.Identity(), clips, classes)
     x = torch.randn(2, 6, 12)
     with pytest.raises(StructureError, match=r"scorer returned a tensor of shape \(12, 2\)"):

@@ -44,9 +44,8 @@ from dynanet.mechanisms.token_merge import TokenMerge
 from dynanet.mechanisms.update_skip import UpdateSkip
 from dynanet.nets.slim import SlimBatchNorm2d, SlimConv2d, SlimResidual, SlimSequential
 from dynanet.nets.spatial_transformer import Resize
-from dynanet.ops.causal import attend_causal
 from dynanet.ops.tiles import Tiles
-from dynanet.ops.tokens import Tokens, attend, class_attention, summed_key
+from dynanet.ops.tokens import Tokens, attend, attend_causal, class_attention, summed_key
 from dynanet.testing import check_dynamic, check_nested
 
 D, C = 12, 8

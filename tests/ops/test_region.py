@@ -6,7 +6,8 @@ from torch import nn
 
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import StructureError
-from dynanet.ops.region import Region, RegionChain, flat_image
+from dynanet.ops.positions import PositionChain
+from dynanet.ops.region import Region, flat_image
 
 C = 4
 
@@ -56,19 +57,19 @@ def test_rows_are_what_masks_give(name, size):
     x = torch.randn(batch, C, height, width, dtype=torch.float64)
     at = (torch.rand(batch, 1, height, width) < 0.5).double()
     at[0, 0, 0, 0] = 1
-    before, chain, region = x.clone(), RegionChain(unit), Region(Layer().eval(), 0, at)
+    before, chain, region = x.clone(), PositionChain(unit), Region(Layer().eval(), 0, at)
     with torch.no_grad():
         rows = chain.rows(region, flat_image(x))
         expected = by_hand(unit, x, at)
         torch.testing.assert_close(rows, expected.permute(0, 2, 3, 1).flatten(0, 2)[region.index])
-        torch.testing.assert_close(chain.dense(at, x), expected)
+        torch.testing.assert_close(chain.dense(x, at), expected)
     assert torch.equal(x, before)
 
 
 def test_a_weight_that_changes_is_seen():
     unit = conv().eval()
     x, at = torch.randn(1, C, 3, 3), torch.ones(1, 1, 3, 3)
-    chain = RegionChain(unit)
+    chain = PositionChain(unit)
     with torch.no_grad():
         chain.rows(Region(Layer().eval(), 0, at), flat_image(x))
         unit.weight.mul_(2)
@@ -80,7 +81,7 @@ def test_gradients_reach_the_weights():
     torch.manual_seed(0)
     unit = nn.Sequential(conv(), nn.ReLU(), conv()).eval()
     x, at = torch.randn(1, C, 4, 3, requires_grad=True), torch.ones(1, 1, 4, 3)
-    RegionChain(unit).rows(Region(Layer().eval(), 0, at), flat_image(x)).square().sum().backward()
+    PositionChain(unit).rows(Region(Layer().eval(), 0, at), flat_image(x)).square().sum().backward()
     found = [p.grad.clone() for p in (*unit.parameters(), x)]
     for p in (*unit.parameters(), x):
         p.grad = None
@@ -91,6 +92,6 @@ def test_gradients_reach_the_weights():
 
 def test_what_cannot_run_on_positions():
     with pytest.raises(StructureError, match="stride-1"):
-        RegionChain(nn.Conv2d(C, C, 3, stride=2, padding=1))
+        PositionChain(nn.Conv2d(C, C, 3, stride=2, padding=1))
     with pytest.raises(StructureError, match="cannot run on tiles"):
-        RegionChain(nn.Sequential(nn.AvgPool2d(3)))
+        PositionChain(nn.Sequential(nn.AvgPool2d(3)))

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from dynanet.core.errors import MissingExtraError, StructureError
 from dynanet.session import engines
-from dynanet.session.engines import Eager, Engine, OnnxRuntime, cache_folder, fastest, folded
+from dynanet.session.engines import Eager, Engine, OnnxRuntime, cache_folder
+from dynanet.session.plan import folded
+from dynanet.session.selector import fastest
 
 
 class Part(nn.Module):
@@ -148,7 +150,7 @@ def test_a_damaged_graph_is_exported_again(damage, cache, tmp_path):
 
 def graph(unit: nn.Module, cache: Path) -> Path:
     onnx(unit, cache)
-    return cache / engines._program(unit, tuple(inputs(2)))[1]
+    return cache / f"{engines._digest(engines.exported(unit, inputs(2)), inputs(2))}.onnx"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

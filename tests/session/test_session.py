@@ -16,7 +16,8 @@ from dynanet.core.rows import over_tensors
 from dynanet.core.trace import Trace
 from dynanet.mechanisms.early_exit import EarlyExit
 from dynanet.session import engines
-from dynanet.session.compiled import CompiledHalt, EnginesByBatch, Unit
+from dynanet.session.compiled import CompiledHalt, CompiledPart
+from dynanet.session.selector import EnginesByBatch
 from dynanet.session.session import Session
 from tests.session.deployed import MODELS, ROWS, Deployed, exits_behind_a_stem, images, make, rows
 
@@ -150,10 +151,10 @@ def test_engines_take_the_place_of_all_that_is_static(deployed):
     assert isinstance(session.model, CompiledHalt) and len(session.engines()) == 3
     assert not list(session.model.parameters())
     _, session = deployed("skips in exits", "onnxruntime")
-    units = [name for name, m in session.model.named_modules() if isinstance(m, Unit)]
+    units = [name for name, m in session.model.named_modules() if isinstance(m, CompiledPart)]
     assert "stages.0" in units and "stages.1.block" in units and "exits.2" in units
     _, session = deployed("static", "onnxruntime")
-    assert isinstance(session.model, Unit) and len(session.engines()) == 1
+    assert isinstance(session.model, CompiledPart) and len(session.engines()) == 1
 
 
 def test_what_was_measured_is_told(deployed):
@@ -199,7 +200,7 @@ def test_a_part_that_gets_another_size_runs_as_it_is(engine):
 
     model, x = Pyramid().eval(), images()
     session = Session(model, x, engines=engine, batches=(8,))
-    assert isinstance(session.model.look, Unit)
+    assert isinstance(session.model.look, CompiledPart)
     for n in (1, 4, ROWS):
         same(session(x[:n]), dense(model, x[:n])[0])
 

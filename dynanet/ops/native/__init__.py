@@ -1,1 +1,1 @@
-"""Native kernels, compiled where a C compiler was there at install; torch runs where they are not."""
+"""Native kernels, compiled at install where there is a C compiler; elsewhere torch runs."""

@@ -1,7 +1,7 @@
-"""Attention within the samples of packed rows as one operator, whatever their lengths; and the samples' means.
+"""Attention within the samples of packed rows as one operator, for any lengths; and the samples' means.
 
-Queries, keys and values are read where they lie, in the columns of one matrix say. Nothing is padded, and nothing is
-kept of the scores but those of a few rows.
+Queries, keys and values are read where they lie, for instance in columns of one matrix. Nothing is padded, and only the
+scores of a few rows are held at a time.
 """
 
 import ctypes
@@ -13,30 +13,31 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dynanet.ops.native.library import chosen, must
+from dynanet.ops.native.library import address, chosen, must
 
 _LIBRARY = torch.library.Library("dynanet", "FRAGMENT")
 _LIBRARY.define(
     "attend_packed(Tensor query, Tensor key, Tensor value, Tensor? bias, int[] lengths, int heads) -> Tensor"
 )
 _LIBRARY.define("mean_packed(Tensor x, int[] lengths) -> Tensor")
+ATTEND_PACKED = torch.ops.dynanet.attend_packed.default  # the operator, for those who look for its calls
 
 _BLOCK = 256
-"""Keys that are looked at together, at most: turned, they stay in a cache of the second level."""
+"""Most keys that are read together: transposed, they stay in the second level's cache."""
 
 
 def attend_packed(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, lengths: Sequence[int], heads: int
 ) -> Tensor:
-    """Multi-head attention, in which every row attends to the rows of its sample.
+    """Multi-head attention of every row to the rows of its sample.
 
     Args:
         query: (N, D), sample after sample. All tensors are float32 on the CPU; see `library.fit`.
         key: (N, D).
         value: (N, D).
-        bias: (N,), what is added to the scores of a key, in all heads; or None.
+        bias: (N,), added to the scores of a key in all heads; or None.
         lengths: rows of every sample, N together.
-        heads: D is split into so many.
+        heads: number of heads that D is split into.
 
     Returns:
         (N, D).
@@ -47,7 +48,8 @@ def attend_packed(
 def _attend_packed(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, lengths: list[int], heads: int
 ) -> Tensor:
-    kernels, (rows, width) = chosen(), query.shape
+    kernels = chosen()
+    rows, width = query.shape
     assert kernels is not None
     there = (query, key, value) if bias is None else (query, key, value, bias)
     must(all(t.dtype is torch.float32 and t.is_cpu for t in there), "tensors that are not float32 on the CPU")
@@ -60,22 +62,24 @@ def _attend_packed(
         return answer
     of = [t if t.stride(1) == 1 else t.contiguous() for t in (query, key, value)]
     bias = None if bias is None else bias.contiguous()
-    size, longest, threads = width // heads, max(lengths), torch.get_num_threads()
+    size = width // heads
+    longest = max(lengths)
+    threads = torch.get_num_threads()
     block = min(_BLOCK, -(-longest // 32) * 32)
-    # Per key of a block its turned key, its value where that fills no vector, its bias, and a score in every row of a
-    # tile; per row two numbers. What a thread has begins at a line of the cache.
+    # Per key of a block its transposed key, its value where that is narrower than a vector, its bias, and a score in
+    # every row of a tile; per row two numbers. A thread's room begins at a cache line.
     each = block * (size + (16 if size < 16 else 0) + 1 + 12) + -(-2 * longest // 16) * 16
     room = query.new_empty(threads * each)
     kernels.attend(
         len(lengths), _starts(lengths), heads, size,
-        *(t.data_ptr() for t in of), *(t.stride(0) for t in of), None if bias is None else bias.data_ptr(),
+        *(t.data_ptr() for t in of), *(t.stride(0) for t in of), address(bias),
         answer.data_ptr(), block, longest, each, room.data_ptr(), threads,
     )  # fmt: skip
     return answer
 
 
 def mean_packed(x: Tensor, lengths: Sequence[int]) -> Tensor:
-    """The mean of every sample's rows, (samples, D); NaN where a sample has none.
+    """Average every sample's rows, (samples, D); NaN where a sample has none.
 
     Args:
         x: (N, D), sample after sample, float32 on the CPU; see `library.fit`.
@@ -85,7 +89,9 @@ def mean_packed(x: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def _mean_packed(x: Tensor, lengths: list[int]) -> Tensor:
-    kernels, (rows, width), x = chosen(), x.shape, x.contiguous()
+    kernels = chosen()
+    rows, width = x.shape
+    x = x.contiguous()
     assert kernels is not None
     must(x.dtype is torch.float32 and x.is_cpu, "a tensor that is not float32 on the CPU")
     must(sum(lengths) == rows and min(lengths, default=0) >= 0, "samples of other rows")
@@ -95,7 +101,7 @@ def _mean_packed(x: Tensor, lengths: list[int]) -> Tensor:
 
 
 def _starts(lengths: Sequence[int]) -> Any:
-    """Where samples begin, and where the last one ends."""
+    """The first row of every sample, and the end of the last one."""
     return (ctypes.c_int64 * (len(lengths) + 1))(0, *accumulate(lengths))
 
 

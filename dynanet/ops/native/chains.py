@@ -13,14 +13,16 @@ Ready = dict[nn.Module, tuple[Tensor, Tensor | None]]
 
 
 class Chain:
-    """Keeps the packed weights of a chain's convolutions."""
+    """The packed weights of a chain's convolutions."""
 
     def __init__(self) -> None:
         self._packed: dict[nn.Module, PackedWeights] = {}
 
     def ready(self, layers: Sequence[nn.Module], rows: Tensor | None = None) -> Ready | None:
-        """Every convolution's (packed weights, bias); None where native kernels cannot run the layers on these rows:
-        there are none, weights are not frozen, or a convolution has groups or a very large kernel, or there is none.
+        """Every convolution's packed weights and bias; None where native kernels cannot run the layers on these rows.
+
+        They cannot without kernels or without a convolution, if a weight has a gradient, or if a convolution has groups
+        or a very large kernel.
         """
         if not fit(rows):
             return None
@@ -37,7 +39,7 @@ class Chain:
 
 
 def fused(layers: Sequence[nn.Module]) -> list[tuple[nn.Module, bool]]:
-    """The layers, and whether the ReLU that followed a convolution is done with it."""
+    """Pair every layer with whether the ReLU after it, dropped here, is applied with it."""
     steps: list[tuple[nn.Module, bool]] = []
     for layer in layers:
         if type(layer) is nn.ReLU and steps and isinstance(steps[-1][0], nn.Conv2d):
@@ -51,10 +53,10 @@ class LayerRun(NamedTuple):
     """Layers of a chain of parts that run together: convolutions in one call, or one other layer.
 
     Attributes:
-        part: the first one's.
-        reach: of the last one; see `pixels.Convolution`.
+        part: of the first layer.
+        reach: of the last layer; see `pixels.Convolution`.
         convolutions: in order; none for another layer.
-        other: it.
+        other: that layer; None for convolutions.
     """
 
     part: int
@@ -64,7 +66,7 @@ class LayerRun(NamedTuple):
 
 
 def runs(parts: Sequence[Sequence[nn.Module]], reach: Sequence[int], *, apart: bool) -> list[LayerRun]:
-    """The layers of a chain in as few runs as possible; `apart`: none that spans two parts."""
+    """Group the layers of a chain in as few runs as possible; with `apart`, no run spans two parts."""
     found: list[LayerRun] = []
     for j, part in enumerate(parts):
         for layer, relu in fused(part):

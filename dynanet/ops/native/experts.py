@@ -8,39 +8,39 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynanet.ops.native.library import chosen, fit
+from dynanet.ops.native.library import chosen, fit, states
 from dynanet.ops.native.products import PackedWeights, product, product_add_
 
 
 class PackedExperts:
-    """The packed weights of experts that are all Linear, activation, Linear of one size; see `PackedWeights` for the
-    rest.
+    """The packed weights of experts that are all Linear, activation, Linear of one size; see `PackedWeights`.
 
-    They are packed anew when a weight was changed or a layer exchanged. Where a layer has hooks, nothing is done
-    natively; hooks on an expert as a whole are not heard.
+    They are packed again when a weight was changed or a layer exchanged. Where a layer has hooks, nothing runs
+    natively; hooks on an expert as a whole are not called.
     """
 
     def __init__(self) -> None:
-        self._up, self._down = PackedWeights(), PackedWeights()
+        self._up = PackedWeights()
+        self._down = PackedWeights()
         self._wide = 0
         self._held: list[tuple[dict[str, Any], list[object]]] = []
         self._weights: list[Tensor] = []
         self._hooks: list[dict[int, Any]] = []
-        self._state: list[object] = []
+        self._state: list[tuple[int, int, bool] | None] = []
         self._ready: _Ready | None = None
 
     def add_(self, answer: Tensor, x: Tensor, experts: nn.ModuleList, keep: Tensor, weight: Tensor) -> bool:
-        """answer += the sum of weight * expert(row) over the experts that a row keeps.
+        """Add the sum of weight * expert(row) over the experts that a row keeps.
 
         Args:
             answer: (R, outputs), contiguous; changed.
             x: rows, (R, inputs).
-            experts: E of them.
+            experts: E modules.
             keep: (R, E), above 0 where a row goes to an expert.
             weight: (R, E).
 
         Returns:
-            False: that cannot be done here, and nothing was done.
+            False if native kernels cannot compute it; then nothing was added.
         """
         if x.dim() != 2 or answer.dim() != 2 or not fit(x, weight):
             return False
@@ -62,7 +62,7 @@ class PackedExperts:
     def _packed(self, experts: nn.ModuleList) -> "_Ready | None":
         kernels = chosen()
         assert kernels is not None
-        if self._wide != kernels.wide or not self._as_it_was(experts):
+        if self._wide != kernels.wide or not self._unchanged(experts):
             self._wide, self._ready = kernels.wide, self._made(list(experts))
             parts = [part for expert in experts for part in expert.children()]
             dicts: list[dict[str, Any]] = [experts._modules]
@@ -71,10 +71,10 @@ class PackedExperts:
             self._hooks = [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
             self._weights = [p for _, values in self._held for p in values if isinstance(p, Tensor)]
             self._state = self._states()
-        return None if any(self._hooks) else self._ready  # hooks want to hear of calls
+        return None if any(self._hooks) else self._ready  # hooks need the layers to be called
 
-    def _as_it_was(self, experts: nn.ModuleList) -> bool:
-        """The same layers with the same weights. Past the attributes of modules, which take long to look up."""
+    def _unchanged(self, experts: nn.ModuleList) -> bool:
+        """Whether layers and weights are those that were packed. Looks past module attributes, which are slow."""
         if not self._held or self._held[0][0] is not experts._modules:
             return False
         for held, values in self._held:
@@ -82,8 +82,8 @@ class PackedExperts:
                 return False
         return self._state == self._states()
 
-    def _states(self) -> list[object]:
-        return [None if p.is_inference() else (p._version, p.data_ptr(), p.requires_grad) for p in self._weights]
+    def _states(self) -> list[tuple[int, int, bool] | None]:
+        return states(None if p.is_inference() else p for p in self._weights)
 
     def _made(self, experts: Sequence[nn.Module]) -> "_Ready | None":
         stacks = [list(expert.children()) for expert in experts]
@@ -114,5 +114,5 @@ class _Ready(NamedTuple):
     outputs: int
 
 
-# Without parameters, and each number by itself.
+# Without parameters, number by number.
 _ELEMENTWISE = (nn.ReLU, nn.GELU, nn.SiLU, nn.ReLU6, nn.Hardswish, nn.LeakyReLU, nn.Sigmoid, nn.Tanh, nn.ELU, nn.Mish)

@@ -1,7 +1,7 @@
-"""The library of native kernels: found, loaded when first asked for, and bound for one instruction set.
+"""The library of native kernels: found, loaded at first use, and bound for one instruction set.
 
-There may be none: no compiler was there at install, the processor is of another kind, or the environment variable
-DYNANET_NATIVE is 0. Then everything runs on torch. DYNANET_NATIVE may also name an instruction set to use.
+There may be none: no compiler at install, another kind of processor, or the environment variable DYNANET_NATIVE is 0.
+Then everything runs on torch. DYNANET_NATIVE may also name an instruction set to use.
 """
 
 import ctypes
@@ -10,7 +10,7 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -32,18 +32,18 @@ class Kernels:
     """The kernels for one instruction set, called with addresses and sizes.
 
     Attributes:
-        name: of the instruction set.
+        name: the instruction set.
         wide: columns of a packed panel.
-        neurons_up: see kernels.h, as for the others.
+        neurons_up: the first product of neuron blocks; see kernels.h, as for the others.
         neurons_down: the second product of neuron blocks.
         product: gathered rows times packed weights.
         rows: images laid out as rows; see pixels.h, as for the next two.
-        scores: of positions or tiles, from what lies around them and the image's mean.
-        convolutions: at chosen positions.
+        scores: scores of positions or tiles, from their neighbourhood and the image's mean.
+        convolutions: convolutions at chosen positions.
         update_skip: a recurrent cell over sequences, called with the address of a structure.
-        skim: two of them.
+        skim: two cells over sequences, likewise.
         attend: attention within samples of packed rows.
-        means: of the rows of every sample.
+        means: the mean of every sample's rows.
     """
 
     def __init__(self, library: ctypes.CDLL, name: str) -> None:
@@ -53,7 +53,8 @@ class Kernels:
             return found
 
         size, address = ctypes.c_long, ctypes.c_void_p
-        self.name, self.wide = name, SETS[name]
+        self.name = name
+        self.wide = SETS[name]
         self.neurons_up = bound("neurons_up", *[size] * 4, *[address] * 4, size, address, address)
         self.neurons_down = bound("neurons_down", *[size] * 4, *[address] * 5)
         kinds = [size, address, *[size] * 4, *[address] * 6, size, address, size, size, address, size]
@@ -71,7 +72,7 @@ class Kernels:
         self._large_pages.argtypes, self._large_pages.restype = (address, size), None
 
     def room(self, *shape: int) -> Tensor:
-        """Memory for what is read or written from end to end, in large pages where the system has them."""
+        """Allocate memory that is read or written from end to end, in large pages where the system has them."""
         numbers = math.prod(shape)
         if 4 * numbers < 2 * _LARGE:
             return torch.empty(shape)
@@ -83,23 +84,23 @@ class Kernels:
 
 
 def must(holds: bool, what: str) -> None:
-    """What would be read out of bounds must not reach the kernels, under `python -O` neither.
+    """Check what kernels rely on: they would read out of bounds. Unlike `assert`, it holds under `python -O` too.
 
     Raises:
-        ValueError: naming what does not hold.
+        ValueError: the condition does not hold.
     """
     if not holds:
         raise ValueError(f"a native kernel got {what}")
 
 
 def instruction_set() -> str:
-    """Of the kernels in use; "" where there are none."""
+    """Return the instruction set of the kernels in use; "" if there are none."""
     kernels = chosen()
     return "" if kernels is None else kernels.name
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """All that the library offers on this processor, best last."""
+    """Return all instruction sets that the library offers on this processor, best last."""
     library = _library(HERE / "kernels.so")
     if library is None:
         return ()
@@ -109,7 +110,7 @@ def instruction_sets() -> tuple[str, ...]:
 
 @contextmanager
 def using(name: str) -> Iterator[None]:
-    """Kernels of this instruction set inside, none for "": for tests and comparisons.
+    """Use kernels of this instruction set inside, none for "": for tests and comparisons.
 
     Raises:
         ConfigError: a set that the library does not offer here.
@@ -122,13 +123,13 @@ def using(name: str) -> Iterator[None]:
 
 
 def chosen() -> Kernels | None:
-    """The kernels in use; None where there are none."""
+    """Return the kernels in use; None if there are none."""
     used = _USED.get()
     return _default() if isinstance(used, str) else used
 
 
 def fit(*tensors: Tensor | None) -> bool:
-    """Kernels are there, and they compute these tensors: float32 on the CPU, of which no gradient is wanted."""
+    """Whether native kernels can compute with these tensors: float32 on the CPU, without a gradient."""
     for t in tensors:
         if t is not None and (
             t.dtype is not torch.float32 or not t.is_cpu or (t.requires_grad and torch.is_grad_enabled())
@@ -137,23 +138,44 @@ def fit(*tensors: Tensor | None) -> bool:
     return not torch.compiler.is_compiling() and chosen() is not None
 
 
+def check_floats(*tensors: Tensor | None) -> None:
+    """Check that tensors can be read by address.
+
+    Raises:
+        ValueError: a tensor that is not contiguous float32 memory of the CPU.
+    """
+    for t in tensors:
+        fits = t is None or (t.dtype is torch.float32 and t.is_cpu and t.is_contiguous())
+        must(fits, "tensors that are not float32 on the CPU, in one piece")
+
+
+def address(t: Tensor | None) -> int | None:
+    """Return the address of a tensor's memory; None, C's null, without one."""
+    return None if t is None else t.data_ptr()
+
+
+def states(weights: Iterable[Tensor | None]) -> list[tuple[int, int, bool] | None]:
+    """Return what changes when torch changes weights: version, address and whether a gradient is wanted."""
+    return [None if p is None else (p._version, p.data_ptr(), p.requires_grad) for p in weights]
+
+
 @functools.cache
 def _default() -> Kernels | None:
-    asked = os.environ.get("DYNANET_NATIVE", "")
-    if asked == "0":
+    wanted = os.environ.get("DYNANET_NATIVE", "")
+    if wanted == "0":
         return None
     there = instruction_sets()
-    if asked in there:
-        return _kernels(asked)
-    if asked not in ("", "1"):
-        log.warning("DYNANET_NATIVE is %r, and there are %s; taking the best", asked, there)
+    if wanted in there:
+        return _kernels(wanted)
+    if wanted not in ("", "1"):
+        log.warning("DYNANET_NATIVE is %r, but the instruction sets here are %s; using the best", wanted, there)
     return _kernels(there[-1]) if there else None
 
 
 @functools.cache
 def _kernels(name: str) -> Kernels:
     if name not in instruction_sets():
-        raise ConfigError(f"there are no native kernels for {name!r} here, only for {instruction_sets()}; name one")
+        raise ConfigError(f"no native kernels for {name!r} here; expected one of {instruction_sets()}")
     library = _library(HERE / "kernels.so")
     assert library is not None
     return Kernels(library, name)

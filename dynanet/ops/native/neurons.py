@@ -1,7 +1,7 @@
 """Blocks of neurons as two operators: up to the hidden neurons that rows keep, and down from them.
 
-What makes them quick is the order of reading: weights that any row keeps are read once, in the order of memory and
-ahead of time, and no others. With few rows and weights that no cache holds, reading is all that costs.
+They are fast by their order of reading: weights that any row keeps are read once, in the order of memory and ahead of
+time, and no others. With few rows, and weights larger than the caches, the time is that of reading.
 """
 
 import ctypes
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from dynanet.ops.native.library import chosen, must
+from dynanet.ops.native.library import address, chosen, must
 
 _LIBRARY = torch.library.Library("dynanet", "FRAGMENT")
 _LIBRARY.define("neurons_up(Tensor x, Tensor weight, Tensor? bias, Tensor keep, bool relu) -> Tensor")
@@ -18,14 +18,14 @@ _LIBRARY.define("neurons_down(Tensor hidden, Tensor weight, Tensor? bias, Tensor
 
 
 def neurons_up(x_RD: Tensor, weight_HD: Tensor, bias_H: Tensor | None, keep_RB: Tensor, *, relu: bool) -> Tensor:
-    """Linear to the hidden neurons whose block a row keeps; 0 for the others.
+    """Apply a linear map to the hidden neurons whose block a row keeps; 0 for the others.
 
     Args:
         x_RD: rows, (R, D). All tensors are float32 on the CPU; see `library.fit`.
         weight_HD: (H, D), contiguous.
         bias_H: (H,), or None.
         keep_RB: above 0 where a row keeps a block of H / B neurons, (R, B).
-        relu: rectify.
+        relu: apply a ReLU.
 
     Returns:
         (R, H).
@@ -34,7 +34,7 @@ def neurons_up(x_RD: Tensor, weight_HD: Tensor, bias_H: Tensor | None, keep_RB: 
 
 
 def neurons_down(hidden_RH: Tensor, weight_HO: Tensor, bias_O: Tensor | None, keep_RB: Tensor) -> Tensor:
-    """Linear from the hidden neurons whose block a row keeps; the others are not looked at.
+    """Apply a linear map from the hidden neurons whose block a row keeps; the others are not read.
 
     Args:
         hidden_RH: (R, H).
@@ -49,26 +49,34 @@ def neurons_down(hidden_RH: Tensor, weight_HO: Tensor, bias_O: Tensor | None, ke
 
 
 def _up(x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor, relu: bool) -> Tensor:
-    (rows, inputs), (hidden, _), blocks = x.shape, weight.shape, keep.shape[1]
+    rows, inputs = x.shape
+    hidden = weight.shape[0]
+    blocks = keep.shape[1]
     _check(x, weight, bias, keep, (inputs, hidden), hidden)
-    answer, kernels = x.new_zeros(rows, hidden), chosen()
+    answer = x.new_zeros(rows, hidden)
+    kernels = chosen()
     assert kernels is not None
-    x, keep = x.contiguous(), keep.contiguous()
+    x = x.contiguous()
+    keep = keep.contiguous()
     kernels.neurons_up(
-        rows, inputs, blocks, hidden // blocks, x.data_ptr(), weight.data_ptr(), _address(bias), keep.data_ptr(), relu,
+        rows, inputs, blocks, hidden // blocks, x.data_ptr(), weight.data_ptr(), address(bias), keep.data_ptr(), relu,
         answer.data_ptr(), (ctypes.c_int * rows)(),
     )  # fmt: skip
     return answer
 
 
 def _down(hidden: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor) -> Tensor:
-    rows, (neurons, outputs), blocks = hidden.shape[0], weight.shape, keep.shape[1]
+    rows = hidden.shape[0]
+    neurons, outputs = weight.shape
+    blocks = keep.shape[1]
     _check(hidden, weight, bias, keep, (neurons, outputs), neurons)
-    answer, kernels = hidden.new_zeros(rows, outputs), chosen()
+    answer = hidden.new_zeros(rows, outputs)
+    kernels = chosen()
     assert kernels is not None
     if bias is not None:
         answer += bias
-    hidden, keep = hidden.contiguous(), keep.contiguous()
+    hidden = hidden.contiguous()
+    keep = keep.contiguous()
     kernels.neurons_down(
         rows, outputs, blocks, neurons // blocks, hidden.data_ptr(), weight.data_ptr(), keep.data_ptr(),
         answer.data_ptr(), (ctypes.c_int * rows)(),
@@ -84,10 +92,6 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor, sizes: 
     must(x.dim() == 2 and x.shape[1] == sizes[0], "rows of another shape")
     must(keep.dim() == 2 and keep.shape[0] == x.shape[0], "decisions about other rows")
     must(keep.shape[1] > 0 and neurons % keep.shape[1] == 0, "blocks that do not divide the neurons")
-
-
-def _address(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
 
 
 _LIBRARY.impl("neurons_up", _up, "CPU")

@@ -1,7 +1,7 @@
-"""Pixels as operators: images laid out as rows, the unit that scores positions, and convolutions where a mask says so.
+"""Pixels as operators: images as rows, scores of positions, and convolutions at the positions of a mask.
 
-Rows are positions, (B * H * W, C): images laid out channels last. Which positions are kept, and which of them a kernel
-reads, is found inside the operators.
+Rows are positions, (B * H * W, C): images laid out channels last. Operators find out themselves which positions are
+kept, and which of them a convolution reads.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from dynanet.ops.native.library import chosen, fit, must
+from dynanet.ops.native.library import check_floats, chosen, fit, must
 from dynanet.ops.native.products import TAPS
 
 _LIBRARY = torch.library.Library("dynanet", "FRAGMENT")
@@ -29,8 +29,8 @@ class Convolution(NamedTuple):
     """A convolution of stride 1 at chosen positions.
 
     Attributes:
-        layer: whose geometry counts.
-        relu: rectify its answer.
+        layer: of which the geometry is used.
+        relu: apply a ReLU to its answer.
         reach: how far the positions may be from a kept one, down and across.
     """
 
@@ -40,12 +40,12 @@ class Convolution(NamedTuple):
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """As the kernel takes them."""
+        """Sizes in the order of the kernel's arguments."""
         return self.layer.out_channels, self.reach, self.relu, *self.layer.kernel_size, *self.layer.dilation
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """A copy of x that is laid out channels last; x itself where it is already, or where native kernels cannot do it.
+    """Copy x to channels last; x itself where it already is, or where native kernels cannot copy it.
 
     Args:
         x: (B, C, H, W).
@@ -56,14 +56,14 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def copied(rows: Tensor) -> Tensor:
-    """A copy of many rows. New memory costs more than what is copied into it, unless it lies in large pages."""
+    """Copy many rows into large pages; elsewhere new memory costs more than the copy."""
     kernels = chosen()
     assert kernels is not None
     return kernels.room(*rows.shape).copy_(rows)
 
 
 def scores(x: Tensor, around: nn.Conv2d, whole: nn.Module, tile: int) -> Tensor | None:
-    """A 3x3 convolution to one channel, averaged over tiles, plus a linear map of the images' mean.
+    """Compute a 3x3 convolution to one channel, averaged over tiles, plus a linear map of the images' mean.
 
     Args:
         x: (B, C, H, W), laid out channels last.
@@ -90,15 +90,15 @@ def convolutions(
     before: int | None = None,
     into: Tensor | None = None,
 ) -> Tensor:
-    """Convolutions one after the other, each within its reach of the kept positions.
+    """Run convolutions one after the other, each within its reach of the kept positions.
 
     Args:
         rows: (n, channels): all positions of the images, or those within `before` of a kept one, in order.
-        steps: each of padding that keeps the size, and of the reach of the one before it, less its padding.
+        steps: "same" convolutions, each with the reach of the one before it, less its own padding.
         packed: weights and biases, see `products.PackedWeights`.
         keep: (B, 1, H, W), not 0 at the positions that are kept.
         before: see `rows`; None: all positions.
-        into: (positions, outputs), contiguous: the answer is added there, and nothing else is answered.
+        into: (positions, outputs), contiguous: the answer is added there and not returned.
 
     Returns:
         (m, outputs), in the order of positions; `into` if it is given.
@@ -116,20 +116,22 @@ def _channels_last(x: Tensor) -> Tensor:
     batch, channels, height, width = x.shape
     kernels = chosen()
     assert kernels is not None
-    _floats(x)
+    check_floats(x)
     answer = kernels.room(batch, height, width, channels).permute(0, 3, 1, 2)
     kernels.rows(batch, channels, height * width, x.data_ptr(), answer.data_ptr(), torch.get_num_threads())
     return answer
 
 
 def _scores(x: Tensor, around: Tensor, bias: Tensor, whole: Tensor, tile: int) -> Tensor:
-    kernels, (batch, channels, height, width) = chosen(), x.shape
-    around, whole = around.contiguous(), whole.contiguous()
+    kernels = chosen()
+    batch, channels, height, width = x.shape
+    around = around.contiguous()
+    whole = whole.contiguous()
     answer = x.new_empty(batch, -(-height // tile), -(-width // tile), 1)
     padded, wide = (-(-size // 16) * 16 for size in (channels, width))
     room = x.new_empty(9 * padded + batch * height * (padded + 9 * wide))
     assert kernels is not None
-    _floats(x.permute(0, 2, 3, 1), around, bias, whole)
+    check_floats(x.permute(0, 2, 3, 1), around, bias, whole)
     must(x.numel() > 0, "no images")
     must(around.numel() == 9 * channels and whole.numel() == channels and tile > 0, "weights of another shape")
     kernels.scores(
@@ -139,24 +141,16 @@ def _scores(x: Tensor, around: Tensor, bias: Tensor, whole: Tensor, tile: int) -
     return answer
 
 
-def _convolutions(
-    rows: Tensor, keep: Tensor, before: int, packed: list[Tensor], biases: list[Tensor | None], sizes: list[int]
-) -> Tensor:
+def _convolutions(rows: Tensor, keep: Tensor, *rest: Any) -> Tensor:
+    *_, sizes = rest
     answer = rows.new_empty(keep.numel(), sizes[-_SIZES])
-    return answer[: _run(answer, rows, keep, before, packed, biases, sizes, add=False)]
+    return answer[: _run(answer, rows, keep, *rest, add=False)]
 
 
-def _convolutions_add_(
-    answer: Tensor,
-    rows: Tensor,
-    keep: Tensor,
-    before: int,
-    packed: list[Tensor],
-    biases: list[Tensor | None],
-    sizes: list[int],
-) -> None:
+def _convolutions_add_(answer: Tensor, rows: Tensor, keep: Tensor, *rest: Any) -> None:
+    *_, sizes = rest
     must(answer.shape == (keep.numel(), sizes[-_SIZES]), "places of another size")
-    _run(answer, rows, keep, before, packed, biases, sizes, add=True)
+    _run(answer, rows, keep, *rest, add=True)
 
 
 def _run(
@@ -170,22 +164,31 @@ def _run(
     *,
     add: bool,
 ) -> int:
-    kernels, rows, keep, positions = chosen(), rows.contiguous(), keep.contiguous(), keep.numel()
+    kernels = chosen()
+    rows = rows.contiguous()
+    keep = keep.contiguous()
+    positions = keep.numel()
     assert kernels is not None
-    _floats(answer, rows, keep, *packed, *biases)
-    depth, most, widest = rows.shape[1], 1, 1  # channels read, taps, the most channels that any convolution reads
+    check_floats(answer, rows, keep, *packed, *biases)
+    depth = rows.shape[1]  # channels that a convolution reads
+    widest = 1  # most of them
+    most = 1  # most taps
     for i, (weight, bias) in enumerate(zip(packed, biases, strict=True)):
         outputs, reach, _, down, across, *dilation = sizes[_SIZES * i : _SIZES * (i + 1)]
         shape = (1, -(-outputs // kernels.wide), down * across * depth, kernels.wide)
         must(weight.shape == shape, f"packed weights of shape {tuple(weight.shape)} in place of {shape}")
         must(bias is None or bias.shape == (1, outputs), "a bias of another shape")
         must(1 <= down * across <= TAPS and min(dilation) > 0 <= reach, "a kernel or a reach of no size")
-        widest, most, depth = max(widest, depth), max(most, down * across), outputs
-    several, (height, width) = len(packed), keep.shape[-2:]
+        widest = max(widest, depth)
+        most = max(most, down * across)
+        depth = outputs
+    several = len(packed)
+    height, width = keep.shape[-2:]
     # Room for all positions; what is not kept is never touched, and costs nothing.
     spare = kernels.room(min(several - 1, 2), positions * widest)
     room = torch.empty(positions * (2 + most) + positions // 8 + 1, dtype=torch.int64)
-    zeros, first = rows.new_zeros(widest), spare.data_ptr()
+    zeros = rows.new_zeros(widest)
+    first = spare.data_ptr()
     n = kernels.convolutions(
         positions // max(1, height * width), height, width, keep.data_ptr(), before, *rows.shape, rows.data_ptr(),
         several, (ctypes.c_int64 * len(sizes))(*sizes), _addresses(packed), _addresses(biases), zeros.data_ptr(),
@@ -198,12 +201,6 @@ def _run(
 
 def _addresses(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
     return (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
-
-
-def _floats(*tensors: Tensor | None) -> None:
-    for t in tensors:
-        fits = t is None or (t.dtype is torch.float32 and t.is_cpu and t.is_contiguous())
-        must(fits, "tensors that are not float32 on the CPU, in one piece")
 
 
 _LIBRARY.impl("channels_last", _channels_last, "CPU")

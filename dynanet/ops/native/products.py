@@ -1,12 +1,11 @@
 """Products of gathered rows with packed weights as operators: experts, and convolutions at chosen positions.
 
-Rows of the left matrix are read where they lie, through an index: nothing is gathered first, no neighbourhoods are laid
-side by side. Rows may come in groups with weights of their own (experts). Answers may be scaled and added where another
-index says: nothing is scattered afterwards.
+Rows of the left matrix are read where they lie, through an index: nothing is gathered first, no neighbourhoods are
+copied side by side. Rows may come in groups with weights of their own (experts). Answers may be scaled, and added at
+the places of another index: nothing is scattered afterwards.
 """
 
 import ctypes
-import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
-from dynanet.ops.native.library import Kernels, chosen, must
+from dynanet.ops.native.library import Kernels, address, check_floats, chosen, must, states
 
 TAPS = 64
 """The most pieces that a row of the left matrix may have."""
@@ -32,32 +31,36 @@ _LIBRARY.define(
 
 
 class PackedWeights:
-    """Weights as the kernels read them, panel by panel; made once, and again when a weight has changed.
+    """Weights as the kernels read them, panel by panel; packed once, and again when a weight has changed.
 
-    Only for weights that are frozen (no gradient is wanted of them): training changes weights at every step. A session
-    freezes its model. What is packed is a copy and takes the weights' memory a second time. A copy of the owner packs
-    anew. What is written past torch's counting of changes, through `weight.data` in place, is not noticed.
+    Only for weights without a gradient: training changes weights at every step. A session freezes its model. The
+    panels take the weights' memory a second time: 4 bytes per weight, outputs rounded up to whole panels. They are not
+    copied with their owner. A change through `weight.data`, which torch does not count, is not noticed.
     """
 
     def __init__(self) -> None:
-        self._wide, self._of, self._state = 0, list[Tensor | None](), list[tuple[int, int, bool] | None]()
+        self._wide = 0
+        self._of: list[Tensor | None] = []
+        self._state: list[tuple[int, int, bool] | None] = []
         self._packed: Tensor | None = None
         self._bias: Tensor | None = None
 
     def of(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> tuple[Tensor, Tensor | None] | None:
-        """(packed, bias (groups, outputs)) of a group of rows each; None if they are not frozen, or not float32 on the
-        CPU.
+        """Pack the weights of groups of rows.
 
         Args:
-            weights: (outputs, depth) or, of a convolution, (outputs, channels, height, width); equal shapes.
+            weights: per group (outputs, depth) or, of a convolution, (outputs, channels, height, width); equal shapes.
             biases: (outputs,) each, or None for all.
+
+        Returns:
+            The panels and the biases (groups, outputs); None if a weight has a gradient or is not float32 on the CPU.
         """
-        tensors, kernels = [*weights, *biases], chosen()
+        tensors = [*weights, *biases]
+        kernels = chosen()
         assert kernels is not None
         if any(t is not None and t.is_inference() for t in weights):
-            return None  # nothing tells when these change
-        # A few microseconds: with one row, that counts.
-        state = [None if t is None else (t._version, t.data_ptr(), t.requires_grad) for t in tensors]
+            return None  # torch does not count their changes
+        state = states(tensors)  # a few microseconds, which show with one row
         if (
             self._packed is not None
             and self._wide == kernels.wide
@@ -69,8 +72,11 @@ class PackedWeights:
         if any(t is not None and (t.requires_grad or t.dtype is not torch.float32 or not t.is_cpu) for t in tensors):
             return None
         bias = [b.detach() for b in biases if b is not None]
-        self._packed, self._bias = _panels(weights, kernels), torch.stack(bias) if bias else None
-        self._wide, self._of, self._state = kernels.wide, tensors, state
+        self._packed = _panels(weights, kernels)
+        self._bias = torch.stack(bias) if bias else None
+        self._wide = kernels.wide
+        self._of = tensors
+        self._state = state
         return self._packed, self._bias
 
     def __reduce__(self) -> Any:
@@ -87,16 +93,16 @@ def product(
     around: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """Linear of gathered rows.
+    """Apply linear maps to gathered rows.
 
     Args:
-        rows: (N, channels). All tensors are on the CPU, and float32 if they are no index; see `library.fit`.
-        packed: of as many groups as `counts` has, see `PackedWeights`.
+        rows: (N, channels). All tensors are on the CPU, and float32 unless they are indices; see `library.fit`.
+        packed: of as many groups as `counts` has; see `PackedWeights`.
         bias: (groups, outputs), or None.
         outputs: columns of the answer.
-        counts: how many rows of the answer belong to each group, one group after the other; M together.
+        counts: rows of the answer in each group, one group after the other; M together.
         around: (M, taps) rows of `rows` that make one row of the left matrix, below 0 for zeros; None: all in order.
-        relu: rectify.
+        relu: apply a ReLU.
 
     Returns:
         (M, outputs).
@@ -116,7 +122,7 @@ def product_add_(
     relu: bool = False,
     scale: Tensor | None = None,
 ) -> None:
-    """answer[to[i]] += scale[i] * (row i of the product plus its bias, rectified or not); arguments as of `product`.
+    """Compute answer[to[i]] += scale[i] * (row i of the product); arguments not listed are those of `product`.
 
     Args:
         answer: (places, outputs), contiguous; changed.
@@ -126,38 +132,16 @@ def product_add_(
         counts: see `product`.
         to: (M,), places; one may come several times.
         around: see `product`.
-        relu: rectify before scaling.
+        relu: apply a ReLU before scaling.
         scale: (M,), or None for 1.
     """
     torch.ops.dynanet.product_add_(answer, rows, packed, bias, counts, around, relu, to, scale)
 
 
-def _product(
-    rows: Tensor,
-    packed: Tensor,
-    bias: Tensor | None,
-    outputs: int,
-    counts: list[int],
-    around: Tensor | None,
-    relu: bool,
-) -> Tensor:
+def _product(rows: Tensor, packed: Tensor, bias: Any, outputs: int, counts: list[int], *rest: Any) -> Tensor:
     answer = rows.new_empty(sum(counts), outputs)
-    _call(answer, rows, packed, bias, counts, around, None, None, relu)
+    _call(answer, rows, packed, bias, counts, *rest)
     return answer
-
-
-def _product_add_(
-    answer: Tensor,
-    rows: Tensor,
-    packed: Tensor,
-    bias: Tensor | None,
-    counts: list[int],
-    around: Tensor | None,
-    relu: bool,
-    to: Tensor,
-    scale: Tensor | None,
-) -> None:
-    _call(answer, rows, packed, bias, counts, around, to, scale, relu)
 
 
 def _call(
@@ -167,21 +151,21 @@ def _call(
     bias: Tensor | None,
     counts: list[int],
     around: Tensor | None,
-    to: Tensor | None,
-    scale: Tensor | None,
     relu: bool,
+    to: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> None:
-    kernels, m, outputs, channels = chosen(), sum(counts), answer.shape[1], rows.shape[1]
+    kernels = chosen()
+    m = sum(counts)
+    outputs = answer.shape[1]
+    channels = rows.shape[1]
     taps = 1 if around is None else around.shape[1]
     assert kernels is not None
     if m == 0:
         return
     rows = rows.contiguous()
-    # What would be read or written out of bounds must not reach the kernels.
-    floats, indices = (answer, rows, packed, bias, scale), (around, to)
-    fit = all(t is None or (t.dtype is torch.float32 and t.is_cpu and t.is_contiguous()) for t in floats)
-    must(fit, "tensors that are not float32 on the CPU, in one piece")
-    fit = all(t is None or (t.dtype is torch.int64 and t.is_cpu and t.is_contiguous()) for t in indices)
+    check_floats(answer, rows, packed, bias, scale)
+    fit = all(t is None or (t.dtype is torch.int64 and t.is_cpu and t.is_contiguous()) for t in (around, to))
     must(fit, "indices that are not int64 on the CPU, in one piece")
     shape = (len(counts), -(-outputs // kernels.wide), taps * channels, kernels.wide)
     must(packed.shape == shape, f"packed weights of shape {tuple(packed.shape)} in place of {shape}")
@@ -192,19 +176,17 @@ def _call(
     nothing = None if around is None else rows.new_zeros(channels)
     inside = kernels.product(
         len(counts), (ctypes.c_int64 * len(counts))(*counts), outputs, taps, channels, rows.shape[0], rows.data_ptr(),
-        _address(around), _address(nothing), packed.data_ptr(), _address(bias), _address(scale), answer.shape[0],
-        _address(to), relu, to is not None, answer.data_ptr(), torch.get_num_threads(),
+        address(around), address(nothing), packed.data_ptr(), address(bias), address(scale), answer.shape[0],
+        address(to), relu, to is not None, answer.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     must(inside, "an index outside the rows, or outside the places")
 
 
-def _address(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
-
-
 def _panels(weights: Sequence[Tensor], kernels: Kernels) -> Tensor:
     """(groups, panels, depth, wide): of a convolution, depth runs over positions first and channels last."""
-    outputs, depth, wide = weights[0].shape[0], weights[0][0].numel(), kernels.wide
+    outputs = weights[0].shape[0]
+    depth = weights[0][0].numel()
+    wide = kernels.wide
     room = kernels.room(len(weights), -(-outputs // wide), depth, wide)
     with torch.no_grad():
         for weight, panels in zip(weights, room, strict=True):
@@ -214,21 +196,11 @@ def _panels(weights: Sequence[Tensor], kernels: Kernels) -> Tensor:
     return room
 
 
-def _meta(
-    rows: Tensor,
-    packed: Tensor,
-    bias: Tensor | None,
-    outputs: int,
-    counts: list[int],
-    around: Tensor | None,
-    relu: bool,
-) -> Tensor:
-    return rows.new_empty(sum(counts), outputs)
-
-
 _LIBRARY.impl("product", _product, "CPU")
-_LIBRARY.impl("product_add_", _product_add_, "CPU")
-_LIBRARY.impl("product", _meta, "Meta")
+_LIBRARY.impl("product_add_", _call, "CPU")
+_LIBRARY.impl(
+    "product", lambda rows, packed, bias, outputs, counts, *rest: rows.new_empty(sum(counts), outputs), "Meta"
+)
 _LIBRARY.impl("product_add_", lambda answer, *rest: None, "Meta")
 
 
@@ -240,4 +212,4 @@ def _flops(rows: Tensor, packed: Tensor, bias: Any, outputs: int, counts: list[i
 
 @register_flop_formula(torch.ops.dynanet.product_add_, get_raw=True)
 def _add_flops(answer: Tensor, rows: Tensor, packed: Tensor, bias: Any, counts: list[int], *_: Any, **__: Any) -> int:
-    return 2 * math.prod((sum(counts), packed.shape[2], answer.shape[1]))
+    return _flops(rows, packed, bias, answer.shape[1], counts)

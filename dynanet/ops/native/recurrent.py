@@ -1,7 +1,7 @@
 """Recurrent layers that skip or skim as operators: one call for all steps of a batch, decisions included.
 
-Products, gates and the decision about the next step follow each other in the cache, row by row at its own time, without
-a word of Python between steps. Each operator answers in float32 what the layers' own code answers, but for rounding.
+Products, gates and the decision about the next step follow each other in the cache, every row at its own pace, without
+Python between steps. Up to rounding, each operator returns what the layers' own code returns in float32.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
-from dynanet.ops.native.library import Kernels, chosen, fit, must
+from dynanet.ops.native.library import Kernels, check_floats, chosen, fit, must, states
 
 _LIBRARY = torch.library.Library("dynanet", "FRAGMENT")
 _LIBRARY.define(
@@ -31,8 +31,8 @@ class Ready(NamedTuple):
     """The weights of a recurrent layer as the kernels read them.
 
     Attributes:
-        packed: per cell.
-        bias: per cell.
+        packed: panels of each cell.
+        bias: biases of each cell.
         score: weights of the linear that decides, (features,).
         shift: its bias.
         lstm: the cells are nn.LSTMCell, otherwise nn.GRUCell.
@@ -48,22 +48,26 @@ class Ready(NamedTuple):
 class PackedCells:
     """The packed weights of cells and of the linear that decides; see `products.PackedWeights`.
 
-    They are packed anew when a weight was changed or exchanged. Where one of the modules has hooks, nothing is done
+    They are packed again when a weight was changed or exchanged. Where one of the modules has hooks, nothing runs
     natively.
     """
 
     def __init__(self) -> None:
-        self._wide, self._of, self._state = 0, list[object](), list[object]()
+        self._wide = 0
+        self._of: list[object] = []
+        self._state: list[tuple[int, int, bool] | None] = []
         self._ready: Ready | None = None
 
     def of(self, cells: Sequence[nn.Module], score: nn.Module, around: Sequence[nn.Module] = ()) -> Ready | None:
-        """None where native kernels cannot run these: there are none, the cells are not all nn.LSTMCell or all
-        nn.GRUCell, a weight is not frozen or not float32 on the CPU, or somebody listens.
+        """Pack the weights of a layer.
+
+        None where native kernels cannot run it: there are none, the cells are not all nn.LSTMCell or all nn.GRUCell, a
+        weight has a gradient or is not float32 on the CPU, or a module has hooks.
 
         Args:
             cells: from (x, state) to the next state.
             score: an nn.Linear to one number.
-            around: modules that would be called too, whose hooks count.
+            around: modules that torch would call too, whose hooks count.
         """
         if not fit():
             return None
@@ -72,14 +76,16 @@ class PackedCells:
             return None
         weights = [p for m in modules for p in m._parameters.values()]
         if any(p is not None and p.is_inference() for p in weights):
-            return None  # nothing tells when these change
-        state: list[object] = [None if p is None else (p._version, p.data_ptr(), p.requires_grad) for p in weights]
+            return None  # torch does not count their changes
+        state = states(weights)
         kernels = chosen()
         those: list[object] = [*modules, *weights]
         assert kernels is not None
         there = len(those) == len(self._of) and all(map(operator.is_, those, self._of))
         if not there or self._wide != kernels.wide or state != self._state:
-            self._of, self._state, self._wide = those, state, kernels.wide
+            self._of = those
+            self._state = state
+            self._wide = kernels.wide
             self._ready = _made(cells, score, weights, kernels)
         return self._ready
 
@@ -88,16 +94,16 @@ class PackedCells:
 
 
 def update_skip(x: Tensor, lengths: Tensor, ready: Ready, *, every_step: bool) -> tuple[Tensor, Tensor]:
-    """A cell that says after every update when it is due again (`mechanisms.update_skip`).
+    """Run a cell that decides after every update when the next one is (`mechanisms.update_skip`).
 
     Args:
         x: (B, T, inputs), float32 on the CPU; see `library.fit`.
         lengths: (B,) int64, from 1 to T.
         ready: of one cell, and a linear from its h.
-        every_step: answer the states of all steps.
+        every_step: return the states of all steps.
 
     Returns:
-        (h (B, hidden), or (B, T, hidden); 1 where a row was updated (B, T)).
+        h (B, hidden), or (B, T, hidden), and (B, T), 1 where a row was updated.
     """
     packed, bias, score, shift, lstm = ready
     return torch.ops.dynanet.update_skip(x, lengths, packed[0], bias[0], score, shift, lstm, every_step)
@@ -106,18 +112,18 @@ def update_skip(x: Tensor, lengths: Tensor, ready: Ready, *, every_step: bool) -
 def skim(
     x: Tensor, lengths: Tensor, ready: Ready, *, skimmed: int, threshold: float, every_step: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A big cell where a step's score is above the threshold, a small one elsewhere (`mechanisms.skim`).
+    """Run a big cell where a step's score is above the threshold, a small one elsewhere (`mechanisms.skim`).
 
     Args:
         x: (B, T, inputs), float32 on the CPU; see `library.fit`.
         lengths: (B,) int64, from 1 to T.
         ready: of the big cell and the small one, and a linear from the input and h.
-        skimmed: features of the state that the small cell renews.
+        skimmed: number of state features that the small cell updates.
         threshold: of the score.
-        every_step: answer the states of all steps.
+        every_step: return the states of all steps.
 
     Returns:
-        (h (B, hidden), or (B, T, hidden); 1 where a row read (B, T); scores (B, T), of padding too).
+        h (B, hidden), or (B, T, hidden); (B, T), 1 where the big cell ran; scores (B, T), of padding too.
     """
     packed, bias, score, shift, lstm = ready
     return torch.ops.dynanet.skim(x, lengths, packed, bias, score, shift, threshold, skimmed, lstm, every_step)
@@ -137,7 +143,9 @@ def _made(cells: Sequence[nn.Module], score: nn.Module, weights: Sequence[Tensor
 
 def _chunks(cell: Any, kernels: Kernels) -> tuple[Tensor, Tensor]:
     """Panels (panels, depth, wide) in which all gates of a chunk of hidden units lie together, and their biases."""
-    hidden, wide, lstm = cell.hidden_size, kernels.wide, isinstance(cell, nn.LSTMCell)
+    hidden = cell.hidden_size
+    wide = kernels.wide
+    lstm = isinstance(cell, nn.LSTMCell)
     weight = torch.cat([cell.weight_ih, cell.weight_hh], 1).unflatten(0, (-1, hidden))
     none = weight.new_zeros(weight.shape[0] * hidden)
     of_input, of_state = (none if b is None else b for b in (cell.bias_ih, cell.bias_hh))
@@ -198,7 +206,7 @@ def _skim(
     inputs, kernels = x.shape[2], chosen()
     hidden = score.shape[0] - inputs
     assert kernels is not None
-    must(0 < skimmed < hidden, f"a state of {hidden} features of which {skimmed} are renewed")
+    must(0 < skimmed < hidden, f"a state of {hidden} features of which {skimmed} are updated")
     big = _cell(packed[0], bias[0], hidden, (inputs, hidden), lstm, kernels)
     small = _cell(packed[1], bias[1], skimmed, (inputs, hidden - skimmed, skimmed), lstm, kernels)
     return _run(kernels.skim, x, lengths, [big, small], score, hidden, (shift, threshold), every_step)
@@ -207,7 +215,7 @@ def _skim(
 def _cell(packed: Tensor, bias: Tensor, hidden: int, sizes: Sequence[int], lstm: bool, kernels: Kernels) -> _Cell:
     gates, wide = 4 if lstm else 3, kernels.wide
     panels = hidden // wide * gates + -(-gates * (hidden % wide) // wide)
-    _floats(packed, bias)
+    check_floats(packed, bias)
     must(packed.shape == (panels, sum(sizes), wide), f"packed weights of shape {tuple(packed.shape)}")
     must(bias.shape == (2, panels * wide), f"biases of shape {tuple(bias.shape)}")
     three = (ctypes.c_long * 3)(*sizes)
@@ -224,9 +232,11 @@ def _run(
     numbers: tuple[float, float],
     every_step: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, lengths = x.contiguous(), lengths.contiguous()
-    _floats(x, score)
-    (batch, steps, inputs), (shift, threshold) = x.shape, numbers
+    x = x.contiguous()
+    lengths = lengths.contiguous()
+    check_floats(x, score)
+    batch, steps, inputs = x.shape
+    shift, threshold = numbers
     must(lengths.shape == (batch,) and lengths.dtype is torch.int64 and lengths.is_cpu, "lengths that are not int64")
     answer = x.new_empty(batch, steps, hidden) if every_step else x.new_empty(batch, hidden)
     kept, scores = x.new_zeros(batch, steps), x.new_empty(batch, steps)
@@ -239,11 +249,6 @@ def _run(
     )  # fmt: skip
     must(kernel(ctypes.byref(sequences), torch.get_num_threads()), "a sequence of no step, or of more than there are")
     return answer, kept, scores
-
-
-def _floats(*tensors: Tensor) -> None:
-    fit = all(t.dtype is torch.float32 and t.is_cpu and t.is_contiguous() for t in tensors)
-    must(fit, "tensors that are not float32 on the CPU, in one piece")
 
 
 def _shapes(x: Tensor, hidden: int, every_step: bool) -> tuple[Tensor, Tensor, Tensor]:
