@@ -16,7 +16,7 @@ from dynanet.core.budget import Budget
 from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import record
 from dynanet.core.errors import CheckpointError, ConfigError, TrainingError
-from dynanet.core.gate import Gate, Rule
+from dynanet.core.gate import Gate
 from dynanet.gates.rules import Bernoulli, Gumbel, Sigmoid
 from dynanet.mechanisms.layer_skip import LayerSkip
 from dynanet.train.checkpoint import step_files
@@ -176,20 +176,12 @@ def test_learning_rates_go_where_they_should(scheduler, first, tenth):
     assert decayed == {id(p) for p in model.parameters() if p.dim() > 1}
 
 
-class Unchanged(Rule):
-    """The score is the keep."""
-
-    def forward(self, score):
-        return score
-
-
 def test_equilibrium_in_a_run_is_that_of_a_loop(tmp_path):
     torch.manual_seed(0)
     models = [toy().double() for _ in range(2)]
     for model in models:
         model.stages[0][3].p = 0.0
-from dynanet.core.gate import Gate, Rule
-from dynanet.gates.rules import Bernoulli, Gumbel, Sigmoid
+        model.stages[1].gate.rule = Sigmoid()
     x, y = (torch.stack(list(column)) for column in zip(*data(20), strict=True))
     samples = TensorDataset(x.double(), y)
     train.fit(
