@@ -103,7 +103,7 @@ def timed(run, choice, rounds, frames=24):
     spent = float(cost.spent(trace).mean())
     times, low, high = ratio(seconds[best], seconds["session"])
     row = {
-        "budget": f"{choice.asked.macs / full:.0%}", "macs": spent, "full_macs": full, "frames": len(x), "batch": 1,
+        "budget": f"{choice.budget.macs / full:.0%}", "macs": spent, "full_macs": full, "frames": len(x), "batch": 1,
         "threads": torch.get_num_threads(), "rounds": rounds, "held_out_accuracy": choice.accuracy,
         "held_out_full": run.frontier.choose(Budget(macs=full)).accuracy,
         "session_ms": 1e3 * float(np.median(seconds["session"])) / len(x),

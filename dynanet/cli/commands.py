@@ -122,7 +122,7 @@ def calibrate(
     opened = Run(run)
     points = opened.calibrate(RequestedBudgets(shares, risk, confidence))
     rows = [
-        {"requested": in_words(p.asked, opened.full_macs), "macs": p.macs, "held_out_accuracy": p.accuracy,
+        {"requested": in_words(p.budget, opened.full_macs), "macs": p.macs, "held_out_accuracy": p.accuracy,
          "thresholds": p.thresholds.tolist(), "shares": p.share.tolist(), "promised": p.promised, "note": p.note}
         for p in points
     ]  # fmt: skip
@@ -136,7 +136,7 @@ def _described(point: "OperatingPoint", full: float) -> str:
     """An operating point in a line, its budget as a share."""
     from dynanet.experiment.budgets import in_words
 
-    return str(point).replace(str(point.asked), in_words(point.asked, full), 1)
+    return str(point).replace(str(point.budget), in_words(point.budget, full), 1)
 
 
 def evaluate(run: Path, json: bool = False) -> None:

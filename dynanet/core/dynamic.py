@@ -221,6 +221,18 @@ def execute(model: nn.Module, *, sparse: bool) -> nn.Module:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode inside the block, and restore the mode of every module after it."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
 def forced(model: nn.Module, keep: Callable[[Decision], Tensor]) -> Iterator[None]:
     """Replace every decision of a model: for prices, replays, tests at every depth, what-if questions.
 

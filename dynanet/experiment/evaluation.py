@@ -36,8 +36,8 @@ def table_figures(table: ExitTable, points: Sequence[OperatingPoint], full: floa
         reached = outcome(table, point.thresholds)
         rows.append(
             {
-                "requested": in_words(point.asked, full),
-                "requested_macs": point.asked.macs,
+                "requested": in_words(point.budget, full),
+                "requested_macs": point.budget.macs,
                 "held_out_macs": point.macs,
                 "test_macs": reached.macs,
                 "test_macs_share": reached.macs / full,
@@ -77,7 +77,7 @@ def settings(frontier: Frontier, points: Sequence[OperatingPoint]) -> Iterator[t
         thresholds[k:] = -np.inf
         yield f"all at exit {k + 1}", with_thresholds(frontier.model, thresholds)
     for point in points:
-        name = in_words(point.asked, full_macs(frontier))
+        name = in_words(point.budget, full_macs(frontier))
         yield name, with_thresholds(frontier.model, point.thresholds)
         yield f"{name}, random exits", with_random_exits(frontier.model, point.share)
 

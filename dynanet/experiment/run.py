@@ -273,7 +273,7 @@ class Run:
             return copy.deepcopy(self.model), AS_TRAINED
         full = self.full_macs
         point = min(self.operating_points, key=lambda each: abs(each.macs / full - 0.5))
-        return apply(self.model, point), in_words(point.asked, full)
+        return apply(self.model, point), in_words(point.budget, full)
 
     def bench(
         self, *, share: float = 0.5, batches: Sequence[int] | None = None, threads: Sequence[int] = (1,),

@@ -81,7 +81,7 @@ def test_no_risk_is_promised_for_positions(scenes, tmp_path):
     run = Run(tmp_path / "run", Experiment(Data("camvid", place=str(scenes)), model, Recipe(epochs=3, batch=4)))
     run.train(progress=False)
     choices = run.calibrate(RequestedBudgets(shares=(0.7,), risk=0.1))
-    assert [choice.asked.risk for choice in choices] == [None]
+    assert [choice.budget.risk for choice in choices] == [None]
     with pytest.raises(BudgetError, match="depend on each other"):
         run.frontier.choose(Budget(risk=0.1, confidence=0.9))
     assert run.frontier.table.groups.max() == 4

@@ -68,6 +68,6 @@ def test_what_was_kept_is_dropped_when_a_newer_one_is_written(tmp_path):
     assert run.model is model and run.frontier is frontier and run.test_table is table
     run.calibrate(RequestedBudgets(shares=(0.8,), risk=None))
     assert run.model is model and run.frontier is not frontier
-    assert [point.asked.macs for point in run.operating_points] == [0.8 * run.full_macs]
+    assert [point.budget.macs for point in run.operating_points] == [0.8 * run.full_macs]
     run.train(resume=True, progress=False)
     assert run.model is not model and run.test_table is not table

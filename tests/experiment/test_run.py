@@ -66,17 +66,17 @@ def test_it_learns_and_the_figures_are_those_of_the_model_really_run(run):
 def test_choices_are_made_again_from_the_table(run):
     made = run.calibrate(RequestedBudgets(shares=(0.7, 0.9), risk=0.2, confidence=0.8))
     again = Run(run.folder).operating_points
-    assert [choice.asked for choice in again] == [choice.asked for choice in made] and len(made) == 3
+    assert [choice.budget for choice in again] == [choice.budget for choice in made] and len(made) == 3
     for one, other in zip(made, again, strict=True):
         np.testing.assert_array_equal(one.thresholds, other.thresholds)
-    assert made[2].asked == Budget(risk=0.2, confidence=0.8)
+    assert made[2].budget == Budget(risk=0.2, confidence=0.8)
     assert len(run.calibrate(RequestedBudgets(shares=(), risk=None))) == 0
 
 
 def test_the_usual_shares_are_those_a_path_allows(run):
     cheapest = run.frontier.table.mean_macs[0] / run.full_macs
     assert 0.5 < cheapest < 0.75
-    assert [choice.asked.macs for choice in run.calibrate(RequestedBudgets(risk=None))] == [0.75 * run.full_macs]
+    assert [choice.budget.macs for choice in run.calibrate(RequestedBudgets(risk=None))] == [0.75 * run.full_macs]
 
 
 def test_budgets_in_words(run):

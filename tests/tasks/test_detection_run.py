@@ -104,7 +104,7 @@ def test_what_detection_has_no_use_for(run):
         task.objective(static, TrainingOptions(ponder=0.5))
     skipping = Model("detector_skip", TINY).build(run.data)
     rated = repr(task.objective(skipping, TrainingOptions(rate=0.5)))
-    assert rated.endswith("+ 4 * TargetRate({'3.1': 0.5, '6.1': 0.5, '6.2': 0.5})"), rated
+    assert rated.endswith("+ 4 * TargetRate(rate={'3.1': 0.5, '6.1': 0.5, '6.2': 0.5})"), rated
     assert isinstance(task.objective(skipping, TrainingOptions()), DetectionLoss)
     with pytest.raises(ConfigError, match="no layer of this model is skipped"):
         task.objective(halting, TrainingOptions(rate=0.5))
