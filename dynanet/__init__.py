@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from dynanet import bench as bench
     from dynanet import calibrate as calibrate
     from dynanet import data as data
+    from dynanet import datamodules as datamodules
     from dynanet import experiment as experiment
     from dynanet import export as export
     from dynanet import gates as gates
@@ -52,8 +53,8 @@ __all__ = [
 ]  # fmt: skip
 
 _FOLDERS = (
-    "bench", "calibrate", "data", "experiment", "export", "gates", "generate", "mechanisms", "nets", "ops",
-    "report", "session", "tasks", "train", "zoo",
+    "bench", "calibrate", "data", "datamodules", "experiment", "export", "gates", "generate", "mechanisms", "nets",
+    "ops", "report", "session", "tasks", "train", "zoo",
 )  # fmt: skip
 _ELSEWHERE = {"convert": "dynanet.core.convert", "load": "dynanet.zoo.saved"}
 

@@ -5,7 +5,7 @@
     python recipes/camvid.py picture --data DIR --out docs/camvid.png
 
 DIR holds CamVid in SegNet's layout. Thresholds are found on its validation split, and the test split is looked at once.
-A cascade is measured at every budget, and beside exits drawn by lot at the same rates; rows of speed have the accuracy of
+A cascade is measured at every budget, and beside random exits at the same rates; rows of speed have the accuracy of
 held-out positions, by which to choose a budget. `static, same weights` is the cascade's own last
 exit with nothing skipped. Frames are timed one by one, the cascade and its dense rivals interleaved in one process.
 """
@@ -23,8 +23,8 @@ from dynanet.bench.timing import paired, ratio
 from dynanet.calibrate.frontier import with_thresholds
 from dynanet.core.dynamic import everything
 from dynanet.core.files import write_atomically
+from dynanet.experiment import RequestedBudgets, Run
 from dynanet.experiment.config import Data, Experiment, Model, Recipe
-from dynanet.experiment.run import RequestedBudgets, Run
 from dynanet.mechanisms.pixel_cascade import left_at
 from dynanet.report.colours import class_colours, ramp
 from dynanet.report.pictures import png
@@ -53,7 +53,7 @@ def train(args):
 def measure(args):
     """Test figures of all that were trained, and the frames per second of the cascade."""
     args.results.mkdir(parents=True, exist_ok=True)
-    about = {"data": opened("cascade", args).problem.title, "epochs": args.epochs, "seed": args.seed}
+    about = {"data": opened("cascade", args).data.title, "epochs": args.epochs, "seed": args.seed}
     for name in NETWORKS:
         if not (args.runs / name / "model").exists():
             print(f"{name} is not trained")
@@ -71,18 +71,18 @@ def measure(args):
             print({key: row[key] for key in ("network", "point", "macs", "miou", "pixel_accuracy")}, flush=True)
         append_rows(args.results / "camvid.csv", rows, about)
     run = opened("cascade", args)
-    rows = [timed(run, choice, args.rounds) for choice in run.choices()]
+    rows = [timed(run, choice, args.rounds) for choice in run.operating_points]
     append_rows(args.results / "camvid_speed.csv", rows, about)
 
 
 @torch.no_grad()
 def timed(run, choice, rounds, frames=24):
     """Milliseconds per test frame at a budget, beside the same weights without skipping."""
-    full = run.full_macs()
-    x = torch.cat([x for x, _ in run.problem.test])[:: run.problem.test.samples // frames][:frames]
-    model = with_thresholds(run.model(), choice.thresholds)
+    full = run.full_macs
+    x = torch.cat([x for x, _ in run.data.test])[:: run.data.test.samples // frames][:frames]
+    model = with_thresholds(run.model, choice.thresholds)
     session, cost = Session(model, x[:1], batches=(1,)), CostModel(model, x[:1])
-    static = as_static(run.model())
+    static = as_static(run.model)
     engines = dense_engines(static, x[:1])
     with record(session) as trace:
         sparse = session(x[:4])
@@ -103,9 +103,9 @@ def timed(run, choice, rounds, frames=24):
     spent = float(cost.spent(trace).mean())
     times, low, high = ratio(seconds[best], seconds["session"])
     row = {
-        "budget": f"{choice.asked.macs / full:.0%}", "macs": spent, "full_macs": full, "frames": len(x), "batch": 1,
+        "budget": f"{choice.budget.macs / full:.0%}", "macs": spent, "full_macs": full, "frames": len(x), "batch": 1,
         "threads": torch.get_num_threads(), "rounds": rounds, "held_out_accuracy": choice.accuracy,
-        "held_out_full": run.frontier().choose(Budget(macs=full)).accuracy,
+        "held_out_full": run.frontier.choose(Budget(macs=full)).accuracy,
         "session_ms": 1e3 * float(np.median(seconds["session"])) / len(x),
         "static_ms": 1e3 * float(np.median(seconds[best])) / len(x), "static_engine": best,
         "kept_ms": 1e3 * float(np.median(seconds["kept"])) / len(x),
@@ -132,7 +132,7 @@ def picture(args, images=4):
     which are not ours to hand on.
     """
     run = opened("cascade", args)
-    problem, (model, setting) = run.problem, run.explained()
+    problem, (model, setting) = run.data, run.explained()
     x, y = (torch.cat(each) for each in zip(*problem.test, strict=True))
     chosen = torch.linspace(0, len(x) - 1, images).long()
     x, size = x[chosen], y.shape[1:]

@@ -19,7 +19,7 @@ from torch.nn import functional
 from dynanet import CostModel, execute, forced
 from dynanet.bench.machine import append_rows
 from dynanet.bench.timing import paired, ratio
-from dynanet.experiment.config import Data, open_problem
+from dynanet.experiment import Data
 from dynanet.mechanisms.point_refine import PointHead, PointLoss, PointRefine
 from dynanet.nets.resnet import basic_block
 from dynanet.session import Session
@@ -52,7 +52,7 @@ class Coarse(nn.Module):
 
 def opened(args):
     """The problem and the network, not trained."""
-    problem = open_problem(Data("camvid", place=args.data), batch=8, seed=args.seed)
+    problem = Data("camvid", place=args.data).open(batch=8, seed=args.seed)
     torch.manual_seed(args.seed)
     classes = len(problem.classes)
     return problem, PointRefine(Coarse(classes), PointHead(WIDTHS[0], classes), points=POINTS[1])

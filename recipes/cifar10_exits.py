@@ -35,7 +35,7 @@ from dynanet.calibrate import (
 )
 from dynanet.calibrate.anytime import anytime_curve, random_exits
 from dynanet.calibrate.operating_point import choose
-from dynanet.experiment.config import Data, open_problem
+from dynanet.experiment import Data
 from dynanet.gates.confidence import Entropy, LearnedGate, LearnedScore, MaxProbability, Patience, PerExit
 from dynanet.mechanisms.early_exit import JointGates
 from dynanet.train import MultiExit, adamw, sgd
@@ -233,7 +233,7 @@ def row_of(criterion, share, budget, done, test):
 
 if __name__ == "__main__":
     args = arguments(__doc__.split("\n")[0], "cifar10_exits", epochs=6)
-    problem = open_problem(Data("parquet", place=args.data, held_out=5000), batch=128, seed=args.seed)
+    problem = Data("parquet", place=args.data, held_out=5000).open(batch=128, seed=args.seed)
     samples = torch.cat([x for (x, _), _ in zip(problem.test, range(2), strict=False)])
     found = families(problem.held_out)
     experiment = Experiment(

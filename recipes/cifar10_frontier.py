@@ -94,7 +94,7 @@ def frontier_rows(name, network, frontier, table):
     for choice in frontier.curve(20):
         reached = outcome(table, choice.thresholds)
         yield {
-            "network": f"{name}, early exit", "asked_macs": choice.asked.macs, "macs": reached.macs,
+            "network": f"{name}, early exit", "asked_macs": choice.budget.macs, "macs": reached.macs,
             "accuracy": reached.accuracy, "held_out_accuracy": choice.accuracy,
             "random_exits_accuracy": random_exits(table, reached.share).accuracy,
             "shares": " ".join(f"{s:.3f}" for s in reached.share), "epochs": network.epochs,
@@ -118,7 +118,7 @@ def speed_rows(name, frontier, table, static, row, x, rounds):
         yield {**about, "note": "no budget reaches its held-out accuracy"}
         return
     choice = min(enough, key=lambda c: c.macs)
-    deployed = frontier.at(Budget(macs=choice.asked.macs))
+    deployed = frontier.at(Budget(macs=choice.budget.macs))
     reached = outcome(table, choice.thresholds)
     for batch in (1, 64):
         images = x[: 256 if batch == 1 else 1024]

@@ -14,7 +14,7 @@ from beside import Experiment, Recipe, arguments, cross_entropy
 from torch import nn
 
 from dynanet import Budget, CostModel, Gate, convert, zoo
-from dynanet.experiment.config import Data, open_problem
+from dynanet.experiment import Data
 from dynanet.gates.recurrent import RecurrentGate
 from dynanet.gates.rules import Bernoulli, Gumbel, RelaxedTopK, Sigmoid, StraightThrough
 from dynanet.gates.scorers import ContextScorer, PooledScorer
@@ -439,7 +439,7 @@ DYNAMIC = {
 
 if __name__ == "__main__":
     args = arguments(__doc__.split("\n")[0], "cifar10_mechanisms", epochs=6)
-    problem = open_problem(Data("parquet", place=args.data, held_out=5000), batch=128, seed=args.seed)
+    problem = Data("parquet", place=args.data, held_out=5000).open(batch=128, seed=args.seed)
     samples = torch.cat([x for (x, _), _ in zip(problem.test, range(2), strict=False)])
     Experiment(
         "cifar10_mechanisms", problem.title, STATIC, DYNAMIC, problem.train, problem.held_out, problem.test, samples,

@@ -18,7 +18,7 @@ from torch import nn
 
 from dynanet import Budget, CostModel, Gate
 from dynanet.calibrate import calibrate
-from dynanet.experiment.config import Data, open_problem
+from dynanet.experiment import Data
 from dynanet.gates.rules import RelaxedTopK
 from dynanet.gates.scorers import PooledScorer
 from dynanet.mechanisms.glance_focus import (
@@ -104,7 +104,7 @@ def dynamic(held_out):
 
 if __name__ == "__main__":
     args = arguments(__doc__.split("\n")[0], "cifar10_mechanisms", epochs=6)
-    problem = open_problem(Data("parquet", place=args.data, held_out=5000), batch=128, seed=args.seed)
+    problem = Data("parquet", place=args.data, held_out=5000).open(batch=128, seed=args.seed)
     samples = torch.cat([x for (x, _), _ in zip(problem.test, range(2), strict=False)])
     Experiment(
         "cifar10_resolution", problem.title, STATIC, dynamic(problem.held_out), problem.train, problem.held_out,

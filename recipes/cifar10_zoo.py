@@ -16,7 +16,7 @@ from beside import Experiment, Recipe, arguments
 from cifar10_mechanisms import drop, thresholds
 
 from dynanet import Budget, Gate, zoo
-from dynanet.experiment.config import Data, open_problem
+from dynanet.experiment import Data
 from dynanet.gates.rules import Gumbel
 from dynanet.mechanisms.channel_skip import SaliencyL1
 from dynanet.mechanisms.slimmable import EnsembleBootstrapping, SandwichGate
@@ -162,7 +162,7 @@ def families():
 
 if __name__ == "__main__":
     args = arguments(__doc__.split("\n")[0], "cifar10_zoo", epochs=4)
-    problem = open_problem(Data("parquet", place=args.data, held_out=5000), batch=128, seed=args.seed)
+    problem = Data("parquet", place=args.data, held_out=5000).open(batch=128, seed=args.seed)
     samples = torch.cat([x for (x, _), _ in zip(problem.test, range(2), strict=False)])
     asked = args.names
     for name, family in families().items():

@@ -39,7 +39,7 @@ from dynanet.bench.machine import append_rows
 from dynanet.calibrate import Frontier, tabulate
 from dynanet.calibrate.frontier import apply
 from dynanet.core.macs import CountMacs
-from dynanet.data.parts import BucketedBatches
+from dynanet.data.buckets import BucketedBatches
 from dynanet.data.ragged import Sequences, with_lengths
 from dynanet.data.speech import HOP_S, load_spoken_digits
 from dynanet.gates.rules import RelaxedTopK

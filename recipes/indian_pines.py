@@ -18,9 +18,8 @@ import torch
 from sklearn.svm import SVC
 
 from dynanet.bench.machine import append_rows
+from dynanet.experiment import RequestedBudgets, Run, static_point
 from dynanet.experiment.config import Data, Experiment, Model, Recipe
-from dynanet.experiment.report import point
-from dynanet.experiment.run import RequestedBudgets, Run
 
 
 def svm(scene):
@@ -40,9 +39,9 @@ def statics(seed, args):
         model = Model("spectral_static", {"blocks": [[[channels, 2], [channels, 1]], [[channels, 1]]]})
         run = Run(args.runs / f"{seed}-static-{share}", Experiment(Data(seed=seed), model, Recipe(seed=seed)))
         run.train(progress=False, resume=True)
-        reached = point(run)
+        reached = static_point(run)
         row = {"seed": seed, "share": share, "channels": channels, "accuracy": reached.accuracy}
-        row["macs_share"] = reached.macs / Run(args.runs / str(seed)).full_macs()
+        row["macs_share"] = reached.macs / Run(args.runs / str(seed)).full_macs
         append_rows(args.results / "indian_pines_static.csv", [row], {})
         print(row, flush=True)
 
@@ -71,12 +70,12 @@ def main():
         found = run.evaluate()
         row = {
             "seed": seed,
-            "svm": svm(run.problem.scene),
+            "svm": svm(run.data.scene),
             "full": found["accuracy_per_exit"][-1],
             "exits": " ".join(f"{a:.4f}" for a in found["accuracy_per_exit"]),
             "train_seconds": round(seconds, 1),
         }
-        for choice, share in zip(found["choices"], ("75", "50", "35", "25", "risk"), strict=True):
+        for choice, share in zip(found["operating_points"], ("75", "50", "35", "25", "risk"), strict=True):
             row[f"at_{share}"] = choice["test_accuracy"]
             row[f"random_{share}"] = choice["random_exits_accuracy"]
             row[f"macs_{share}"] = choice["test_macs_share"]

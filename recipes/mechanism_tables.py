@@ -249,8 +249,8 @@ def boxes():
 
 def labels():
     """Points of mIoU over random exits of `camvid.csv`; static networks of the same MACs were not trained."""
-    found = {row["point"]: float(row["miou"]) for row in rows("camvid.csv") if row["network"] == "cascade"}
-    random = ", exits drawn by lot"  # as the rows name it
+    found = {plain(row["point"]): float(row["miou"]) for row in rows("camvid.csv") if row["network"] == "cascade"}
+    random = ", random exits"
     return [(None, miou - found[point + random]) for point, miou in found.items() if point + random in found]
 
 

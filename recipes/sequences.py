@@ -35,7 +35,7 @@ from dynanet.calibrate import Frontier, tabulate
 from dynanet.calibrate.budgeted import leaving
 from dynanet.calibrate.frontier import apply
 from dynanet.core.dynamic import layers
-from dynanet.data.parts import BucketedBatches
+from dynanet.data.buckets import BucketedBatches
 from dynanet.data.ragged import SequenceSet, as_sequences, pad
 from dynanet.gates.rules import Gumbel, StraightThrough
 from dynanet.mechanisms.early_stop import Earliest, EarlyStop, steps_read

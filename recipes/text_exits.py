@@ -220,7 +220,11 @@ def speed(args, held_out, test_ids, labels):
     runtime = rectangle_engines(only_last(model), ids)["onnxruntime"]
     with torch.no_grad():
         expected = dense(ids)
-        for name, answer in (("packed", packed(ids)), ("onnxruntime", runtime([trimmed(ids)])[0]), ("sparse", static(ids))):
+        for name, answer in (
+            ("packed", packed(ids)),
+            ("onnxruntime", runtime([trimmed(ids)])[0]),
+            ("sparse", static(ids)),
+        ):
             torch.testing.assert_close(answer, expected, rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
     check_equivalent(early, session, ids)
     rows = []

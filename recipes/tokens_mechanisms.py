@@ -16,7 +16,7 @@ import torch
 from beside import Experiment, Recipe, arguments
 
 from dynanet import Gate, zoo
-from dynanet.experiment.config import Data, open_problem
+from dynanet.experiment import Data
 from dynanet.gates.rules import StraightThrough, Threshold
 from dynanet.mechanisms.token_drop import RankScorer, TokenDistillation, TokenDrop, TokenRatio, WithTeacher
 from dynanet.mechanisms.token_halting import HaltingDepth, TokenPonderCost
@@ -99,7 +99,7 @@ DYNAMIC = {
 
 if __name__ == "__main__":
     args = arguments(__doc__.split("\n")[0], "tokens_mechanisms", epochs=4)
-    problem = open_problem(Data("parquet", place=args.data, held_out=5000), batch=128, seed=args.seed)
+    problem = Data("parquet", place=args.data, held_out=5000).open(batch=128, seed=args.seed)
     samples = torch.cat([x for (x, _), _ in zip(problem.test, range(2), strict=False)])
     Experiment(
         "tokens_mechanisms", problem.title, STATIC, DYNAMIC, problem.train, problem.held_out, problem.test, samples,

@@ -34,8 +34,8 @@ TINY = {"widths": [4, 8], "depths": [1, 1], "context": 4}
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory):
     """A run of the command line on handwritten digits, trained and calibrated; not to be written to."""
+    from dynanet.experiment import RequestedBudgets, Run
     from dynanet.experiment.config import Data, Experiment, Model, Recipe
-    from dynanet.experiment.run import RequestedBudgets, Run
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -12,7 +12,7 @@ FLOORS = {
     **dict.fromkeys(("gates", "nets", "data"), 2),
     **dict.fromkeys(("mechanisms", "train", "calibrate", "session", "export"), 3),
     **dict.fromkeys(("generate", "tasks", "report", "zoo", "testing"), 4),
-    "bench": 5,
+    **dict.fromkeys(("bench", "datamodules"), 5),
     "experiment": 6,
     "cli": 7,
     **dict.fromkeys(("__init__", "__main__"), 8),
@@ -49,6 +49,13 @@ def test_imports_go_down(path):
     for other in imported(ast.parse(path.read_text())):
         if other != here and other in FLOORS:
             assert FLOORS[other] < FLOORS[here], f"{path.name} ({here}) imports {other}, which is not on a lower floor"
+
+
+@pytest.mark.parametrize("folder", ["cli", "datamodules", "experiment", "tasks"])
+def test_the_application_names_no_mechanism(folder):
+    """Layers say what they need of training, calibration and reports, so a new mechanism touches its own file only."""
+    for path in (PACKAGE / folder).rglob("*.py"):
+        assert "mechanisms" not in imported(ast.parse(path.read_text())), path
 
 
 def test_every_place_has_a_floor():

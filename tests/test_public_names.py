@@ -25,8 +25,8 @@ NAMES = [
     "record",
 ]
 FOLDERS = [
-    "bench", "calibrate", "data", "experiment", "export", "gates", "generate", "mechanisms", "nets", "ops",
-    "report", "session", "tasks", "train", "zoo",
+    "bench", "calibrate", "data", "datamodules", "experiment", "export", "gates", "generate", "mechanisms", "nets",
+    "ops", "report", "session", "tasks", "train", "zoo",
 ]  # fmt: skip
 HEAVY = [  # what only some users have or want, and what takes seconds
     "PIL",

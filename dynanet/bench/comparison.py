@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,8 +120,7 @@ def compare(
         raise ConfigError(f"batches is {list(batches)}; expected samples per call, 1 or more each")
     if not threads or min(threads) < 1 or rounds < 1:
         raise ConfigError(f"threads is {list(threads)} and rounds is {rounds}; expected 1 or more of each")
-    count = tree_leaves(samples)[0].shape[0]
-    if count < max(batches):
+    if (count := _count(samples)) < max(batches):
         raise InputError(f"{count} samples for a batch of {max(batches)}; give more samples or smaller batches")
     model = copy.deepcopy(model).eval()
     example = _longest(samples, cut)
@@ -151,7 +151,7 @@ def line(row: Row) -> str:
     theory = f"{row.over_flop_ratio:.2f} of the FLOP ratio, {row.over_latency_theory:.2f} of the latency theory"
     stream = f"; stream {row.stream_ms:.3f} ms/sample, {row.stream_over_latency_theory:.2f} of the latency theory"
     text = f"batch {row.batch:>3}, {row.threads} thread(s): {speeds}; {engines}; {theory}"
-    return text + (stream if math.isfinite(row.stream_ms) else "")
+    return text + stream if math.isfinite(row.stream_ms) else text
 
 
 def check_equivalent(model: nn.Module, session: Session, samples: Any, margin: float = 1e-3) -> None:
@@ -213,8 +213,7 @@ def latency_theory(session: Session, groups: Sequence[Any]) -> LatencyTheory:
         engine.listener = lambda inputs, engine=engine: engines.append((engine, [t.clone() for t in inputs]))
     try:
         with attention:
-            for x in groups:
-                session(x)
+            _each(session, groups)
     finally:
         for engine in session.engines():
             engine.listener = None
@@ -280,9 +279,8 @@ def _row(job: _Job, batch: int, rounds: int) -> Row:
     # Enough samples for a stable mean of where they exit, few enough that a round stays short.
     count = max(batch, min(_count(job.samples), 64 if batch == 1 else 256) // batch * batch)
     samples = _rows(job.samples, slice(0, count))
-    contestants = _contestants(job, samples, batch)
     with torch.no_grad():
-        seconds = paired(contestants, rounds=rounds)
+        seconds = paired(_contestants(job, samples, batch), rounds=rounds)
     return _figures(job, samples, batch, seconds)
 
 
@@ -293,13 +291,13 @@ def _contestants(job: _Job, samples: Any, batch: int) -> dict[str, Callable[[], 
     rectangles = groups if job.cut is None else [job.cut(x) for x in groups]
     flat = [tree_leaves(x) for x in rectangles]
     contestants: dict[str, Callable[[], object]] = {
-        "session": lambda: [session(x) for x in groups],
+        "session": partial(_each, session, groups),
         "theory": latency_theory(session, groups).run,
-        "same": lambda: _run_most_expensive(job, groups),
-        "reference": lambda: [_reference(job.model, x) for x in rectangles],
+        "same": partial(_run_most_expensive, job, groups),
+        "reference": partial(_each, partial(_reference, job.model), rectangles),
     }
     for name, engine in job.rivals.items():
-        contestants[name] = lambda engine=engine: [engine(x) for x in flat]
+        contestants[name] = partial(_each, engine, flat)
     if isinstance(session.model, Halt):
         singles = [_rows(samples, i) for i in range(_count(samples))]
         contestants["stream"] = lambda: list(session.stream(singles, batch=batch))
@@ -335,6 +333,11 @@ def _figures(job: _Job, samples: Any, batch: int, seconds: dict[str, np.ndarray]
     )
 
 
+def _each(function: Callable[[Any], object], inputs: Sequence[Any]) -> None:
+    for x in inputs:
+        function(x)
+
+
 def _count(x: Any) -> int:
     return tree_leaves(x)[0].shape[0]
 
@@ -351,8 +354,7 @@ def _longest(samples: Any, cut: Callable[[Any], Any] | None) -> Any:
     """The first sample; of samples of different lengths the longest, in which every unit runs."""
     if cut is None:
         return _rows(samples, slice(0, 1))
-    ones = _groups(samples, 1)
-    return max(ones, key=lambda x: tree_leaves(cut(x))[0].shape[1])
+    return max(_groups(samples, 1), key=lambda x: tree_leaves(cut(x))[0].shape[1])
 
 
 def _reference(model: nn.Module, x: Any) -> object:
@@ -380,8 +382,7 @@ def _to_the_end(decision: Decision) -> Tensor:
 
 def _run_most_expensive(job: _Job, groups: Sequence[Any]) -> None:
     with _on_most_expensive(job):
-        for x in groups:
-            job.session(x)
+        _each(job.session, groups)
 
 
 def _kept(job: _Job, samples: Any) -> float:
@@ -393,7 +394,6 @@ def _kept(job: _Job, samples: Any) -> float:
 
 
 def _spent(job: _Job, samples: Any) -> float:
-    """MACs per sample."""
     with record(job.session) as trace:
         job.session(samples)
     return float(job.cost.spent(trace).mean()) if trace.calls else job.cost.always

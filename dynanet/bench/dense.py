@@ -77,7 +77,7 @@ def rectangle_engines(model: nn.Module, x: Any, echo: Callable[[str], None] = la
     Args:
         model: the full network.
         x: a batch of two rows or more, and two steps or more.
-        echo: called with a line if there is no ONNX Runtime graph.
+        echo: called with a line if it cannot be exported to ONNX.
     """
     model = execute(folded(model), sparse=False)
     flat, structure = tree_flatten(x)
@@ -190,8 +190,9 @@ def _fused(cell: nn.Module) -> nn.RNNBase | None:
     if kind is None:
         return None
     assert isinstance(cell, nn.RNNCellBase)
-    more = {"nonlinearity": cell.nonlinearity} if isinstance(cell, nn.RNNCell) else {}
-    net = kind(cell.input_size, cell.hidden_size, bias=cell.bias, batch_first=True, **more).to(cell.weight_ih)
+    more: dict[str, Any] = {"nonlinearity": cell.nonlinearity} if isinstance(cell, nn.RNNCell) else {}
+    make: Callable[..., nn.RNNBase] = kind
+    net = make(cell.input_size, cell.hidden_size, bias=cell.bias, batch_first=True, **more).to(cell.weight_ih)
     net.load_state_dict({f"{name}_l0": value for name, value in cell.state_dict().items()})
     return net.eval().requires_grad_(False)
 

@@ -1,13 +1,15 @@
-"""Which tiles: one branch on the same share of an image, cut into tiles of every size, timed on this device.
+"""Choose a tile size: one branch on the same share of an image, cut into tiles of several sizes, timed on this device.
 
-Coarse tiles run quickly, fine ones fit what an image needs. LASNet (Han et al. 2022, arXiv:2210.06223) decides by a
+Coarse tiles run faster, fine ones match the image better. LASNet (Han et al. 2022, arXiv:2210.06223) chooses by a
 latency model of the device; here it is measured.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,14 +30,14 @@ from dynanet.session.session import Session
 
 @dataclass(frozen=True)
 class TileTime:
-    """How quickly a branch runs on some tiles.
+    """The time of a branch on tiles of one size.
 
     Attributes:
         tile: side of a tile, in positions.
         dilate: the mask is dilated from convolution to convolution; otherwise every tile brings a halo.
-        macs: the share of the dense branch's that ran: what is kept, and what is read around it.
+        macs: share of the dense branch's MACs that ran: for what is kept, and around it.
         ms: per image.
-        faster: than the branch everywhere in its best engine: the median of the rounds' ratios. Below 1 it loses.
+        faster: speed-up over the dense branch in its best engine, median of the rounds' ratios.
         low: their lower quartile.
         high: their upper quartile.
     """
@@ -51,12 +53,12 @@ class TileTime:
 
 @dataclass(frozen=True)
 class TileTimes:
-    """What `tile_times` measured; printed, it is a table.
+    """Results of `tile_times`; printed as a table.
 
     Attributes:
         keep: the share of tiles that ran the branch.
-        dense_ms: per image, of the branch everywhere.
-        rows: one per size and form, the quickest first.
+        dense_ms: per image, of the dense branch.
+        rows: one per size and form, the fastest first.
     """
 
     keep: float
@@ -64,16 +66,16 @@ class TileTimes:
     rows: tuple[TileTime, ...]
 
     def finest(self, slack: float = 0.1) -> TileTime | None:
-        """The smallest tiles that lose at most this share of the best speed; None where all lose to the dense branch.
+        """Return the smallest tiles within a share of the best speed; None if all are slower than the dense branch.
 
         Args:
-            slack: from 0, the quickest whatever their size, to below 1.
+            slack: from 0, the fastest of any size, to below 1.
 
         Raises:
             ConfigError: a slack out of range.
         """
         if not 0 <= slack < 1:
-            raise ConfigError(f"a slack of {slack}; expected a share of the best speed, from 0 to below 1")
+            raise ConfigError(f"a slack of {slack}; expected a share of the best speed from 0 to below 1")
         best = self.rows[0].faster
         good = [row for row in self.rows if row.faster > 1 and row.faster >= (1 - slack) * best]
         return min(good, key=lambda row: (row.tile, -row.faster), default=None)
@@ -102,23 +104,23 @@ def tile_times(
 ) -> TileTimes:
     """Time the residual branch of a `SpatialSkip` at one share of the tiles, by their size, with halos and dilated.
 
-    Every contestant runs as a session on as many threads as torch has; they take turns (`paired`). The gate is not
-    timed: it runs everywhere whatever the tiles are.
+    Every contestant runs as a session on torch's number of threads, interleaved (`paired`). The gate is not timed: its
+    cost does not depend on the tiles.
 
     Args:
         branch: stride-1 same convolutions and position-wise layers, output shaped as the input.
         example: features (B, C, H, W) of the size and batch to expect.
-        keep: of every image the tiles with this share of highest scores run, one at least; above 0, at most 1.
+        keep: share of every image's tiles that run, those with the highest scores, one at least; in (0, 1].
         tiles: sizes to try.
-        scores: (B, H, W), where the branch is worth most, say a trained gate's; a tile has its positions' mean. None:
-            smooth noise, blobs of about 8 positions. Real masks look like that; single positions at random do not.
+        scores: (B, H, W), for instance of a trained gate; a tile has its positions' mean. None: smooth noise, blobs of
+            about 8 positions, as in real masks.
         rounds: of timing.
         engines: of the sessions.
         cache: of the sessions.
 
     Raises:
         ConfigError: a share, sizes or rounds out of range.
-        InputError: an example that is no batch of images, or scores of another size.
+        InputError: an example that is not a batch of images, or scores of another size.
         StructureError: a branch that tiles cannot run.
     """
     if not 0 < keep <= 1 or not tiles or min(tiles) < 1 or rounds < 1:
@@ -142,11 +144,13 @@ def tile_times(
         for dilate in (False, True)
     }
     batch = example.shape[0]
-    settings = {"engines": engines, "batches": (1, batch), "cache": cache}
+    settings: dict[str, Any] = {"engines": engines, "batches": (1, batch), "cache": cache}
     sessions = {name: Session(layer, example, **settings) for name, layer in layers.items()}
     dense = Session(_Everywhere(copy.deepcopy(branch)).eval(), example, **settings)
-    contestants = {name: lambda session=session: session(example) for name, session in sessions.items()}
-    seconds = paired({"dense": lambda: dense(example)} | contestants, rounds=rounds)
+    contestants: dict[Any, Callable[[], object]] = {"dense": lambda: dense(example)}
+    for name, session in sessions.items():
+        contestants[name] = partial(session, example)
+    seconds = paired(contestants, rounds=rounds)
     rows = []
     for (tile, dilate), layer in layers.items():
         cost = CostModel(layer, example)
@@ -159,7 +163,7 @@ def tile_times(
 
 
 class _Fixed(nn.Module):
-    """A gate without weights: of every image the tiles with the highest scores."""
+    """A gate without weights that keeps every image's tiles with the highest scores."""
 
     def __init__(self, scores_BHW: Tensor, tile: int, keep: float) -> None:
         super().__init__()
@@ -186,7 +190,7 @@ class _Everywhere(nn.Module):
 
 
 def _smooth_noise(example: Tensor) -> Tensor:
-    """(B, H, W): blobs of about 8 positions, the same ones every time."""
+    """(B, H, W): blobs of about 8 positions, from a fixed seed."""
     height, width = example.shape[2:]
     draw = torch.Generator().manual_seed(0)
     coarse = torch.randn(example.shape[0], 1, -(-height // 8) + 1, -(-width // 8) + 1, generator=draw)

@@ -1,4 +1,4 @@
-"""What a figure was measured on, and the files that keep both."""
+"""Facts about the machine of a measurement, and the files that keep both."""
 
 import csv
 import os
@@ -16,7 +16,7 @@ from dynanet.core.files import write_csv
 
 
 def facts() -> dict[str, str]:
-    """Device, cores, versions, load and commit: the columns that make a row of results traceable."""
+    """Return device, cores, versions, load and commit: the columns that make a row of results traceable."""
     return {
         "device": _processor(),
         "cores": str(os.cpu_count()),
@@ -29,7 +29,7 @@ def facts() -> dict[str, str]:
 
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> None:
-    """Append rows to a CSV file, each with what it is about and what it was measured on. Folders are made."""
+    """Append rows to a CSV file, each with `about`, `facts` and the time. Folders are created."""
     more = {**about, **facts(), "measured": time.strftime("%Y-%m-%d %H:%M")}
     known: list[Mapping[str, Any]] = []
     if path.exists():
@@ -56,20 +56,16 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """Of the checkout the package lies in; empty for an installed one. A trailing + marks uncommitted changes."""
+    """The commit of the package's checkout, + for uncommitted changes; empty for an installed package."""
     here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        run = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=5, check=True)
+        return run.stdout.strip()
+
     try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "--", str(here)],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=True,
-        ).stdout
+        changed = git("status", "--porcelain", "--", str(here))
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return ""
-    return commit + ("+" if changed else "")

@@ -1,8 +1,8 @@
-"""Budgeted batch classification: a share of the samples for every exit, and the thresholds that let this share leave.
+"""Budgeted batch classification: from the share of samples of every exit to thresholds.
 
-The protocol of MSDNet (Huang et al. 2018, arXiv:1703.09844, section 4.2), with two repairs. Samples whose scores are
-tied cannot be told apart by a threshold: they stay together, and leave only if all of them fit into the share (the
-reference lets all of them go: it was asked for 0.20 and gave 0.75). And what was reached is said beside what was asked.
+The protocol of MSDNet (Huang et al. 2018, arXiv:1703.09844, section 4.2), with two corrections. A threshold cannot
+separate samples whose scores are tied: here they leave only if all of them fit into the share (in the reference all
+leave, 0.75 of the samples where the share was 0.20). And an `Outcome` holds the shares and costs that were reached.
 """
 
 from collections.abc import Iterable
@@ -18,11 +18,11 @@ PAPER_RATIOS = tuple(p / 20 for p in range(1, 40))
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What thresholds do on a table.
+    """Cost, accuracy and exit shares of thresholds on a table.
 
     Attributes:
-        macs: per sample, in the mean.
-        ms: per sample, in the mean; None where the table has none.
+        macs: mean per sample.
+        ms: mean per sample; None where the table has none.
         accuracy: share of correct answers.
         share: (K,) of the samples that leave at every exit.
     """
@@ -38,17 +38,25 @@ def leaving(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
 
     Args:
         scores: (N, K - 1).
-        thresholds: (K - 1,); +inf: nobody leaves, -inf: everybody.
+        thresholds: (K - 1,); +inf: no sample leaves, -inf: all do.
     """
     last = np.ones((len(scores), 1), bool)
     return np.concatenate([scores >= thresholds, last], 1).argmax(1)
 
 
 def outcome(table: ExitTable, thresholds: np.ndarray) -> Outcome:
-    """Cost, accuracy and shares of a table under thresholds (K - 1,): of held-out data, or of test data."""
+    """The outcome of thresholds (K - 1,) on a table of held-out or test data.
+
+    Raises:
+        DataError: not one threshold per exit but the last.
+    """
     if np.shape(thresholds) != (table.exits - 1,):
-        raise DataError(f"thresholds of shape {np.shape(thresholds)} for a table of {table.exits} exits")
-    exits, rows = leaving(table.scores, thresholds), np.arange(table.samples)
+        raise DataError(
+            f"thresholds must have shape {(table.exits - 1,)} for a table of {table.exits} exits, got "
+            f"{np.shape(thresholds)}"
+        )
+    exits = leaving(table.scores, thresholds)
+    rows = np.arange(table.samples)
     macs = table.macs[exits] if table.macs.ndim == 1 else table.macs[rows, exits]
     return Outcome(
         macs=float(macs.mean()),
@@ -65,19 +73,20 @@ def geometric(exits: int, ratio: float) -> np.ndarray:
     array([0.2, 0.2, 0.2, 0.2, 0.2])
 
     Raises:
-        BudgetError: a ratio that is not positive.
+        BudgetError: a ratio that is not positive and finite.
     """
     if not 0 < ratio < np.inf:
-        raise BudgetError(f"ratio={ratio!r}; the shares of the exits need a ratio above 0")
+        raise BudgetError(f"ratio must be above 0 and finite, got {ratio!r}")
     log = np.arange(exits) * np.log(ratio)
     share = np.exp(log - log.max())
     return share / share.sum()
 
 
 def thresholds_for_share(scores: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """Thresholds (K - 1,) that let the surest samples leave at every exit, never more than its share.
+    """Thresholds (K - 1,) at which the most confident samples leave at every exit, never more than its share.
 
-    Without ties every exit but the last gets its share to within 1/N. What ties hold back goes on to later exits.
+    Without ties every exit but the last gets its share to within 1/N. Tied samples that do not fit continue to later
+    exits.
 
     Args:
         scores: (N, K - 1) of held-out data.
@@ -87,26 +96,28 @@ def thresholds_for_share(scores: np.ndarray, share: np.ndarray) -> np.ndarray:
         BudgetError: shares that are negative or do not add up to 1.
     """
     if share.shape != (scores.shape[1] + 1,) or (share < 0).any() or abs(share.sum() - 1) > 1e-6:
-        raise BudgetError(f"shares {np.round(share, 4)} for {scores.shape[1] + 1} exits; they must add up to 1")
+        raise BudgetError(
+            f"expected {scores.shape[1] + 1} shares of at least 0 that add up to 1, got {np.round(share, 4)}"
+        )
     thresholds = np.full(scores.shape[1], np.inf)
     stay = np.ones(len(scores), bool)
     for k, p in enumerate(share[:-1]):
         quota = int(np.floor(len(scores) * p + 1e-9))
-        surest = np.sort(scores[stay, k])[::-1]
-        if quota >= len(surest):
+        highest = np.sort(scores[stay, k])[::-1]
+        if quota >= len(highest):
             thresholds[k] = -np.inf
         elif quota > 0:
-            apart = surest[:quota][surest[:quota] > surest[quota]]  # those not tied with the first who must stay
-            thresholds[k] = apart[-1] if len(apart) else np.inf
+            above = highest[:quota][highest[:quota] > highest[quota]]  # not tied with the first that must stay
+            thresholds[k] = above[-1] if len(above) else np.inf
         stay &= scores[:, k] < thresholds[k]
     return settled(scores, thresholds)
 
 
 def settled(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """Thresholds for the same exits, as far as can be from the scores that reach them.
+    """Equivalent thresholds, half way between the lowest score that leaves and the highest that stays.
 
-    Half way between the least sure sample that leaves and the surest that stays, another engine's rounding changes
-    nothing. Where none leaves the exit is switched off (+inf), where none stays the rest of the model is (-inf).
+    With that margin, the rounding of another engine does not change decisions. Where no sample leaves the threshold is
+    +inf, where none stays it is -inf.
     """
     best = np.full(len(thresholds), np.inf)
     stay = np.ones(len(scores), bool)
@@ -121,12 +132,12 @@ def settled(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
 
 
 def budgeted_batch(held_out: ExitTable, test: ExitTable, ratios: Iterable[float] = PAPER_RATIOS) -> list[Outcome]:
-    """The paper's curve: for every ratio, thresholds from the held-out scores and their outcome on the test table."""
+    """The paper's curve: for every ratio, thresholds from the held-out table and their outcome on the test table."""
     shares = [geometric(held_out.exits, ratio) for ratio in ratios]
     return [outcome(test, thresholds_for_share(held_out.scores, share)) for share in shares]
 
 
 def _between(below: float, above: float) -> float:
-    """In (below, above]: their middle in float32, because models hold thresholds so."""
+    """A number in (below, above]: their middle in float32, the dtype of a model's thresholds."""
     middle = float(np.float32((below + above) / 2))
     return middle if below < middle <= above else float(above)

@@ -21,12 +21,17 @@ from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import BudgetError, DataError, StructureError
 from dynanet.core.files import write_atomically, write_folder_atomically
-from dynanet.core.halt import Halt
+from dynanet.core.halt import Halt, ThresholdHalt
 
 
 @dataclass(frozen=True, eq=False)
 class Frontier:
-    """A model and its table: ask it for the model of any budget."""
+    """A model with its calibration table, from which it makes the model of any budget.
+
+    Attributes:
+        model: calibrated by its table; not changed.
+        table: what every exit answers and costs on held-out data.
+    """
 
     model: nn.Module
     table: ExitTable
@@ -35,45 +40,45 @@ class Frontier:
         """A copy of the model, in eval mode, that keeps to the budget.
 
         Args:
-            budget: what is asked.
+            budget: the requested limits.
             losses: (N, K) of the held-out samples, for a risk of your own; see `choose`.
 
         Warns:
-            UncertifiedWarning: the asked risk cannot be promised for any early exit, and why. The copy never exits
-                early.
+            UncertifiedWarning: the risk cannot be promised for any early exit, so the copy never exits early. The
+                warning says why.
 
         Raises:
             BudgetError: as `choose`.
         """
-        choice = self.choose(budget, losses)
-        if choice.promised is not None and choice.note:
-            warnings.warn(choice.note, UncertifiedWarning, stacklevel=2)
-        return apply(self.model, choice)
+        point = self.choose(budget, losses)
+        if point.promised is not None and point.note:
+            warnings.warn(point.note, UncertifiedWarning, stacklevel=2)
+        return apply(self.model, point)
 
     def choose(self, budget: Budget, losses: np.ndarray | None = None) -> OperatingPoint:
-        """The thresholds that `at` sets, and what they do; see the function `choose`.
+        """The operating point for a budget; see the function `calibrate.operating_point.choose`.
 
         Raises:
-            BudgetError: as `choose`; or a risk for positions, which depend on each other within an image.
+            BudgetError: as the function; or a risk for positions, which depend on each other within an image.
         """
         if self.table.groups is not None and budget.risk is not None:
             raise BudgetError(
                 f"a risk of {budget.risk:g} cannot be promised from positions: those of one image depend on each "
-                f"other; so ask in macs"
+                f"other; give Budget(macs=...)"
             )
         return choose(self.table, budget, losses)
 
     def curve(self, points: int = 25) -> list[OperatingPoint]:
-        """The best choices from the cheapest path to the dearest, at budgets evenly apart in MACs."""
+        """Operating points from the cheapest path to the most expensive, at budgets evenly spaced in MACs."""
         return curve(self.table, points)
 
     def timed(self, ms: Iterable[float]) -> "Frontier":
-        """The same with the measured milliseconds per sample that leaves at every exit, (K,); for Budget(ms=...)."""
+        """A copy with measured milliseconds per sample that leaves at every exit, (K,), for Budget(ms=...)."""
         return replace(self, table=replace(self.table, ms=np.array(list(ms), dtype=np.float64)))
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write a folder: the table, and the curve's choices as JSON for whoever reads thresholds elsewhere."""
-        points = [_plain(choice) for choice in self.curve()]
+        """Write a folder: `table.npz`, and the operating points of the curve as `frontier.json` for other programs."""
+        points = [_plain(point) for point in self.curve()]
 
         def fill(fresh: Path) -> None:
             self.table.save(fresh / "table.npz")
@@ -92,8 +97,20 @@ class Frontier:
         table = ExitTable.load(Path(folder) / "table.npz")
         steps = exits_of(halt_of(model)[1])
         if steps != table.exits:
-            raise DataError(f"{os.fspath(folder)} has {table.exits} exits, this model {steps}; calibrate this one")
+            raise DataError(
+                f"{os.fspath(folder)} has {table.exits} exits and this model {steps}; calibrate the model again"
+            )
         return cls(model, table)
+
+    def __str__(self) -> str:
+        table = self.table
+        costs = table.mean_macs
+        rows = "samples" if table.groups is None else "positions"
+        return (
+            f"Frontier of {type(self.model).__name__}: {table.exits} exits, {costs.min():,.0f} to {costs.max():,.0f} "
+            f"MACs per sample, accuracy {table.accuracy[0]:.2%} at the first exit and {table.accuracy[-1]:.2%} at the "
+            f"last, on {table.samples:,} held-out {rows}"
+        )
 
 
 def calibrate(
@@ -111,52 +128,53 @@ def calibrate(
         held_out: batches (x, y) that the model was not trained on, without augmentation. Not the test data.
         cost: of this model.
         ms: (K,) measured milliseconds per sample that leaves at every exit, for budgets in ms.
-        ignore: the label of samples, or pixels, that have none.
+        ignore: the label of samples, or pixels, without a label.
 
     Raises:
-        StructureError: the model has no exits to choose.
-        DataError: no samples, labels that are no class indices, answers that are not finite.
+        StructureError: the model has no layer with thresholds.
+        DataError: no samples, labels that are not class indices, answers that are not finite.
     """
-    _thresholds(halt_of(model)[1])
+    _thresholds(halt_of(model)[1])  # fail before the pass over the data
     frontier = Frontier(model, tabulate(model, held_out, cost, ignore=ignore))
     return frontier if ms is None else frontier.timed(ms)
 
 
-def apply(model: nn.Module, choice: OperatingPoint) -> nn.Module:
-    """A copy of the model, in eval mode, with the thresholds and the limit of a choice.
+def apply(model: nn.Module, point: OperatingPoint) -> nn.Module:
+    """A copy of the model, in eval mode, with the thresholds and the limit of an operating point.
 
     Raises:
         StructureError: the model has no thresholds, or another number of them.
     """
-    copied = with_thresholds(model, choice.thresholds)
+    copied = with_thresholds(model, point.thresholds)
     halt = halt_of(copied)[1]
-    if isinstance(halt, Halt):  # thresholds of -inf cap the others
-        halt.limit = choice.limit
+    if isinstance(halt, Halt):  # other layers are capped by thresholds of -inf
+        halt.limit = point.limit
     return copied
 
 
 def with_thresholds(model: nn.Module, given: np.ndarray) -> nn.Module:
-    """A copy of the model, in eval mode, with other thresholds (K - 1,): +inf nobody leaves there, -inf everybody.
+    """A copy of the model, in eval mode, with other thresholds (K - 1,): at +inf no row leaves, at -inf all do.
 
     Raises:
         StructureError: the model has no thresholds, or another number of them.
     """
-    halt = halt_of(copied := copy.deepcopy(model).eval())[1]
+    copied = copy.deepcopy(model).eval()
+    halt = halt_of(copied)[1]
     thresholds = _thresholds(halt)
-    places = places_of(halt)
-    if places.shape != given.shape:
-        raise StructureError(f"{len(given)} thresholds chosen for a model that has {len(places)}")
+    exits = threshold_exits(halt)
+    if given.shape != (len(exits),):
+        raise StructureError(f"got {len(given)} thresholds for a model that has {len(exits)}")
     with torch.no_grad():
-        thresholds.fill_(torch.inf)[places] = torch.from_numpy(given).to(thresholds)
+        thresholds.fill_(torch.inf)[exits] = torch.from_numpy(given).to(thresholds)
     return copied
 
 
 def select_exits(table: ExitTable, exit_macs: Sequence[float], budget: Budget) -> tuple[int, ...]:
-    """The exits that are worth their price under a budget; switch the others off (`EarlyExit.active`).
+    """Greedy backward selection of the exits to keep under a budget; switch the others off (`EarlyExit.active`).
 
-    A sample that goes on pays for every classifier that it passes. So exits are taken away one by one, always the one
-    without which the held-out accuracy within the budget is highest, until every one left would be missed. Choose
-    exits on held-out data, and calibrate the model that is left; no risk is promised for rows that chose the exits.
+    A sample that continues pays for every classifier that it passes. So exits are removed one by one, always the one
+    without which the held-out accuracy within the budget is highest, until each removal would lower it. Choose exits on
+    held-out data, then calibrate the smaller model; no risk can be promised from the rows that chose the exits.
 
     Args:
         table: of held-out data, with all exits.
@@ -164,26 +182,27 @@ def select_exits(table: ExitTable, exit_macs: Sequence[float], budget: Budget) -
         budget: with `macs` alone.
 
     Returns:
-        Ascending numbers of exits, the last one included. The last one alone: no early exit pays at this budget.
+        Ascending numbers of exits, the last one included. The last one alone: no early exit helps at this budget.
 
     Raises:
-        BudgetError: another budget, or one out of this table's range.
-        DataError: not one price per exit, or prices that the table's costs do not hold.
+        BudgetError: another kind of budget, or one out of this table's range.
+        DataError: not one price per exit, or prices above the table's costs.
     """
     bound = budget.macs
     if bound is None or any(b is not None for b in (budget.risk, budget.ms, budget.cap_macs)):
-        raise BudgetError(f"exits are chosen for a mean cost in MACs, and this is {budget}; give Budget(macs=...) only")
+        raise BudgetError(f"exits are chosen for a mean cost in MACs, got {budget}; give Budget(macs=...) only")
 
     def reached(exits: tuple[int, ...]) -> tuple[float, float] | None:
-        """(accuracy, MACs saved), the higher the better; None if the bound is out of reach."""
+        """(accuracy, -MACs) with these exits, the higher the better; None if the bound cannot be met."""
         left = with_exits(table, exits, exit_macs)
         if left.mean_macs.min() > bound:
             return None
-        choice = choose(left, Budget(macs=min(bound, float(left.mean_macs.max()))))
-        return choice.accuracy, -choice.macs
+        point = choose(left, Budget(macs=min(bound, float(left.mean_macs.max()))))
+        return point.accuracy, -point.macs
 
     best = choose(table, budget)
-    exits, value = tuple(range(table.exits)), (best.accuracy, -best.macs)
+    exits = tuple(range(table.exits))
+    value = (best.accuracy, -best.macs)
     while len(exits) > 1:
         fewer = [exits[:i] + exits[i + 1 :] for i in range(len(exits) - 1)]
         found = [(v, left) for left in fewer if (v := reached(left)) is not None and v[0] >= value[0]]
@@ -194,9 +213,9 @@ def select_exits(table: ExitTable, exit_macs: Sequence[float], budget: Budget) -
 
 
 def with_exits(table: ExitTable, exits: Sequence[int], exit_macs: Sequence[float]) -> ExitTable:
-    """The table of the model with only these exits active: the same answers and scores, at lower prices.
+    """The table of the model with only these exits active: the same answers and scores, at lower costs.
 
-    For confidences without memory; where an exit's score depends on those before it (`Patience`), calibrate the model.
+    Valid for confidences without memory; where a score depends on earlier exits (`Patience`), calibrate the model.
 
     Args:
         table: with all exits.
@@ -206,11 +225,15 @@ def with_exits(table: ExitTable, exits: Sequence[int], exit_macs: Sequence[float
     Raises:
         DataError: as `select_exits`, or exits that the table does not have.
     """
-    prices, kept = np.asarray(exit_macs, dtype=np.float64), list(exits)
+    prices = np.asarray(exit_macs, dtype=np.float64)
+    kept = list(exits)
     if kept != sorted(set(kept)) or not kept or kept[0] < 0 or kept[-1] != table.exits - 1:
-        raise DataError(f"exits {kept} of a table of {table.exits}; give ascending numbers, the last one included")
+        raise DataError(f"exits must ascend from 0 on and end with the last, {table.exits - 1}; got {kept}")
     if prices.shape != (table.exits,) or (prices < 0).any() or (prices.cumsum() > table.mean_macs * (1 + 1e-9)).any():
-        raise DataError(f"exit_macs of {prices.tolist()} for exits that cost {table.mean_macs.tolist()} in all")
+        raise DataError(
+            f"exit_macs must be {table.exits} numbers whose sums stay within the costs of the exits "
+            f"{table.mean_macs.tolist()}, got {prices.tolist()}"
+        )
     off = np.ones(table.exits, bool)
     off[kept] = False
     saved = (prices * off).cumsum()[kept]
@@ -227,23 +250,25 @@ def with_exits(table: ExitTable, exits: Sequence[int], exit_macs: Sequence[float
 
 
 def _thresholds(halt: Dynamic) -> Tensor:
-    """The buffer through which a Halt is calibrated."""
+    """The buffer of thresholds that calibration sets."""
     thresholds = thresholds_of(halt)
     if thresholds is None:
         raise StructureError(f"{type(halt).__name__} has no buffer `thresholds` to be calibrated; EarlyExit has one")
     return thresholds
 
 
-def places_of(halt: Dynamic) -> Tensor:
-    """(steps - 1,) int64, which of its thresholds each step has: a Halt with exits that are switched off tells it by a
-    buffer `leaves`, and the thresholds of those exits stay infinite.
+def threshold_exits(halt: Dynamic) -> list[int]:
+    """The index in `thresholds` of every step but the last.
+
+    Where exits are switched off a step has another number than its exit; the thresholds of those exits stay infinite.
     """
-    found = dict(halt.named_buffers(recurse=False)).get("leaves")
-    return torch.arange(len(_thresholds(halt))) if found is None else found
+    if isinstance(halt, ThresholdHalt):
+        return [halt.exit_of(k) for k in range(halt.steps - 1)]
+    return list(range(len(_thresholds(halt))))
 
 
-def _plain(choice: OperatingPoint) -> dict[str, Any]:
-    """For JSON, which knows no infinity: those thresholds are the strings "inf" and "-inf", as float() reads them."""
-    thresholds = [t if np.isfinite(t) else str(t) for t in choice.thresholds.tolist()]
-    plain = asdict(choice) | {"asked": asdict(choice.asked), "thresholds": thresholds, "share": choice.share.tolist()}
+def _plain(point: OperatingPoint) -> dict[str, Any]:
+    """A point for JSON, without infinities: those thresholds are the strings "inf" and "-inf", which float() reads."""
+    thresholds = [t if np.isfinite(t) else str(t) for t in point.thresholds.tolist()]
+    plain = asdict(point) | {"thresholds": thresholds, "share": point.share.tolist()}
     return {key: value for key, value in plain.items() if value is not None}

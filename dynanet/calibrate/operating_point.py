@@ -1,4 +1,4 @@
-"""An operating point is thresholds for a budget, made from a table alone, and what they do there."""
+"""Operating points: thresholds for a budget, computed from a table, with their cost and accuracy there."""
 
 import math
 from dataclasses import dataclass
@@ -15,21 +15,21 @@ from dynanet.core.errors import BudgetError, DataError
 
 @dataclass(frozen=True, eq=False)
 class OperatingPoint:
-    """Thresholds for a budget, and what they do on the held-out samples.
+    """Thresholds for a budget, with their cost and accuracy on the held-out samples.
 
     Attributes:
-        asked: the budget.
-        thresholds: (K - 1,), +inf: nobody leaves at this exit, -inf: everybody.
+        budget: the requested budget.
+        thresholds: (K - 1,), +inf: no sample leaves at this exit, -inf: all do.
         limit: at most this many steps run, for the hard cap; None: no cap.
-        macs: per sample, in the mean.
-        ms: per sample, in the mean; None where not measured.
+        macs: mean per sample.
+        ms: mean per sample; None where not measured.
         accuracy: on the held-out samples.
         share: (K,) of the samples that leave at every exit.
-        promised: the asked risk is promised; None: none was asked.
-        note: what the user should know beyond the figures; "" mostly.
+        promised: whether the risk is promised; None: the budget has none.
+        note: a caveat for the user; usually "".
     """
 
-    asked: Budget
+    budget: Budget
     thresholds: np.ndarray
     limit: int | None
     macs: float
@@ -39,44 +39,63 @@ class OperatingPoint:
     promised: bool | None
     note: str
 
+    @classmethod
+    def of(
+        cls,
+        table: ExitTable,
+        budget: Budget,
+        thresholds: np.ndarray,
+        *,
+        limit: int | None = None,
+        promised: bool | None = None,
+        note: str = "",
+    ) -> "OperatingPoint":
+        """The operating point of given thresholds on a table; arguments as the attributes."""
+        done = outcome(table, thresholds)
+        return cls(budget, thresholds, limit, done.macs, done.ms, done.accuracy, done.share, promised, note)
+
     def __str__(self) -> str:
         spent = f"{self.macs:,.0f} MACs" + ("" if self.ms is None else f", {self.ms:.3g} ms")
         shares = " ".join(f"{share:.0%}" for share in self.share)
         promise = {None: "", True: "; risk promised", False: "; risk NOT promised"}[self.promised]
         note = f"\n  {self.note}" if self.note else ""
-        return f"{self.asked}: {spent} per sample, accuracy {self.accuracy:.2%}, exits {shares}{promise}{note}"
+        return f"{self.budget}: {spent} per sample, accuracy {self.accuracy:.2%}, exits {shares}{promise}{note}"
 
 
 def choose(table: ExitTable, budget: Budget, losses: np.ndarray | None = None) -> OperatingPoint:
-    """Thresholds for a budget.
+    """The operating point for a budget.
 
-    Without a risk: the highest held-out accuracy within the mean cost (`optimal`). With a risk: the most eager member
-    of a family fixed in advance whose expected loss is promised (`risk`). With a risk and a mean cost: a member for
-    which both are promised, with the confidence together (Bonferroni); the most careful one. A cap cuts the model off
-    after so many steps, whatever the scores say.
+    Without a risk: the highest held-out accuracy within the mean cost (`calibrate.thresholds`). With a risk: of a
+    family of thresholds fixed in advance, those that exit earliest among those whose expected loss is certified
+    (`calibrate.risk`). With a risk and a mean cost: those that exit latest among those for which both are certified,
+    jointly with the confidence (Bonferroni). A cap limits the number of steps, whatever the scores are.
 
     Args:
         table: of held-out data.
-        budget: what is asked.
-        losses: (N, K) at most 1, what the answer of every exit loses; for budgets with a risk. None:
-            `risk.lost_answers`, 1 where the early answer is wrong and the whole model's is right.
+        budget: the requested limits.
+        losses: (N, K), at most 1, the loss of the answer of every exit; for budgets with a risk. None:
+            `risk.lost_answers`, 1 where the early answer is wrong and the whole model's is right. For the difference of
+            accuracies give `table.correct[:, -1:].astype(float) - table.correct`.
 
     Raises:
-        BudgetError: below the cheapest or above the dearest path, with the possible range; ms that were not measured;
-            a risk and a cost that cannot both be promised; losses without a risk.
+        BudgetError: below the cheapest or above the most expensive path, with the possible range; ms that were not
+            measured; a risk and a cost that cannot both be promised; losses without a risk.
         DataError: losses of another shape.
     """
     if losses is not None and budget.risk is None:
-        raise BudgetError("losses were given for a budget without a risk; add risk=, or leave them out")
+        raise BudgetError("got losses for a budget without a risk; add risk=, or leave them out")
     losses = lost_answers(table) if losses is None else np.asarray(losses, dtype=np.float64)
     if losses.shape != table.correct.shape:
-        raise DataError(f"losses of shape {losses.shape} for {table.samples} samples and {table.exits} exits")
+        raise DataError(
+            f"losses must have shape {(table.samples, table.exits)}, one per sample and exit, got {losses.shape}"
+        )
     limit = None if budget.cap_macs is None else _limit(table, budget.cap_macs)
     cut = table if limit is None else table.first(limit)
     bounds = {name: bound for name in ("macs", "ms") if (bound := getattr(budget, name)) is not None}
     for name, bound in bounds.items():
         _check_reachable(cut, name, bound)
-    promised, note = None, ""
+    promised: bool | None = None
+    note = ""
     if budget.risk is not None:
         thresholds, promised, note = _promised(cut, losses[:, : cut.exits], budget.risk, budget.confidence, bounds)
     elif bounds and cut.exits > 1:
@@ -85,32 +104,35 @@ def choose(table: ExitTable, budget: Budget, losses: np.ndarray | None = None) -
         thresholds = _never(cut)
     if cut.exits < table.exits:
         thresholds = np.concatenate([thresholds, [-np.inf], np.full(table.exits - 1 - cut.exits, np.inf)])
-    return _choice(table, budget, thresholds, limit, promised, note)
+    return OperatingPoint.of(table, budget, thresholds, limit=limit, promised=promised, note=note)
 
 
 def curve(table: ExitTable, points: int = 25) -> list[OperatingPoint]:
-    """The best choices from the cheapest path to the dearest, at budgets evenly apart in MACs; one search for all."""
+    """Operating points from the cheapest path to the most expensive, at budgets evenly spaced in MACs."""
     cost = _cost(table, "macs")
-    problem = ThresholdSearch(table.scores, table.correct.astype(np.float64), cost)
-    choices = []
+    search = ThresholdSearch(table.scores, table.correct.astype(np.float64), cost)
+    found = []
     for macs in np.linspace(*_range(cost), points):
-        thresholds = problem.best_within(macs)
+        thresholds = search.best_within(macs)
         note = _leftover(table, thresholds, {"macs": macs})
-        choices.append(_choice(table, Budget(macs=macs), thresholds, None, None, note))
-    return choices
+        found.append(OperatingPoint.of(table, Budget(macs=macs), thresholds, note=note))
+    return found
 
 
 def _within(table: ExitTable, bounds: dict[str, float]) -> tuple[np.ndarray, str]:
-    """(thresholds, note) within bounds on mean costs: of one alone if that keeps the others, else of all at once."""
+    """(thresholds, note) within bounds on mean costs.
+
+    Thresholds for one bound alone if they keep the others too, else for a common bound that implies all of them.
+    """
     values = table.correct.astype(np.float64)
     for name, bound in bounds.items():
         thresholds = ThresholdSearch(table.scores, values, _cost(table, name)).best_within(bound)
         if all(_spent(table, thresholds, other) <= most * (1 + SLACK) for other, most in bounds.items()):
             return thresholds, _leftover(table, thresholds, bounds)
-    # The mean of the larger is no smaller than the larger of the means: this bound keeps them all.
+    # The mean of a maximum is at least the maximum of the means, so this bound implies all of them.
     shares = np.maximum.reduce([_cost(table, name) / bound for name, bound in bounds.items()])
     if _range(shares)[0] > 1 + SLACK:
-        raise BudgetError(f"no path that was found keeps all of {bounds} together; ask for more of one of them")
+        raise BudgetError(f"found no thresholds within all of {bounds} together; raise one of them")
     thresholds = ThresholdSearch(table.scores, values, shares).best_within(1.0)
     return thresholds, _leftover(table, thresholds, bounds)
 
@@ -118,7 +140,7 @@ def _within(table: ExitTable, bounds: dict[str, float]) -> tuple[np.ndarray, str
 def _promised(
     table: ExitTable, losses: np.ndarray, risk: float, confidence: float, bounds: dict[str, float]
 ) -> tuple[np.ndarray, bool, str]:
-    """(thresholds, promised, note) for a risk, and for mean costs beside it."""
+    """(thresholds, promised, note) for a risk, optionally with bounds on mean costs."""
     delta = (1 - confidence) / (1 + len(bounds))
     # Shuffled: the betting bound reads the samples in order, and files are often sorted by class.
     order = np.random.default_rng(0).permutation(table.samples)
@@ -127,17 +149,11 @@ def _promised(
     exits = np.stack([leaving(table.scores[tests], thresholds) for thresholds in family], 1)
     tested = np.take_along_axis(losses[tests], exits, 1)
     safe = certified(tested, risk, delta)  # family[:safe] keep the risk
-    asked, note = f"a risk of {risk:g} with confidence {confidence:g}", ""
-    if safe < min(2, len(family)):
-        needed = least_samples(risk, delta, binary=is_binary(tested))
-        if len(tests) < needed:
-            enough = math.ceil(needed / (1 - GRID_SHARE)) + 1
-            why = f"{table.samples} held-out samples are too few; give at least {enough}"
-        elif safe == 0:
-            why = f"without any early exit the held-out loss is {tested[:, 0].mean():.3g}; ask for more than that"
-        else:
-            why = f"the surest early answers lose too much for {table.samples} samples to tell; give more of them"
-        note = f"never exits early: {asked} cannot be promised for any early exit; {why}"
+    promise = f"a risk of {risk:g} with confidence {confidence:g}"
+    note = ""
+    if safe < min(2, len(family)):  # family[0] never exits early
+        why = _why_not(tested, safe, risk, delta, table.samples)
+        note = f"never exits early: {promise} cannot be promised for any early exit; {why}"
         if not bounds:
             return _never(table), safe == 1, note
     cheap = 0  # family[cheap:] keep the mean costs
@@ -151,25 +167,28 @@ def _promised(
     if cheap >= safe:
         spends = ", ".join(f"{_spent(table, family[safe - 1], name):.6g} {name}" for name in bounds)
         raise BudgetError(
-            f"{asked} and mean costs of {bounds} cannot be promised together: this risk takes about {spends}; ask for "
+            f"{promise} and mean costs of {bounds} cannot be promised together: this risk takes about {spends}; allow "
             f"more risk or more cost, or give more held-out samples"
         )
     return family[cheap if bounds else safe - 1], True, note
 
 
-def _choice(
-    table: ExitTable, budget: Budget, thresholds: np.ndarray, limit: int | None, promised: bool | None, note: str
-) -> OperatingPoint:
-    done = outcome(table, thresholds)
-    return OperatingPoint(budget, thresholds, limit, done.macs, done.ms, done.accuracy, done.share, promised, note)
+def _why_not(tested: np.ndarray, safe: int, risk: float, delta: float, samples: int) -> str:
+    """Why no early exit is certified on the tested losses (n, L), and what would help."""
+    needed = least_samples(risk, delta, binary=is_binary(tested))
+    if len(tested) < needed:
+        enough = math.ceil(needed / (1 - GRID_SHARE)) + 1
+        return f"{samples} held-out samples are too few; give at least {enough}"
+    if safe == 0:
+        return f"without any early exit the held-out loss is {tested[:, 0].mean():.3g}; allow more than that"
+    return f"the loss of the most confident early answers is too high or too uncertain with {samples} samples"
 
 
 def _limit(table: ExitTable, cap: float) -> int:
     """How many steps a hard cap allows."""
     steps = int((table.most_expensive <= cap * (1 + SLACK)).sum())
     if steps == 0:
-        least = f"{table.most_expensive[0]:.6g}"
-        raise BudgetError(f"cap_macs={cap:.6g} is below the first exit, which takes up to {least}; ask for no less")
+        raise BudgetError(f"cap_macs must be at least {table.most_expensive[0]:.6g}, the first exit; got {cap:.6g}")
     return steps
 
 
@@ -177,23 +196,21 @@ def _check_reachable(table: ExitTable, name: str, bound: float) -> None:
     low, high = _range(_cost(table, name))
     if low * (1 - SLACK) <= bound <= high * (1 + SLACK):
         return
-    where = "below the cheapest" if bound < low else "above the dearest"
-    raise BudgetError(
-        f"{name}={bound:.6g} is {where} path: per sample this model can spend {low:.6g} to {high:.6g}; ask within that"
-    )
+    where = "below the cheapest" if bound < low else "above the most expensive"
+    raise BudgetError(f"{name}={bound:.6g} is {where} path of this model; give a number from {low:.6g} to {high:.6g}")
 
 
 def _leftover(table: ExitTable, thresholds: np.ndarray, bounds: dict[str, float]) -> str:
     if any(_spent(table, thresholds, name) >= 0.95 * bound for name, bound in bounds.items()):
         return ""
-    return "part of the budget is left: with more, the held-out accuracy falls, or scores that are tied do not fit"
+    return "part of the budget is unused: with more, the held-out accuracy falls, or tied scores do not fit"
 
 
 def _cost(table: ExitTable, name: str) -> np.ndarray:
     """(N, K) of leaving at every exit."""
     cost = table.macs if name == "macs" else table.ms
     if cost is None:
-        raise BudgetError("a budget in ms needs measured times: give them as frontier.timed(ms), or ask in macs")
+        raise BudgetError("a budget in ms needs measured times: use frontier.timed(ms), or give Budget(macs=...)")
     return np.broadcast_to(cost, table.correct.shape)
 
 

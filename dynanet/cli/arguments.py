@@ -1,4 +1,4 @@
-"""How the command line reads arguments and tells of them: jsonargparse, with flags as flags and errors in one line."""
+"""The argument parser of the command line: jsonargparse, with flags as flags and errors in one line."""
 
 import argparse
 import inspect
@@ -10,37 +10,41 @@ from typing import Any, NoReturn
 import docstring_parser
 import jsonargparse
 
+from dynanet.datamodules import DATA_MODULES
+
 
 def command_name(command: Callable) -> str:
-    """export_bundle is called export-bundle."""
+    """The name of a command as it is typed: `export_bundle` is export-bundle."""
     return command.__name__.replace("_", "-")
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """Flags are flags, and what is wrong takes one line."""
+    """A parser in which booleans are flags, and errors take one line."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"formatter_class": _Help, "allow_abbrev": False, **kwargs})
 
     def add_function_arguments(self, function: Callable, *args: Any, **kwargs: Any) -> list[str]:
-        """The parameters of a command, told by its docstring."""
-        told = docstring_parser.parse(inspect.getdoc(function) or "")
-        self.description = "\n\n".join(filter(None, (told.short_description, told.long_description)))
+        """The parameters of a command, described by its docstring."""
+        described = docstring_parser.parse(inspect.getdoc(function) or "")
+        self.description = "\n\n".join(filter(None, (described.short_description, described.long_description)))
         parameters = inspect.signature(function).parameters.values()
         flags = {p.name for p in parameters if p.annotation is bool}
         added = super().add_function_arguments(function, *args, **{**kwargs, "sub_configs": False, "skip": flags})
-        for each in told.params:
+        for each in described.params:
             if each.arg_name in flags:
                 self.add_argument(f"--{each.arg_name}", action="store_true", help=each.description)
         for action in self._actions:
             if action.option_strings and action.dest in ("data", "model", "recipe"):
                 action.help = argparse.SUPPRESS  # a file for a part of them: --config takes them all
+            if action.dest == "data.name":
+                action.metavar = f"{{{','.join(DATA_MODULES)}}}"
         places = [p.name for p in parameters if p.default is p.empty]
         self.usage = " ".join(["dynanet", command_name(function), *places, "[options]"])
         return added
 
     def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
-        """The commands."""
+        """Add the commands."""
         self.usage = "dynanet COMMAND [options]"
         for action in self._actions:
             if action.dest in ("config", "print_config"):
@@ -48,7 +52,7 @@ class Parser(jsonargparse.ArgumentParser):
         return super().add_subcommands(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """One line, and where help is."""
+        """Print one line that says where help is, and exit with code 2."""
         if not self.exit_on_error:
             super().error(message, ex)
         usage = (getattr(ex, "subcommand_parser", None) or self).usage or ""
@@ -63,7 +67,9 @@ def written_out(arguments: list[str]) -> list[str]:
     written: list[str] = []
     for argument in arguments:
         number = re.fullmatch(r"[\d.]+(e-?\d+)?(,[\d.]+(e-?\d+)?)*", argument)
-        lists = _LISTS if number else () if argument.startswith(("-", "[")) else _LISTS_OF_PATHS
+        lists: tuple[str, ...] = _LISTS if number else _LISTS_OF_PATHS
+        if not number and argument.startswith(("-", "[")):
+            lists = ()
         if written and written[-1] in lists:
             written.append(f"[{argument}]")
         elif len(written) > 1 and written[-2] in lists and written[-1].endswith("]"):
@@ -74,7 +80,7 @@ def written_out(arguments: list[str]) -> list[str]:
 
 
 class _Help(jsonargparse.DefaultHelpFormatter):
-    """Without the types: the names and the words say what is expected."""
+    """Help without types: names and descriptions say what is expected."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         if "--print_config" in action.option_strings:
@@ -95,7 +101,7 @@ _LISTS_OF_PATHS = ("--static",)
 
 
 def _plain(message: str) -> str:
-    """What jsonargparse says in several lines and in types, in one line and in words."""
+    """A message of jsonargparse, in one line and without types."""
     text = " ".join(line.strip(" -") for line in message.splitlines() if line.strip())
     for pattern, instead in _IN_WORDS:
         text = re.sub(pattern, instead, text)

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jsonargparse
 import torch
@@ -18,9 +18,18 @@ from dynanet.cli.arguments import Parser, command_name, written_out
 from dynanet.core.errors import ConfigError, DynanetError
 from dynanet.experiment.config import Data, Experiment, Model, Recipe
 
+if TYPE_CHECKING:
+    from dynanet.calibrate.operating_point import OperatingPoint
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command. Answers the exit code: 0, or 2 for what the user can mend.
+    """Run a command.
+
+    Args:
+        arguments: of the command line; None: those of this process.
+
+    Returns:
+        The exit code: 0, 2 for an error that the user can correct, or 130 if stopped.
 
     Raises:
         SystemExit: with code 2, after one line on stderr, for arguments that no command takes; with 0 after --help.
@@ -77,7 +86,7 @@ def train(
 
     experiment = Experiment(data, model, recipe)
     if resume and experiment == Experiment() and (out / "config.yaml").exists():
-        experiment = Experiment.read(out / "config.yaml")  # nothing was said: as it was
+        experiment = Experiment.read(out / "config.yaml")  # no options: those of the stopped run
     run = Run(out, experiment)
     metrics = run.train(resume=resume, progress=not json)
     exits = [f"{value:.2%}" for name, value in metrics.items() if name.startswith("val/accuracy/")]
@@ -87,7 +96,7 @@ def train(
     figures = [f"{what} {metrics[name]:{form}}" for name, what, form in HELD_OUT if name in metrics]
     reached = f"{figures[0]}{by_exit}" if figures else "this run had come to its end"
     lines = [reached, f"saved in {out}/model"]
-    lines.append(f"next: dynanet {'calibrate' if run.has_exits() else 'evaluate'} {out}")
+    lines.append(f"next: dynanet {'calibrate' if run.has_exits else 'evaluate'} {out}")
     _say(json, metrics, lines)
 
 
@@ -107,23 +116,31 @@ def calibrate(
         confidence: of that promise.
         json: print the result as JSON.
     """
-    from dynanet.experiment.run import RequestedBudgets, Run, in_words
+    from dynanet.experiment.budgets import RequestedBudgets, in_words
+    from dynanet.experiment.run import Run
 
     opened = Run(run)
-    choices, full = opened.calibrate(RequestedBudgets(shares, risk, confidence)), opened.full_macs()
+    points = opened.calibrate(RequestedBudgets(shares, risk, confidence))
     rows = [
-        {"asked": in_words(c.asked, full), "macs": c.macs, "held_out_accuracy": c.accuracy,
-         "thresholds": c.thresholds.tolist(), "shares": c.share.tolist(), "promised": c.promised, "note": c.note}
-        for c in choices
+        {"requested": in_words(p.budget, opened.full_macs), "macs": p.macs, "held_out_accuracy": p.accuracy,
+         "thresholds": p.thresholds.tolist(), "shares": p.share.tolist(), "promised": p.promised, "note": p.note}
+        for p in points
     ]  # fmt: skip
-    lines = [str(c).replace(str(c.asked), in_words(c.asked, full), 1) for c in choices]
-    if shares is None and (left_out := opened.unreachable()):
+    lines = [_described(point, opened.full_macs) for point in points]
+    if shares is None and (left_out := opened.unreachable):
         lines.append(f"left out, as no path is that cheap: {', '.join(f'{share:.0%}' for share in left_out)}")
-    _say(json, {"choices": rows}, [*lines, f"next: dynanet evaluate {run}"])
+    _say(json, {"operating_points": rows}, [*lines, f"next: dynanet evaluate {run}"])
+
+
+def _described(point: "OperatingPoint", full: float) -> str:
+    """An operating point in a line, its budget as a share."""
+    from dynanet.experiment.budgets import in_words
+
+    return str(point).replace(str(point.budget), in_words(point.budget, full), 1)
 
 
 def evaluate(run: Path, json: bool = False) -> None:
-    """Measure every exit and every calibrated budget on test data; a network without exits as it was trained.
+    """Measure every exit and every calibrated budget on test data; of a network without exits, the trained one.
 
     Args:
         run: a calibrated run; of a network without exits any trained one.
@@ -144,12 +161,12 @@ def _reached(results: dict[str, Any]) -> list[str]:
             share = point["macs"] / results["full_macs"]
             lines.append(f"  {point['name']:{width}}  {point['macs']:14,.0f} MACs ({share:4.0%})  {figures}")
         return lines
-    width = max(len(row["asked"]) for row in [*results["choices"], {"asked": "all at exit 1"}])
+    width = max(len(row["requested"]) for row in [*results["operating_points"], {"requested": "all at exit 1"}])
     for k, (macs, right) in enumerate(zip(results["macs_per_exit"], results["accuracy_per_exit"], strict=True)):
         lines.append(f"  {f'all at exit {k + 1}':{width}}  {macs:14,.0f} MACs         accuracy {right:7.2%}")
-    for row in results["choices"]:
+    for row in results["operating_points"]:
         lines.append(
-            f"  {row['asked']:{width}}  {row['test_macs']:14,.0f} MACs ({row['test_macs_share']:4.0%})  accuracy "
+            f"  {row['requested']:{width}}  {row['test_macs']:14,.0f} MACs ({row['test_macs_share']:4.0%})  accuracy "
             f"{row['test_accuracy']:7.2%}  ({_lost(row['lost'])}; random exits of the same rates "
             f"{row['random_exits_accuracy']:.2%})"
         )
@@ -173,7 +190,7 @@ def bench(
     Args:
         run: a calibrated run; of a network without exits any trained one.
         share: the budget, as a share of the full model's MACs. Not of a network without exits.
-        batches: samples per call; 1, 8, 64 and 256, as far as there are so many test samples, if not given.
+        batches: samples per call; those of 1, 8, 64 and 256 that the test split can fill, if not given.
         threads: how many threads to try; 1 and all of them, if not given.
         rounds: interleaved repetitions; figures are medians.
         json: print the result as JSON.
@@ -202,7 +219,7 @@ def predict(model: Path, inputs: Path, out: Path | None = None, json: bool = Fal
     from dynanet.experiment.prediction import predict as answers
 
     if out is not None and not out.parent.is_dir():
-        raise ConfigError(f"{out.parent} is no folder; make it first, or choose another --out")
+        raise ConfigError(f"{out.parent} is not a folder; make it first, or choose another --out")
     rows = answers(model, inputs)
     if out is not None:
         from dynanet.core.files import write_csv
@@ -221,10 +238,10 @@ def report(run: Path, out: Path | None = None, static: list[Path] | None = None,
         static: runs of networks without exits on the same data, to show beside it.
         json: print the result as JSON.
     """
-    from dynanet.experiment import report as reports
+    from dynanet.experiment.report import static_point, write_report
     from dynanet.experiment.run import Run
 
-    path = reports.report(Run(run), out, static=[reports.point(Run(each)) for each in static or ()])
+    path = write_report(Run(run), out, static=[static_point(Run(each)) for each in static or ()])
     _say(json, {"report": str(path)}, [f"report: {path}"])
 
 
@@ -256,8 +273,9 @@ def demo(out: Path = Path("runs/demo"), seed: int = 0, json: bool = False) -> No
     import shutil
     import time
 
-    from dynanet.experiment.report import report as write_report
-    from dynanet.experiment.run import RequestedBudgets, Run, in_words
+    from dynanet.experiment.budgets import RequestedBudgets
+    from dynanet.experiment.report import write_report
+    from dynanet.experiment.run import Run
 
     start = time.monotonic()
     # One thread trains this small network in well under a minute, and a busy machine does not slow it tenfold.
@@ -272,18 +290,20 @@ def demo(out: Path = Path("runs/demo"), seed: int = 0, json: bool = False) -> No
 
     if out.exists() and any(out.iterdir()):
         if not (out / "config.yaml").exists():
-            raise DynanetError(f"{out} holds something that is no run; choose another folder with --out")
+            raise DynanetError(f"{out} is not empty and not a run; choose another folder with --out")
         earlier = Experiment.read(out / "config.yaml")
         if earlier != experiment(earlier.data.seed):
-            raise DynanetError(f"{out} holds a run that is no demo's; choose another folder with --out")
+            raise DynanetError(
+                f"{out} holds a run of another experiment than the demo's; choose another folder with --out"
+            )
         shutil.rmtree(out)
     run = Run(out, experiment(seed))
     step("Training a classifier of hyperspectral pixels, with three exits")
     run.train(progress=not json)
     step("Calibrating three budgets and one promised risk, in one pass over held-out pixels")
-    for choice in run.calibrate(RequestedBudgets()):
+    for point in run.calibrate(RequestedBudgets()):
         if not json:
-            print("  " + str(choice).replace(str(choice.asked), in_words(choice.asked, run.full_macs()), 1))
+            print("  " + _described(point, run.full_macs))
     step("Test pixels, looked at once")
     results = run.evaluate()
     if not json:
@@ -308,7 +328,7 @@ def _say(json: bool, content: dict[str, Any], lines: list[str]) -> None:
 
 
 def _finite(content: Any) -> Any:
-    """JSON knows no infinity: a threshold nobody passes is "inf", what was not measured is null."""
+    """The content without infinities, which JSON does not have: they become "inf", NaN (not measured) null."""
     if isinstance(content, dict):
         return {name: _finite(value) for name, value in content.items()}
     if isinstance(content, list):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dynanet.core.decision import Decision
-from dynanet.core.dynamic import Dynamic, everything, execute, forced, layers, record
+from dynanet.core.dynamic import Dynamic, evaluating, everything, execute, forced, layers, record
 from dynanet.core.errors import InputError, StructureError
 from dynanet.core.macs import CountMacs
 from dynanet.core.trace import Call, Trace
@@ -170,14 +170,11 @@ def _try(model: nn.Module, example: Any) -> None:
 @contextmanager
 def _as_deployed(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; all flags are restored afterwards."""
-    training = {module: module.training for module in model.modules()}
     sparse = {layer: layer.sparse for layer in layers(model).values()}
-    model.eval()
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module, mode in training.items():
-            module.training = mode
         for layer, mode in sparse.items():
             layer.sparse = mode
 

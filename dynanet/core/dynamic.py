@@ -1,8 +1,8 @@
 """A Dynamic layer runs a unit only for the rows that keep it: masking (dense) or gathering (sparse)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from dynanet.core.decision import Decision
 from dynanet.core.rows import LEADING, Rows
 from dynanet.core.trace import Frame, Trace
+
+if TYPE_CHECKING:
+    from dynanet.core.objective import Objective
 
 
 class Kept:
@@ -60,11 +63,13 @@ class Dynamic(nn.Module):
         degree: the price of a unit is a polynomial of this degree in the number of rows that keep it, without constant
             term. 1 nearly always; 2 for attention among the kept tokens.
         most: how many units a row runs at most, where units exclude each other: 1 for widths. None: any number.
+        skippable: it runs or skips one unit as a whole, so that training can bring it to a rate (`train.TargetRate`).
     """
 
     sparse: bool = False
     degree: int = 1
     max_units: int | None = None
+    skippable: bool = False
     trace: Trace | None = None
     force: Callable[[Decision], Tensor] | None = None
 
@@ -75,6 +80,27 @@ class Dynamic(nn.Module):
         A checkpoint stores them, and is refused by a layer that would decide otherwise.
         """
         return ""
+
+    @classmethod
+    def ponder_cost(cls) -> "Objective | None":
+        """One objective that makes the rows of all such layers in a model stop. None: theirs do not stop."""
+        return None
+
+    def pixel_loss(self, ignore: int, weights: Sequence[float] | None) -> "Objective | None":
+        """The loss of a model that is this layer and labels pixels. None: the cross-entropy of its answer.
+
+        Args:
+            ignore: the label of void pixels.
+            weights: one per exit; None for equal ones.
+        """
+        return None
+
+    def schedules(self) -> list[Callable[[float], None]]:
+        """Settings of this layer that change with the progress of training, from 0 to 1; for `train.fit`."""
+        return []
+
+    def finish_training(self) -> None:
+        """Reset what `schedules` left, so that every row runs everything until the layer is calibrated."""
 
     @property
     def runs_whole(self) -> bool:
@@ -192,6 +218,18 @@ def execute(model: nn.Module, *, sparse: bool) -> nn.Module:
     for layer in layers(model).values():
         layer.sparse = sparse
     return model
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model in eval mode inside the block, and restore the mode of every module after it."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 @contextmanager

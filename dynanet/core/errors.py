@@ -5,6 +5,7 @@ They also derive from `ValueError`, so that code which knows nothing of dynanet 
 `assert`s.
 """
 
+from collections.abc import Collection, Sequence
 from importlib import import_module
 from types import ModuleType
 
@@ -53,15 +54,32 @@ class MissingExtraError(DynanetError, ImportError):
     """An optional dependency that is not installed, with the command that installs it."""
 
 
-def check_sizes(**sizes: int) -> None:
-    """Whole numbers of 1 or more: channels, classes, strides.
+def check_sizes(minimum: int = 1, /, **sizes: int | Sequence[int]) -> None:
+    """Check that sizes are whole numbers of at least `minimum`: channels, classes, strides.
+
+    Args:
+        minimum: the least size that is allowed.
+        sizes: by name, a number or a sequence in which every number is checked.
 
     Raises:
-        ConfigError: naming the first that is not.
+        ConfigError: naming the first that is too small or no `int`.
     """
-    for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise ConfigError(f"{name} is {size!r}; give a whole number, 1 or more")
+    for name, value in sizes.items():
+        for size in value if isinstance(value, Sequence) else (value,):
+            if not isinstance(size, int) or isinstance(size, bool):
+                raise ConfigError(f"{name} must be a whole number of at least {minimum}, got {value!r}")
+            if size < minimum:
+                raise ConfigError(f"{name} must be at least {minimum}, got {value!r}")
+
+
+def check_choice(name: str, value: object, choices: Collection[object]) -> None:
+    """Check that a value is one of those allowed.
+
+    Raises:
+        ConfigError: listing the choices.
+    """
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def require(module: str, extra: str) -> ModuleType:

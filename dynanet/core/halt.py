@@ -12,6 +12,7 @@ from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import StructureError
 from dynanet.core.rows import LEADING, Rows
+from dynanet.core.serving import PartByPart
 
 
 class Halt(Dynamic):
@@ -25,11 +26,15 @@ class Halt(Dynamic):
         steps: how many steps there are.
         limit: at most this many steps run, whatever the scores say: the hard cap per sample. None: all.
         rows: how rows leave; a session puts preallocated workspaces here.
+        part_by_part: how a session runs a single row that is made of parts; None: as in a batch.
+        multi_exit: in training the exits of all steps answer every row, and each is to be trained (`train.MultiExit`).
     """
 
     steps: int
     limit: int | None = None
+    multi_exit: bool = False
     rows: Rows = LEADING
+    part_by_part: PartByPart | None = None
 
     @property
     def last(self) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import DispatchKey
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -34,6 +35,12 @@ class CountMacs(TorchDispatchMode):
     """
 
     supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # By default torch hides a dispatch mode from its compiler, and imports the compiler for that, which takes a
+        # second or more. The end of this file does the same without the import.
+        return False
 
     def __init__(self, trace: Trace | None = None) -> None:
         super().__init__()
@@ -173,3 +180,6 @@ _MACS = {
     aten.vdot: _vector,
     aten.grid_sampler_2d: _sampled,
 }
+
+# `torch.cond` compiles even in eager mode, and would compile the counting too: that frame and all below it run as is.
+set_code_exec_strategy(CountMacs.__torch_dispatch__.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))

@@ -45,17 +45,17 @@ class FrameByFrame(ABC):
 
 
 class PartByPart(ABC):
-    """Interface of a Halt whose rows are made of parts that see each other (the tokens of a sentence).
+    """How a Halt runs a row that is made of parts which see each other (the tokens of a sentence): `Halt.part_by_part`.
 
     A session runs a single row as one graph per step. In a batch such rows have different lengths, and need several.
     """
 
     @abstractmethod
-    def parts(self, x: Any) -> Tensor:
+    def parts(self, halt: Any, x: Any) -> Tensor:
         """The parts (n, ...) that the first step takes of an input with one row."""
 
     @abstractmethod
-    def one_row(self, k: int) -> nn.Module | None:
+    def one_row(self, halt: Any, k: int) -> nn.Module | None:
         """Step k of one row, from its parts to (answer, score, parts); of the last step to (answer,).
 
         Answer and score are repeated for every part. None: a layer inside decides or has a memory, so that the step

@@ -1,7 +1,7 @@
-"""Augmentation of whole batches, quick enough that a CPU spends its time on the network.
+"""Augmentation of whole batches, fast enough for a CPU.
 
-Every function takes images (B, C, H, W), uint8 or float, and an explicit generator where it draws. Every image of the
-batch has its own draw. Crop before normalising, so that what is padded is black, as in the customary CIFAR recipe
+Every function takes images (B, C, H, W), uint8 or float, and a generator where it draws; every image is drawn for
+separately. Crop before normalising, so that padding is black, as in the customary CIFAR recipe
 (pad 4, crop, flip: Lee et al., "Deeply-Supervised Nets", 2015, arXiv:1409.5185, section 3.2).
 """
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dynanet.core.errors import ConfigError, DataError
+from dynanet.core.errors import ConfigError, DataError, check_sizes
 from dynanet.data.images import to_float
 
 
@@ -25,7 +25,7 @@ class CropFlip:
         std: (C,) of images in [0, 1].
         padding: black pixels on each side before the crop; 0 for no crop.
         flip: the probability of a left-right flip.
-        generator: what draws; None for torch's global one, which is a DataLoader worker's own.
+        generator: of random numbers; None for torch's global one, which every DataLoader worker has its own of.
     """
 
     def __init__(
@@ -37,26 +37,30 @@ class CropFlip:
         flip: float = 0.5,
         generator: torch.Generator | None = None,
     ) -> None:
-        self.mean, self.std, self.padding, self.flip, self.generator = mean, std, padding, flip, generator
+        self.mean = mean
+        self.std = std
+        self.padding = padding
+        self.flip = flip
+        self.generator = generator
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W), uint8 or float in [0, 1] -> float32 of the same shape."""
+        """Images (B, C, H, W), uint8 or float in [0, 1], to float32 of the same shape."""
         images = random_crop(images, self.padding, self.generator)
         return normalise(random_flip(images, self.flip, self.generator), self.mean, self.std)
 
     def collate(self, samples: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-        """Pairs (image, label) -> an augmented batch (B, C, H, W) and its labels (B,)."""
+        """Pairs (image, label) to an augmented batch (B, C, H, W) and its labels (B,)."""
         images, labels = zip(*samples, strict=True)
         return self(torch.stack(images)), torch.tensor(labels)
 
 
 def random_crop(images: Tensor, padding: int, generator: torch.Generator | None) -> Tensor:
-    """Pad with zeros on every side and cut each image back to its size at a place of its own.
+    """Pad with zeros on every side and crop each image back to its size at a random position.
 
     Args:
         images: (B, C, H, W), any dtype.
         padding: pixels per side; 0 returns the images.
-        generator: what draws, on the CPU; None for torch's global one.
+        generator: of random numbers on the CPU; None for torch's global one.
 
     Returns:
         (B, C, H, W) of the same dtype.
@@ -64,8 +68,7 @@ def random_crop(images: Tensor, padding: int, generator: torch.Generator | None)
     Raises:
         ConfigError: the padding is negative.
     """
-    if padding < 0:
-        raise ConfigError(f"padding {padding}; expected 0 or more pixels")
+    check_sizes(0, padding=padding)
     if padding == 0:
         return images
     batch, _, height, width = images.shape
@@ -81,16 +84,16 @@ def random_flip(images: Tensor, probability: float, generator: torch.Generator |
     Args:
         images: (B, C, H, W), any dtype.
         probability: in [0, 1].
-        generator: what draws, on the CPU; None for torch's global one.
+        generator: of random numbers on the CPU; None for torch's global one.
 
     Returns:
         (B, C, H, W) of the same dtype.
 
     Raises:
-        ConfigError: the probability is none.
+        ConfigError: a probability outside [0, 1].
     """
     if not 0 <= probability <= 1:
-        raise ConfigError(f"flip probability {probability}; expected 0 to 1")
+        raise ConfigError(f"probability must be from 0 to 1, got {probability}")
     flipped = torch.rand(images.shape[0], 1, 1, 1, generator=generator).to(images.device) < probability
     return torch.where(flipped, images.flip(-1), images)
 
@@ -124,10 +127,10 @@ def channel_stats(images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation over all pixels of each channel, exact.
 
     Args:
-        images: uint8 (N, C, H, W); give the training part only.
+        images: uint8 (N, C, H, W); of the training part only.
 
     Returns:
-        mean (C,) and std (C,), float32, of the images as in [0, 1].
+        mean (C,) and std (C,), float32, of the images scaled to [0, 1].
 
     Raises:
         DataError: the images are not uint8 (N, C, H, W).

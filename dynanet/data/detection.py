@@ -1,7 +1,7 @@
 """Images with boxes in memory, at one size, and the augmentation of whole batches of them.
 
-A batch's boxes are one tensor (B, M, 5): label, left, top, right, bottom in pixels; label -1 fills up images of fewer
-boxes, and M may be 0.
+The boxes of a batch are one tensor (B, M, 5): label, left, top, right, bottom in pixels. Rows of label -1 pad images
+with fewer boxes; M may be 0.
 """
 
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from dynanet.core.errors import ConfigError, DataError
+from dynanet.core.errors import ConfigError, DataError, check_sizes
 from dynanet.data.augment import normalise
 from dynanet.data.images import to_float
 from dynanet.data.voc import Boxes, DetectionImages, reversed_corners
 
 
 class DetectionTensors(Dataset[tuple[Tensor, Boxes]]):
-    """Images and their boxes; `to_memory` makes it of files.
+    """Images and their boxes in memory; see `to_memory`.
 
     Args:
         images: uint8 (N, C, H, W).
@@ -26,8 +26,8 @@ class DetectionTensors(Dataset[tuple[Tensor, Boxes]]):
         classes: the classes' names.
 
     Raises:
-        DataError: images and boxes do not fit together, there are no images, a label is no class, or a box has its
-            corners the wrong way round.
+        DataError: images and boxes do not match, no images, a label out of range, or a box with swapped
+            corners.
     """
 
     def __init__(self, images: Tensor, boxes: Sequence[Boxes], classes: Sequence[str]) -> None:
@@ -45,7 +45,9 @@ class DetectionTensors(Dataset[tuple[Tensor, Boxes]]):
             if bool((backwards := reversed_corners(each.boxes)).any()):
                 corners = each.boxes[backwards][0].tolist()
                 raise DataError(f"image {k} has the box {corners}; expected left, top, right, bottom in this order")
-        self.images, self.boxes, self.classes = images, tuple(boxes), tuple(classes)
+        self.images = images
+        self.boxes = tuple(boxes)
+        self.classes = tuple(classes)
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -54,31 +56,32 @@ class DetectionTensors(Dataset[tuple[Tensor, Boxes]]):
         return self.images[index], self.boxes[index]
 
     def part(self, indices: Tensor) -> "DetectionTensors":
-        """The images of these indices."""
+        """The images at these indices."""
         return DetectionTensors(self.images[indices], [self.boxes[i] for i in indices.tolist()], self.classes)
 
 
 def to_memory(data: DetectionImages, size: tuple[int, int] | None = None) -> DetectionTensors:
-    """Decode and resize every image once; its boxes are scaled with it.
+    """Decode and resize every image once; boxes are scaled with their image.
 
-    Sides are scaled apart: an image of another shape is stretched. A corrupt image's place is taken by the next one.
+    Images of another aspect are stretched. The next image replaces a corrupt one.
 
     Args:
-        data: of `load_voc`, not transformed otherwise than by default.
-        size: (height, width); None where all images agree.
+        data: from `load_voc`, with the default transform.
+        size: (height, width); None where all images have one size.
 
     Raises:
-        ConfigError: a size that is none.
+        ConfigError: a size below 1.
         DataError: images of several sizes, and none given.
     """
-    if size is not None and min(size) < 1:
-        raise ConfigError(f"size is {size}; expected (height, width) of at least 1")
+    if size is not None:
+        check_sizes(size=size)
     pairs = [data[k] for k in range(len(data))]
     found = {tuple(image.shape[1:]) for image, _ in pairs}
     if size is None and len(found) > 1:
-        raise DataError(f"images of {len(found)} sizes, {sorted(found)[:3]}; images in one tensor agree: give a size")
+        raise DataError(f"images of {len(found)} sizes, {sorted(found)[:3]}; give size=(height, width)")
     height, width = size if size is not None else pairs[0][0].shape[1:]
-    images, boxes = [], []
+    images = []
+    boxes = []
     for image, (corners, labels, difficult) in pairs:
         across, down = width / image.shape[2], height / image.shape[1]
         images.append(_resized(image, (height, width)))
@@ -87,7 +90,7 @@ def to_memory(data: DetectionImages, size: tuple[int, int] | None = None) -> Det
 
 
 def padded(boxes: Sequence[Boxes]) -> Tensor:
-    """Boxes of several images in one tensor (B, M, 5), difficult ones left out; M is the most that an image has."""
+    """Boxes of several images as one tensor (B, M, 5), without difficult ones; M is the largest number per image."""
     kept = [torch.cat([b.labels[:, None].to(b.boxes), b.boxes], 1)[~b.difficult] for b in boxes]
     most = max((len(k) for k in kept), default=0)
     out = torch.zeros(len(kept), most, 5)
@@ -98,24 +101,23 @@ def padded(boxes: Sequence[Boxes]) -> Tensor:
 
 
 def unpadded(y: Tensor) -> list[Boxes]:
-    """The boxes of every image again, from (B, M, 5)."""
+    """The boxes of every image of a batch (B, M, 5)."""
     kept = [row[row[:, 0] >= 0] for row in y]
     return [Boxes(k[:, 1:], k[:, 0].long(), torch.zeros(len(k), dtype=torch.bool)) for k in kept]
 
 
 class RandomResizedFlipBoxes:
-    """The training augmentation of boxed images: mirrored, zoomed, shifted and lit differently, then normalised.
+    """The training augmentation of images with boxes: flip, zoom, shift and jitter of the light, then normalise.
 
-    What a shift brings in from outside is the image's edge, repeated. A box of which less than `visible` is left is
-    left out; the part of it that shows teaches nothing then.
+    Beyond its border an image repeats its edge. Boxes of which less than `visible` remains are removed.
 
     Args:
         mean: (C,) of images in [0, 1].
         std: (C,) of images in [0, 1].
-        zoom: images are enlarged or shrunk up to this factor; 1: not at all.
-        flip: mirror left-right and top-down, each for half the images.
-        light: contrast varies by this share, brightness by so many deviations.
-        visible: the least share of a box.
+        zoom: images are enlarged or shrunk by up to this factor; 1 turns zooming off.
+        flip: flip left-right and top-down, each with probability 1/2.
+        light: contrast varies by this share, brightness by this many standard deviations.
+        visible: smallest remaining share of a box.
 
     Raises:
         ConfigError: a value out of range.
@@ -127,18 +129,23 @@ class RandomResizedFlipBoxes:
     ) -> None:  # fmt: skip
         if zoom < 1 or not 0 <= light < 1 or not 0 <= visible <= 1:
             raise ConfigError(
-                f"ZoomFlipBoxes got zoom = {zoom}, light = {light}, visible = {visible}; expected a zoom of at least 1 "
-                f"and shares"
+                f"zoom is {zoom}, light {light} and visible {visible}; expected a zoom of at least 1, and shares"
             )
-        self.mean, self.std, self.zoom, self.flip, self.light, self.visible = mean, std, zoom, flip, light, visible
+        self.mean = mean
+        self.std = std
+        self.zoom = zoom
+        self.flip = flip
+        self.light = light
+        self.visible = visible
 
     def collate(self, samples: Sequence[tuple[Tensor, Boxes]]) -> tuple[Tensor, Tensor]:
-        """(image, Boxes) pairs -> an augmented batch (B, C, H, W) and its boxes (B, M, 5)."""
-        images, boxes = torch.stack([image for image, _ in samples]), padded([each for _, each in samples])
+        """Pairs (image, Boxes) to an augmented batch (B, C, H, W) and its boxes (B, M, 5)."""
+        images = torch.stack([image for image, _ in samples])
+        boxes = padded([each for _, each in samples])
         x = normalise(images, self.mean, self.std)
         batch = len(x)
         scale = self.zoom ** (2 * torch.rand(batch, 1) - 1)
-        # An output place p shows what lies at scale * p + shift, in coordinates from -1 to 1; negative scales mirror.
+        # Output position p shows input position scale * p + shift, both from -1 to 1; negative scales mirror.
         mirror = torch.where(torch.rand(batch, 2) < 0.5, -1.0, 1.0) if self.flip else torch.ones(batch, 2)
         shift = (2 * torch.rand(batch, 2) - 1) * (1 - 1 / self.zoom)
         scale = scale * mirror
@@ -151,7 +158,7 @@ class RandomResizedFlipBoxes:
 
 
 class Normalize:
-    """Images normalised and nothing else: for held-out data.
+    """Normalise images only: for held-out data.
 
     Args:
         mean: (C,) of images in [0, 1].
@@ -162,20 +169,20 @@ class Normalize:
         self.mean, self.std = mean, std
 
     def collate(self, samples: Sequence[tuple[Tensor, Boxes]]) -> tuple[Tensor, Tensor]:
-        """(image, Boxes) pairs -> a batch (B, C, H, W) and its boxes (B, M, 5)."""
+        """Pairs (image, Boxes) to a batch (B, C, H, W) and its boxes (B, M, 5)."""
         images = torch.stack([image for image, _ in samples])
         return normalise(images, self.mean, self.std), padded([each for _, each in samples])
 
 
 def moved(y: Tensor, scale: Tensor, shift: Tensor, size: tuple[int, int], visible: float) -> Tensor:
-    """Where boxes lie in images that show, at place p, what lay at scale * p + shift; clipped to the image.
+    """Boxes in images whose position p shows the former position scale * p + shift; clipped to the image.
 
     Args:
-        y: (B, M, 5).
+        y: boxes (B, M, 5).
         scale: (B, 2) across and down; negative where mirrored.
         shift: (B, 2), in halves of the image.
         size: (height, width).
-        visible: boxes of which a smaller share shows become padding.
+        visible: boxes of which a smaller share remains become padding.
     """
     side = torch.tensor([size[1], size[0]], dtype=y.dtype)
     corners = y[..., 1:].unflatten(-1, (2, 2)) * 2 / side - 1  # from -1 to 1

@@ -1,9 +1,9 @@
 """scikit-learn's handwritten digits: 1,797 grey images of 8 x 8 pixels in 10 classes, with one fixed split.
 
 The test set of the UCI set "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak, 1998,
-doi:10.24432/C50P49), inside the scikit-learn package: nothing is downloaded. The split is stratified: 1,077 to train,
-360 for validation, 360 for test. The set does not say who wrote a digit, so every writer is probably in all three
-parts, and accuracies flatter a model that will meet new writers.
+doi:10.24432/C50P49), part of the scikit-learn package: nothing is downloaded. The split is stratified: 1,077 to train,
+360 for validation, 360 for test. Writers are not recorded and probably occur in all three parts, so accuracies are
+optimistic for new writers.
 """
 
 import torch
@@ -23,14 +23,14 @@ def load_digits(split: str) -> ImageTensors:
         split: "train", "val" or "test".
 
     Returns:
-        uint8 images (N, 1, 8, 8); the 17 grey levels 0..16 of the original are spread over 0..255.
+        uint8 images (N, 1, 8, 8); the original grey levels 0..16 are scaled to 0..255.
 
     Raises:
-        DataError: there is no such split.
+        DataError: an unknown split.
         MissingExtraError: scikit-learn is not installed.
     """
     if split not in SIZES:
-        raise DataError(f"the digits have no split {split!r}; choose one of {', '.join(SIZES)}")
+        raise DataError(f"split must be one of {', '.join(SIZES)}, got {split!r}")
     digits = require("sklearn.datasets", "images").load_digits()
     labels = torch.from_numpy(digits.target)
     rows = stratified(labels, list(SIZES.values()), SEED)[list(SIZES).index(split)]

@@ -1,7 +1,6 @@
 """An image folder: `root/class name/*.png`, or `root/split/class name/*.png`; files may lie deeper.
 
-Classes are the folders' names in alphabetical order. With splits, a class counts when any split has it, so a label
-means the same in all of them.
+Classes are the folders' names in alphabetical order, over all splits, so that a label means the same in each.
 """
 
 import os
@@ -11,10 +10,8 @@ from pathlib import Path
 import torch
 
 from dynanet.core.errors import DataError, MissingSplitError
-from dynanet.data.images import Images, Transform, name_classes, to_float
+from dynanet.data.images import SUFFIXES, ImageFiles, Images, Transform, name_classes, to_float
 from dynanet.data.splits import SAME_SPLIT, synonyms
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 
 
 def load_folder(
@@ -26,16 +23,16 @@ def load_folder(
     size: tuple[int, int] | None = None,
     transform: Transform = to_float,
 ) -> Images:
-    """The images of a folder, decoded when asked for; `.to_memory()` decodes them once.
+    """The images of a folder, decoded on access; `.to_memory()` decodes them once.
 
     Args:
         root: the folder.
         split: the subfolder that holds the class folders ("val" also finds "validation", and so on); None if `root`
             itself holds them.
-        classes: how many classes, or which, you expect; None for whatever is there.
+        classes: number or names of the classes that you expect; None for any.
         mode: "RGB" or "L".
-        size: (H, W) to resize to, after a central cut to that aspect.
-        transform: gets every image, uint8 (C, H, W).
+        size: (H, W) to resize to, after a central crop to that aspect.
+        transform: applied to every image, uint8 (C, H, W).
 
     Raises:
         DataError: the folder cannot be read, has no such split, no class folders, no images; a class without images;
@@ -63,21 +60,7 @@ def load_folder(
     labels = torch.tensor([label for label, name in enumerate(names) for _ in files[name]])
     paths = [path for name in names for path in files[name]]
     found_classes = name_classes(labels, names, classes)
-    return Images(_Files(paths), labels, found_classes, mode=mode, size=size, transform=transform)
-
-
-class _Files:
-    """Image files by path."""
-
-    def __init__(self, paths: Sequence[str]) -> None:
-        self._paths = list(paths)
-
-    def read(self, row: int) -> bytes:
-        with open(self._paths[row], "rb") as file:
-            return file.read()
-
-    def name(self, row: int) -> str:
-        return self._paths[row]
+    return Images(ImageFiles(paths), labels, found_classes, mode=mode, size=size, transform=transform)
 
 
 def _is_split(name: str) -> bool:

@@ -1,21 +1,21 @@
 """Labelled images as torch datasets, and one policy for those that cannot be decoded.
 
-Two datasets, both of pairs (image, label) with the image float32 (C, H, W) in [0, 1] unless another `transform` is
-given:
+Both datasets give pairs (image, label), the image float32 (C, H, W) in [0, 1] unless another `transform` is given:
 
-- `Images` decodes when a row is asked for. Any amount of images, of any sizes (or of one: `size=`).
+- `Images` decodes a row when it is accessed. Any number of images, of any sizes (or of one: `size=`).
 - `ImageTensors` holds one uint8 tensor (N, C, H, W). `Images.to_memory()` makes it, and training from it is fast.
 
-Corrupt images. Each is reported once by name, as a warning of the logger `dynanet.data`, and kept in `.corrupt`. It
-does not end a run: `Images` answers with the next good row *of the same part* (image and label, so parts that
-`splits.hold_out` made stay disjoint), `to_memory` leaves it out. More than 1 % corrupt ends the run with a `DataError`
-that lists them. Each DataLoader worker keeps its own list.
+A corrupt image is reported once by name, as a warning of the logger `dynanet.data`, and kept in `.corrupt`. `Images`
+returns the next good row *of the same part* instead (image and label, so parts made by `splits.hold_out` stay
+disjoint); `to_memory` leaves it out. More than 1 % corrupt images raise a `DataError` that lists them. Each DataLoader
+worker keeps its own list.
 """
 
 import io
 import logging
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dynanet.core.errors import ConfigError, DataError, require
+from dynanet.core.errors import DataError, check_choice, require
 
-TOLERATED = 0.01  # the share of corrupt images that a run survives
-LISTED = 100  # names in an error message; the log has them all
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
+TOLERATED = 0.01  # share of corrupt images above which reading fails
+LISTED = 100  # names in an error message; the log has all of them
 
 Transform = Callable[[Tensor], Any]
 
@@ -34,43 +35,59 @@ log = logging.getLogger("dynanet.data")
 
 
 def to_float(image: Tensor) -> Tensor:
-    """uint8 in 0..255 to float32 in [0, 1], of any shape."""
+    """Convert uint8 in 0..255 of any shape to float32 in [0, 1]."""
     return image.to(torch.float32).div_(255)
 
 
 class Encoded(Protocol):
-    """Where the bytes of an image file come from; must survive pickling, for DataLoader workers."""
+    """Source of encoded images; picklable, for DataLoader workers."""
 
     def read(self, row: int) -> bytes:
-        """The undecoded image. Raises OSError when this one cannot be read, DataError when none can."""
+        """The undecoded image; OSError if this one cannot be read, DataError if none can."""
         ...
 
     def name(self, row: int) -> str:
-        """What a user would look for: a path, or a file and a row in it."""
+        """Where to find the image: a path, or a file and a row in it."""
         ...
 
 
+class ImageFiles:
+    """Encoded images by path."""
+
+    def __init__(self, paths: Sequence[str | Path]) -> None:
+        self._paths = [str(path) for path in paths]
+
+    def read(self, row: int) -> bytes:
+        """The content of a file."""
+        with open(self._paths[row], "rb") as file:
+            return file.read()
+
+    def name(self, row: int) -> str:
+        """The path of a file."""
+        return self._paths[row]
+
+
 class Images(Dataset[tuple[Any, int]]):
-    """Labelled images that are decoded when asked for.
+    """Labelled images that are decoded on access.
 
     Args:
-        source: where the bytes come from.
+        source: gives the encoded images.
         labels: (N,) class of every row of the source.
         classes: the classes' names.
         mode: "RGB" for three channels, "L" for one.
-        size: (H, W); images of another size are cut centrally to this aspect and resized. None leaves sizes alone, and
-            then only images of one size can share a batch.
-        transform: gets the decoded image, uint8 (C, H, W); torchvision's v2 transforms fit here.
+        size: (H, W); other images are cropped centrally to this aspect and resized. None keeps their sizes; a batch
+            needs images of one size.
+        transform: applied to the decoded image, uint8 (C, H, W); may be one of torchvision's v2 transforms.
         rows: the rows of the source that belong to this part; None for all.
 
     Attributes:
         labels: (N,) int64, the class of every row.
         classes: the classes' names.
-        corrupt: name -> reason, of every image of this part found to be corrupt so far.
+        corrupt: name -> reason, for the corrupt images of this part found so far.
 
     Raises:
         ConfigError: `mode` is neither "RGB" nor "L".
-        DataError: there are no rows; or, from any access, more than 1 % of the images are corrupt.
+        DataError: no rows; on access, if more than 1 % of the images are corrupt.
     """
 
     def __init__(
@@ -84,14 +101,16 @@ class Images(Dataset[tuple[Any, int]]):
         transform: Transform = to_float,
         rows: Tensor | None = None,
     ) -> None:
-        if mode not in ("RGB", "L"):
-            raise ConfigError(f"mode {mode!r} is unknown; use 'RGB' (three channels) or 'L' (one)")
-        self._source, self._mode, self._size = source, mode, size
+        check_choice("mode", mode, ("RGB", "L"))
+        self._source = source
+        self._mode = mode
+        self._size = size
         self._all_labels = labels.to(torch.int64)
         self._rows = torch.arange(len(labels)) if rows is None else rows
         if not len(self._rows):
             raise DataError("no images here; expected at least one row")
-        self.classes, self.transform = tuple(classes), transform
+        self.classes = tuple(classes)
+        self.transform = transform
         self.labels = self._all_labels[self._rows]
         self.corrupt: dict[str, str] = {}
         self._corrupt_rows: set[int] = set()
@@ -101,7 +120,7 @@ class Images(Dataset[tuple[Any, int]]):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         first = _checked(index, len(self))
-        for step in range(len(self)):  # never all of them: past 1 % corrupt, `_pixels` raises
+        for step in range(len(self)):  # ends early: `_pixels` raises above 1 % corrupt
             candidate = (first + step) % len(self)
             pixels = self._pixels(candidate)
             if pixels is not None:
@@ -109,11 +128,11 @@ class Images(Dataset[tuple[Any, int]]):
         raise AssertionError("every image is corrupt, and that is not more than 1 %")
 
     def name(self, index: int) -> str:
-        """The path, or file and row, of an image."""
+        """The path, or the file and row, of an image."""
         return self._source.name(int(self._rows[index]))
 
     def part(self, indices: Tensor, transform: Transform | None = None) -> "Images":
-        """The images of these indices (ascending is fastest), with another transform if one is given."""
+        """The images at these indices (fastest if ascending), with another transform if one is given."""
         return Images(
             self._source,
             self._all_labels,
@@ -125,7 +144,7 @@ class Images(Dataset[tuple[Any, int]]):
         )
 
     def to_memory(self) -> "ImageTensors":
-        """Decode everything once; corrupt images are left out and named.
+        """Decode all images once; corrupt ones are left out and reported.
 
         Raises:
             DataError: the images differ in size (give `size=`), or more than 1 % are corrupt.
@@ -142,7 +161,7 @@ class Images(Dataset[tuple[Any, int]]):
                 (h, w), (first_h, first_w) = pixels.shape[1:], images.shape[2:]
                 raise DataError(
                     f"{self.name(index)} is {h} x {w} and {self.name(kept[0])} is {first_h} x {first_w}; images in one "
-                    f"tensor must agree: give size=(height, width)"
+                    f"tensor must have one size: give size=(height, width)"
                 )
             images[len(kept)] = pixels
             kept.append(index)
@@ -163,9 +182,9 @@ class Images(Dataset[tuple[Any, int]]):
         except (DataError, MemoryError):
             raise
         except Exception as error:  # decoders meet garbage with OSError, SyntaxError, ValueError, struct.error, ...
-            # Pillow names the buffer it read from, which says nothing.
-            said = re.sub(r"cannot identify image file <.*>", "no image file of a known kind", str(error))
-            self._report(row, " ".join(said.split()) or type(error).__name__)
+            # Pillow names the buffer it read from, which does not help.
+            reason = re.sub(r"cannot identify image file <.*>", "no image file of a known kind", str(error))
+            self._report(row, " ".join(reason.split()) or type(error).__name__)
             return None
 
     def _report(self, row: int, reason: str) -> None:
@@ -192,13 +211,13 @@ class ImageTensors(Dataset[tuple[Any, int]]):
         images: uint8 (N, C, H, W).
         labels: (N,) class of every image.
         classes: the classes' names.
-        transform: gets one image, uint8 (C, H, W).
+        transform: applied to one image, uint8 (C, H, W).
 
     Attributes:
         images: uint8 (N, C, H, W), not transformed.
         labels: (N,) int64.
         classes: the classes' names.
-        corrupt: name -> reason, of every image that was left out.
+        corrupt: name -> reason, for every image that was left out.
 
     Raises:
         DataError: images and labels do not fit together, or there are none.
@@ -212,8 +231,10 @@ class ImageTensors(Dataset[tuple[Any, int]]):
                 f"images {tuple(images.shape)} {images.dtype} with labels {tuple(labels.shape)}; "
                 f"expected uint8 (N, C, H, W) with (N,), N > 0"
             )
-        self.images, self.labels = images, labels.to(torch.int64)
-        self.classes, self.transform = tuple(classes), transform
+        self.images = images
+        self.labels = labels.to(torch.int64)
+        self.classes = tuple(classes)
+        self.transform = transform
         self.corrupt: dict[str, str] = {}
 
     def __len__(self) -> int:
@@ -224,19 +245,19 @@ class ImageTensors(Dataset[tuple[Any, int]]):
         return self.transform(self.images[index]), int(self.labels[index])
 
     def part(self, indices: Tensor, transform: Transform | None = None) -> "ImageTensors":
-        """The images of these indices (a copy), with another transform if one is given."""
+        """A copy of the images at these indices, with another transform if one is given."""
         return ImageTensors(
             self.images[indices], self.labels[indices], self.classes, transform=transform or self.transform
         )
 
 
 def name_classes(labels: Tensor, names: Sequence[str] | None, wanted: Sequence[str] | int | None) -> tuple[str, ...]:
-    """The classes' names, after checking that labels, names found in the data, and the caller's wish agree.
+    """The classes' names, after checking them against the labels and against what the caller expects.
 
     Args:
-        labels: (N,) the labels met.
-        names: the names that the data gives, or None if it gives none.
-        wanted: how many classes, or which names, the caller expects; None for whatever is there.
+        labels: (N,).
+        names: names in the data; None if it has none.
+        wanted: number or names of the classes that the caller expects; None for any.
 
     Raises:
         DataError: they disagree.
@@ -244,7 +265,7 @@ def name_classes(labels: Tensor, names: Sequence[str] | None, wanted: Sequence[s
     met = int(labels.max()) + 1 if len(labels) else 0
     if len(labels) and int(labels.min()) < 0:
         raise DataError(
-            f"{int((labels < 0).sum())} of {len(labels)} rows have a negative label, the hub's sign for unlabelled; "
+            f"{int((labels < 0).sum())} of {len(labels)} rows have a negative label (unlabelled); "
             f"expected 0, 1, 2, ...: choose a labelled split"
         )
     if names is None:
@@ -267,13 +288,24 @@ def _decode(content: bytes, mode: str, size: tuple[int, int] | None) -> np.ndarr
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"mode {image.mode}: more than 8 bits per channel")
         if "exif" in image.info and image.getexif().get(_ORIENTATION, 1) != 1:
-            image = ops.exif_transpose(image)  # a photo stored lying down
+            image = ops.exif_transpose(image)  # a photo stored rotated
         if "transparency" in image.info:
             image = image.convert("RGBA")  # Pillow warns when a palette with transparency becomes RGB at once
         image = image.convert(mode)
         if size is not None and image.size != (size[1], size[0]):
             image = ops.fit(image, (size[1], size[0]), method=pil.Resampling.BILINEAR)
         return np.asarray(image).reshape(image.height, image.width, len(mode)).transpose(2, 0, 1)
+
+
+def decoded_size(path: Path) -> tuple[int, int] | None:
+    """(width, height) as decoded, from the header alone; None for a corrupt image, which is reported when read."""
+    pil = require("PIL.Image", "images")
+    try:
+        with pil.open(path) as image:
+            rotated = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            return (image.height, image.width) if rotated else image.size
+    except Exception:  # garbage raises almost anything
+        return None
 
 
 def _checked(index: int, length: int) -> int:

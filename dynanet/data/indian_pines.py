@@ -4,10 +4,10 @@ AVIRIS, north-west Indiana, 12 June 1992: 145 x 145 pixels of about 20 m, 200 ba
 that water absorbs), 16 classes, about half of the pixels unlabelled. The scene comes inside the `tensorly` package, so
 nothing is downloaded. Data: Baumgardner, Biehl, Landgrebe (2015), doi:10.4231/R7RX991C, CC BY 3.0.
 
-Most published figures draw training pixels at random. A 9 x 9 patch round a training pixel then holds the very pixels
-it is tested on, and accuracies of 95 % and more follow. Here the default split is `field_cut`:
+Most published figures draw training pixels at random. A 9 x 9 patch around a training pixel then contains test pixels,
+and accuracies reach 95 % and more. The default split here is `field_cut`:
 
-1. Every class falls into fields, its 8-connected components (42 in all).
+1. The fields of a class are its 8-connected components (42 in all).
 2. A field is cut across its long axis: one end trains (40 %), the other is validation (20 %) and test (40 %). The seed
    draws which end trains, and the order of the other two.
 3. Every pixel, labelled or not, belongs to the part of its nearest labelled pixel: its *owner*.
@@ -15,11 +15,13 @@ it is tested on, and accuracies of 95 % and more follow. Here the default split 
 
 Means and deviations come from the labelled training pixels alone. Validation and test patches see the whole scene, as
 they would in use. The parts share no pixel; they can be neighbours across a cut. `whole_fields` is harder: wherever
-a class has three fields or more, no field is shared. `random_pixels_leaky` is the customary split, named for what it
-does.
+a class has three fields or more, no field is shared. `random_pixels_leaky` is the customary split.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -55,7 +57,7 @@ UNLABELLED = -1
 
 
 class RawScene(NamedTuple):
-    """An image as it was recorded.
+    """A recorded image with its labels.
 
     Attributes:
         cube: (bands, height, width) float32, the sensor's digital numbers.
@@ -74,15 +76,14 @@ class IndianPines:
     Args:
         split: one of `SPLITS`.
         seed: draws the split; the same seed gives the same one everywhere.
-        patch: side of the square patches, in pixels; odd.
-        scene: another image with labels, for tests; the Indian Pines scene if left out.
+        patch: side of the square patches in pixels, odd.
+        scene: another image with labels, for tests; None for the Indian Pines scene.
 
     Attributes:
         cube: (bands, height, width) float32, each band with mean 0 and deviation 1 over the labelled training pixels.
         train_cube: the same with 0 wherever the owner is not `train` (under `random_pixels_leaky`: `cube` itself).
         labels: (height, width) int64, 0 to 15, and `UNLABELLED`.
-        owner: (height, width) int64, the part that each pixel belongs to, labelled or not, as its place in `PARTS`.
-        wavelengths_nm: one approximate centre per band.
+        owner: (height, width) int64, the part of each pixel, labelled or not, as an index of `PARTS`.
 
     Raises:
         ConfigError: an unknown split, or an even patch.
@@ -91,9 +92,12 @@ class IndianPines:
 
     def __init__(self, split: str = "field_cut", seed: int = 0, patch: int = 9, scene: RawScene | None = None) -> None:
         if patch < 1 or patch % 2 == 0:
-            raise ConfigError(f"patch is {patch}, but a patch has a centre pixel: use an odd number such as 9")
-        raw, self.labels, self.wavelengths_nm = load_scene() if scene is None else scene
-        self.split, self.seed, self.patch = split, seed, patch
+            raise ConfigError(f"patch must be odd, as a patch has a centre pixel, got {patch}")
+        raw, self.labels = _pixels() if scene is None else (scene.cube, scene.labels)
+        self._scene = scene
+        self.split = split
+        self.seed = seed
+        self.patch = patch
         self.owner = split_pixels(self.labels, split, seed)
         spectra = raw[:, self.mask("train")].double()  # (bands, N)
         mean, deviation = spectra.mean(1), spectra.std(1, correction=0).clamp_min(1e-12)
@@ -101,10 +105,15 @@ class IndianPines:
         seen = torch.ones_like(self.owner) if split == "random_pixels_leaky" else self.owner == PARTS.index("train")
         self.train_cube = self.cube * seen
 
+    @cached_property
+    def wavelengths_nm(self) -> tuple[float, ...]:
+        """One approximate centre per band."""
+        return (load_scene() if self._scene is None else self._scene).wavelengths_nm
+
     def mask(self, part: str) -> Tensor:
         """Return (height, width) bool: the labelled pixels of a part."""
         if part not in PARTS:
-            raise ConfigError(f"there is no part {part!r}; the parts are {', '.join(PARTS)}")
+            raise ConfigError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
         return (self.labels != UNLABELLED) & (self.owner == PARTS.index(part))
 
     def positions(self, part: str) -> Tensor:
@@ -116,7 +125,7 @@ class IndianPines:
         return self.labels[self.mask(part)]
 
     def patches(self, part: str) -> "PixelPatches":
-        """Return a part as patches with labels: masked ones for training, of the whole scene for the other parts."""
+        """Return a part as patches with labels, from `train_cube` for training, else from `cube`."""
         cube = self.train_cube if part == "train" else self.cube
         return PixelPatches(cube, self.positions(part), self.targets(part), self.patch)
 
@@ -132,7 +141,7 @@ class IndianPines:
 
 
 class PixelPatches(Dataset):
-    """Square patches round chosen pixels of an image, cut when asked for; zeros beyond its edge.
+    """Square patches around chosen pixels of an image, cut on access; zeros beyond its edge.
 
     Args:
         image: (channels, height, width).
@@ -142,7 +151,9 @@ class PixelPatches(Dataset):
     """
 
     def __init__(self, image: Tensor, positions: Tensor, labels: Tensor, patch: int = 9) -> None:
-        self.positions, self.labels, self.patch = positions, labels, patch
+        self.positions = positions
+        self.labels = labels
+        self.patch = patch
         self._pixels = _padded_pixels(image, patch)
 
     def __len__(self) -> int:
@@ -155,7 +166,7 @@ class PixelPatches(Dataset):
         return self.batch(torch.tensor([index % len(self)]))[0], int(self.labels[index])
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
-        """Return several at once: a DataLoader asks this way, and one gather beats many."""
+        """Return several patches by one gather; DataLoaders call this."""
         index = torch.as_tensor(indices)
         return list(zip(self.batch(index), self.labels[index].tolist(), strict=True))
 
@@ -165,10 +176,10 @@ class PixelPatches(Dataset):
 
 
 def gather_patches(image: Tensor, positions: Tensor, patch: int) -> Tensor:
-    """Cut patches from an image, or from the features that a per-pixel stem made of it once; zeros beyond the edge.
+    """Cut patches from an image, or from the features of a per-pixel stem; zeros beyond the edge.
 
-    A stem that looks at one pixel at a time need not run again on each of the `patch**2` patches that hold the pixel:
-    `gather_patches(stem(cube), ...)` equals `stem(gather_patches(cube, ...))` if the stem answers 0 to a zero spectrum.
+    For a stem that reads single pixels and maps zero spectra to 0, `gather_patches(stem(cube), ...)` equals
+    `stem(gather_patches(cube, ...))`, and runs the stem once per pixel instead of `patch**2` times.
 
     Args:
         image: (channels, height, width).
@@ -186,24 +197,34 @@ def load_scene() -> RawScene:
 
     Raises:
         MissingExtraError: tensorly is not installed.
-        DataError: the file in the package is not the one that we know.
+        DataError: another version of the file in the package.
     """
-    bunch = require("tensorly.datasets", "rs").load_indian_pines()
-    cube = np.ascontiguousarray(np.moveaxis(np.asarray(bunch.tensor, dtype=np.float32), -1, 0))
-    labels, wavelengths_nm = bunch.ticks
-    labels = np.asarray(labels)
+    cube, labels = _pixels()
+    _, wavelengths_nm = require("tensorly.datasets", "rs").load_indian_pines().ticks
+    return RawScene(cube, labels, tuple(float(w) for w in wavelengths_nm))
+
+
+def _pixels() -> tuple[Tensor, Tensor]:
+    """The cube and the labels of `load_scene`, from tensorly's files: importing tensorly takes half a second."""
+    package = find_spec("tensorly")
+    origin = package.origin if package is not None else None
+    folder = Path(origin or str(require("tensorly", "rs").__file__)).parent / "datasets" / "data"
+    try:
+        tensor = np.load(folder / "Indian_pines_corrected.npy")
+        labels = np.load(folder / "Indian_pines_gt.npy")
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read Indian Pines in {folder} ({error}); install tensorly 0.9 or 0.10") from error
+    cube = np.ascontiguousarray(np.moveaxis(tensor.astype(np.float32), -1, 0))
     if cube.shape != (200, 145, 145) or labels.shape != (145, 145) or labels.max() != len(CLASS_NAMES):
         raise DataError(
             f"tensorly's Indian Pines came as a cube of {cube.shape} with labels {labels.shape} up to {labels.max()}; "
             "expected (200, 145, 145), (145, 145) and 16: install tensorly 0.9 or 0.10"
         )
-    return RawScene(
-        torch.from_numpy(cube), torch.from_numpy(labels.astype(np.int64) - 1), tuple(float(w) for w in wavelengths_nm)
-    )
+    return torch.from_numpy(cube), torch.from_numpy(labels.astype(np.int64) - 1)
 
 
 def split_pixels(labels: Tensor, split: str, seed: int) -> Tensor:
-    """Give every pixel of a scene an owner: training, validation or test.
+    """Assign every pixel of a scene to a part: training, validation or test.
 
     Args:
         labels: (height, width) int64, `UNLABELLED` where unknown.
@@ -211,14 +232,14 @@ def split_pixels(labels: Tensor, split: str, seed: int) -> Tensor:
         seed: draws the split.
 
     Returns:
-        (height, width) int64, places in `PARTS`. A pixel without a label has the owner of the nearest one with a label.
+        (height, width) int64, indices of `PARTS`. A pixel without a label has the part of the nearest labelled one.
 
     Raises:
         ConfigError: an unknown split.
         DataError: no pixel has a label.
     """
     if split not in SPLITS:
-        raise ConfigError(f"there is no split {split!r}; the splits are {', '.join(SPLITS)}")
+        raise ConfigError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     ndimage = require("scipy.ndimage", "rs")
     known = labels.numpy()
     if (known == UNLABELLED).all():
@@ -243,21 +264,22 @@ def split_pixels(labels: Tensor, split: str, seed: int) -> Tensor:
 
 
 def _portions(count: int, order: tuple[int, int, int]) -> np.ndarray:
-    """Owners of `count` pixels in a row: the parts follow each other in `order`, each with its share, none empty."""
+    """Parts of `count` consecutive pixels, in this `order`, each with its share and not empty."""
     sizes = np.floor(count * np.array(SHARES) + 0.5).astype(int)
     sizes[1:] = np.maximum(sizes[1:], 1)
     sizes[0] = count - sizes[1:].sum()
-    if sizes[0] < 1:  # one or two pixels cannot serve three parts
+    if sizes[0] < 1:  # one or two pixels are not enough for three parts
         sizes = np.array([count, 0, 0])
     return np.repeat(order, sizes[list(order)])
 
 
 def _deal(sizes: Sequence[int], draw: np.random.Generator) -> list[int]:
-    """Owners of whole fields: large ones first, each to the part that lacks most of its share.
+    """Parts of whole fields: large fields first, each to the part that lacks most of its share.
 
-    The largest goes to training or test, as the seed draws; validation can do with less.
+    The seed assigns the largest to training or test, as validation needs less.
     """
-    parts, have = [0] * len(sizes), np.zeros(len(PARTS))
+    parts = [0] * len(sizes)
+    have = np.zeros(len(PARTS))
     for field in sorted(draw.permutation(len(sizes)), key=lambda number: -sizes[number]):
         lack = 1 - have / (np.array(SHARES) * sum(sizes))  # 1 for an empty part, so none stays empty
         tied = np.flatnonzero(lack == lack.max())
@@ -270,22 +292,22 @@ def _along_the_long_axis(field: np.ndarray, draw: np.random.Generator) -> np.nda
     """A field's pixels (N, 2) ordered along its principal axis, from the end that the seed draws."""
     centred = field - field.mean(0)
     axes = np.linalg.svd(centred, full_matrices=False)[2]
-    axes = axes * np.where(axes[np.arange(len(axes)), np.abs(axes).argmax(1)] < 0, -1, 1)[:, None]  # a sign of our own
+    axes = axes * np.where(axes[np.arange(len(axes)), np.abs(axes).argmax(1)] < 0, -1, 1)[:, None]  # a defined sign
     flip = -1 if draw.random() < 0.5 else 1
     rank = flip * (centred @ axes[0])
     if len(axes) > 1:
-        rank = rank + 1e-3 * (centred @ axes[1])  # a tie goes to the minor axis, else to the order of the pixels
+        rank = rank + 1e-3 * (centred @ axes[1])  # the minor axis, then the order of the pixels, breaks ties
     return field[np.argsort(np.round(rank, 9), kind="stable")]
 
 
 def _padded_pixels(image: Tensor, patch: int) -> Tensor:
-    """An image (channels, height, width) as (height + patch - 1, width + patch - 1, channels) with zeros round it."""
+    """An image (channels, height, width) as (height + patch - 1, width + patch - 1, channels), zero-padded."""
     margin = patch // 2
     return torch.nn.functional.pad(image.permute(1, 2, 0), (0, 0, margin, margin, margin, margin)).contiguous()
 
 
 def _cut(pixels: Tensor, positions: Tensor, patch: int) -> Tensor:
-    """Patches (N, channels, patch, patch) from padded pixels: whole spectra are copied, which is the fast order."""
+    """Patches (N, channels, patch, patch) from padded pixels; copying whole spectra is the fastest order."""
     _, width, channels = pixels.shape
     step = torch.arange(patch, device=pixels.device)
     corner = positions[:, 0] * width + positions[:, 1]

@@ -6,8 +6,8 @@ read from the schema's `huggingface` metadata where a file has it (https://huggi
 
     train-00000-of-00001.parquet    data/test-00000-of-00001.parquet    my-set_train.parquet    validation/0000.parquet
 
-A file that names no split belongs to "train". Row groups are read when one of their rows is asked for, and the newest
-1 GiB of them is kept: reading in order is cheap for any set, reading at random only where the set fits.
+A file that names no split belongs to "train". A row group is read on access to one of its rows, and the last 1 GiB of
+them is kept: sequential reading is cheap for any set, random reading only where the set fits.
 """
 
 import json
@@ -45,7 +45,7 @@ def load_parquet(
     size: tuple[int, int] | None = None,
     transform: Transform = to_float,
 ) -> Images:
-    """The images of a split, decoded when asked for; `.to_memory()` decodes them once (CIFAR-10: a few seconds).
+    """The images of a split, decoded on access; `.to_memory()` decodes them once (CIFAR-10: a few seconds).
 
     Args:
         place: a folder, a parquet file, or `hf://datasets/owner/name[@revision][/folder]`: a dataset of the Hugging
@@ -53,14 +53,14 @@ def load_parquet(
         split: "train", "val", "test", or another name that the files have; "val" also finds "validation", and so on.
         image: the column of images; None for `image` or `img`.
         label: the column of integer labels, say "fine_label".
-        classes: how many classes, or which, you expect; None for whatever is there.
+        classes: number or names of the classes that you expect; None for any.
         mode: "RGB" or "L".
-        size: (H, W) to resize to, after a central cut to that aspect.
-        transform: gets every image, uint8 (C, H, W).
+        size: (H, W) to resize to, after a central crop to that aspect.
+        transform: applied to every image, uint8 (C, H, W).
 
     Raises:
-        DataError: no such folder or dataset, no parquet in it, no such split, shards missing, a file that is not
-            parquet, a missing column, labels that are no class numbers, or other classes than expected.
+        DataError: no such folder or dataset, no parquet files in it, no such split, missing shards, a file that is not
+            parquet, a missing column, labels that are not integers, or other classes than expected.
         MissingExtraError: pyarrow is not installed (or huggingface_hub, for `hf://`).
     """
     home = _download(str(place), split) if str(place).startswith(HUB) else Path(place)
@@ -83,7 +83,7 @@ def find_split(home: Path, split: str) -> list[Path]:
         split: the split's name; its synonyms are tried in turn.
 
     Raises:
-        DataError: nothing there, no such split, several datasets that have it, or shards that are missing.
+        DataError: no parquet files, no such split, several datasets that have it, or missing shards.
     """
     try:
         top = home.parent if home.is_file() else home
@@ -107,7 +107,7 @@ def find_split(home: Path, split: str) -> list[Path]:
 
 
 class _Shard:
-    """One parquet file: its footer is read at once, its row groups on demand. Any damage is a DataError."""
+    """One parquet file: its footer is read at construction, its row groups on access. Damage is a DataError."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -136,7 +136,7 @@ class _Shard:
         return torch.from_numpy(values.to_numpy(zero_copy_only=False).astype(np.int64))
 
     def class_names(self, column: str) -> list[str] | None:
-        """From the schema's metadata; None if it does not say, or says it in a way unknown here."""
+        """From the schema's metadata; None if they are missing or in an unknown form."""
         try:
             written = json.loads((self.schema.metadata or {}).get(b"huggingface", b"null"))
             names = written["info"]["features"][column]["names"]
@@ -167,7 +167,8 @@ class _Rows:
     """The undecoded images of some shards, one after the other."""
 
     def __init__(self, shards: Sequence[_Shard], column: str) -> None:
-        self._shards, self._column = list(shards), column
+        self._shards = list(shards)
+        self._column = column
         self._starts = [0, *accumulate(shard.starts[-1] for shard in shards)]
         self._kept: OrderedDict[tuple[int, int], Any] = OrderedDict()
 
@@ -201,12 +202,12 @@ class _Rows:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """What goes wrong inside, while reading a file, is a DataError that names the file."""
+    """Turns errors while reading a file into a DataError that names it."""
     try:
         yield
     except (OSError, require("pyarrow", "images").ArrowException) as error:
         reason = " ".join(str(error).split())
-        raise DataError(f"{path} cannot be read as parquet ({reason}); mend it or fetch it anew") from error
+        raise DataError(f"{path} cannot be read as parquet ({reason}); repair it or fetch it again") from error
 
 
 def _image_column(shard: _Shard) -> str:
@@ -224,7 +225,7 @@ def _words(path: Path) -> set[str]:
 
 
 def _whole(files: list[Path], split: str, top: Path) -> list[Path]:
-    """These files, if they are one dataset and all of it."""
+    """The files, after checking that they are one whole dataset."""
     folders = sorted({str(path.parent.relative_to(top)) for path in files})
     if len(folders) > 1:
         raise DataError(f"split {split!r} is in several folders of {top}: {', '.join(folders)}; give one of them")
@@ -232,19 +233,19 @@ def _whole(files: list[Path], split: str, top: Path) -> list[Path]:
     if counts and counts != {len(files)}:
         expected = " or ".join(map(str, sorted(counts)))
         raise DataError(
-            f"split {split!r} of {top} has {len(files)} files whose names speak of {expected}; fetch the rest"
+            f"split {split!r} of {top} has {len(files)} files and their names say {expected}; fetch the rest"
         )
     return files
 
 
 def _download(url: str, split: str) -> Path:
-    """A hub dataset's parquet files of one split, in the local cache; without a network, what the cache holds."""
+    """The folder of a hub dataset's parquet files of one split in the local cache, fetched where possible."""
     hub = require("huggingface_hub", "hf")
     owner, _, rest = url.removeprefix(HUB).strip("/").partition("/")
     name, _, folder = rest.partition("/")
     name, _, revision = name.partition("@")
     if not owner or not name:
-        raise DataError(f"{url} names no dataset; expected {HUB}owner/name")
+        raise DataError(f"{url} does not name a dataset; expected {HUB}owner/name")
     try:
         home = hub.snapshot_download(
             f"{owner}/{name}",

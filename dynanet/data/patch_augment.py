@@ -1,4 +1,4 @@
-"""Augmentation of batches of square patches round a pixel: turn, mirror, and paste foreign ground beside the centre."""
+"""Augmentation of batches of square patches around a pixel: rotations, flips, and pasting of other patches."""
 
 import math
 from collections.abc import Sequence
@@ -8,15 +8,15 @@ from torch import Tensor
 
 
 class RotatePaste:
-    """Every patch is turned or mirrored at random; some get a half-plane of another patch of the batch.
+    """Rotates or flips every patch at random; some get a half-plane of another patch of the batch.
 
-    Pasting leaves the centre pixel, and so the label, alone: the network learns that what lies across a field's edge
-    says little about the pixel. (CutMix, arXiv:1905.04899, without mixing labels.)
+    The centre pixel, and so the label, is never pasted over: the network learns that ground across a field's edge says
+    little about the pixel. (CutMix, arXiv:1905.04899, without mixing labels.)
 
     Draws from torch's global generator, which `train.Batches` seeds batch by batch.
 
     Args:
-        chance: of a patch to get pasted into.
+        chance: probability of pasting into a patch.
     """
 
     def __init__(self, chance: float = 0.5) -> None:
@@ -28,7 +28,7 @@ class RotatePaste:
         return self(torch.stack(patches)), torch.tensor(labels)
 
     def __call__(self, x_BCPP: Tensor) -> Tensor:
-        """Patches (B, C, P, P) to patches."""
+        """Patches (B, C, P, P) to the same shape."""
         batch, channels, side, _ = x_BCPP.shape
         pixels = x_BCPP.permute(0, 2, 3, 1).reshape(batch, side * side, channels)
         order = _symmetries(side)[torch.randint(8, (batch,))]  # (B, P P)
@@ -38,7 +38,7 @@ class RotatePaste:
         return pixels.reshape(batch, side, side, channels).permute(0, 3, 1, 2)
 
     def _half_planes(self, batch: int, side: int) -> Tensor:
-        """(B, P P) bool: beyond a line at a random angle that passes the centre at a distance."""
+        """(B, P P) bool: pixels beyond a line at a random angle and distance from the centre."""
         half = side // 2
         line = torch.arange(-half, half + 1.0)
         row, column = (axis.flatten() for axis in torch.meshgrid(line, line, indexing="ij"))
@@ -49,7 +49,7 @@ class RotatePaste:
 
 
 def _symmetries(side: int) -> Tensor:
-    """(8, P P): where each pixel of a turned or mirrored square comes from."""
+    """(8, P P): the source of each pixel of a rotated or flipped square."""
     grid = torch.arange(side * side).reshape(side, side)
     turned = [grid.rot90(quarter) for quarter in range(4)]
     return torch.stack([g.flatten() for turn in turned for g in (turn, turn.flip(0))])

@@ -1,4 +1,4 @@
-"""Sequences of different lengths in one batch: padded in memory, never in the cost."""
+"""Sequences of different lengths in one padded batch, whose padding is never computed with."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,11 +11,11 @@ from dynanet.core.errors import DataError, InputError
 
 
 class Sequences(NamedTuple):
-    """A padded batch that knows how long each row is. What lies behind a row's end is never computed with.
+    """A padded batch and the length of each row.
 
     Attributes:
-        x: (B, T, features), or (B, T, C, H, W) of videos; 0 behind the end of a row. NaN there would spread in dense
-            form.
+        x: (B, T, features), or (B, T, C, H, W) for videos; 0 beyond the end of a row (NaN would spread in the dense
+            form).
         lengths: (B,) int64, from 1 to T.
     """
 
@@ -27,32 +27,34 @@ class SequenceSet(Dataset[tuple[Tensor, int]]):
     """Labelled sequences of any lengths.
 
     Args:
-        sequences: (steps, features) each, of one number of features.
+        sequences: (steps, features) each, with equal numbers of features.
         labels: (N,) int64.
         classes: the classes' names.
 
     Raises:
-        DataError: no sequences, not one label per sequence, one that `check` refuses, or other numbers of features.
+        DataError: no sequences, not one label each, an invalid one (`check_sequence`), or unequal numbers of features.
     """
 
     def __init__(self, sequences: Sequence[Tensor], labels: Tensor, classes: Sequence[str]) -> None:
         if not sequences or len(sequences) != len(labels):
             raise DataError(f"{len(sequences)} sequences and {len(labels)} labels; give one or more, with a label each")
         for number, sequence in enumerate(sequences):
-            check(sequence, f"sequence {number}")
+            check_sequence(sequence, f"sequence {number}")
         widths = sorted({s.shape[1] for s in sequences})
         if len(widths) > 1:
             raise DataError(f"sequences of {widths} features in one set; expected the same number in all")
-        self.sequences, self.labels, self.classes = list(sequences), labels, list(classes)
+        self.sequences = list(sequences)
+        self.labels = labels
+        self.classes = list(classes)
 
     @property
     def features(self) -> int:
-        """Of a step."""
+        """Number of features of a step."""
         return self.sequences[0].shape[1]
 
     @property
     def longest(self) -> int:
-        """Steps of the longest sequence."""
+        """Number of steps of the longest sequence."""
         return max(s.shape[0] for s in self.sequences)
 
     def __len__(self) -> int:
@@ -64,7 +66,7 @@ class SequenceSet(Dataset[tuple[Tensor, int]]):
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of every feature over all steps, (features,) each; deviations of 0 become 1.
 
-        Take those of the training set for every part.
+        Use those of the training set for every part.
         """
         steps = torch.cat(self.sequences).double()
         deviation = steps.std(0, correction=0)
@@ -86,35 +88,35 @@ def pad(sequences: Sequence[Tensor], *, steps: int | None = None) -> Sequences:
 
     Args:
         sequences: one or more.
-        steps: that the batch has in memory; None for as many as the longest. A session takes batches as its example is.
+        steps: T of the batch; None for the longest sequence. A session needs the T of its example.
 
     Raises:
-        DataError: no sequences, one that `check` refuses, or one of more than `steps`.
+        DataError: no sequences, an invalid one (see `check_sequence`), or one of more than `steps`.
     """
     if not sequences:
-        raise DataError("no sequences to make a batch of; give at least one")
+        raise DataError("a batch needs at least one sequence, got none")
     for number, sequence in enumerate(sequences):
-        check(sequence, f"sequence {number}")
+        check_sequence(sequence, f"sequence {number}")
     lengths = torch.tensor([s.shape[0] for s in sequences])
     x = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
     if steps is not None:
         if x.shape[1] > steps:
-            raise DataError(f"a sequence of {x.shape[1]} steps for a batch of {steps}; cut it, or ask for more steps")
+            raise DataError(f"a sequence of {x.shape[1]} steps for a batch of {steps}; cut it, or give more steps")
         x = torch.nn.functional.pad(x, (0, 0, 0, steps - x.shape[1]))
     return Sequences(x, lengths)
 
 
 def trimmed(x: Sequences) -> Sequences:
-    """A batch without the steps that none of its rows has."""
+    """A batch without the steps that are padding in every row."""
     longest = int(x.lengths.max()) if x.lengths.numel() else 0
     return Sequences(x.x[:, :longest].contiguous(), x.lengths)
 
 
-def check(sequence: Tensor, name: str) -> None:
-    """Refuse what no recurrent layer can read.
+def check_sequence(sequence: Tensor, name: str) -> None:
+    """Check that a recurrent layer can read a sequence.
 
     Raises:
-        DataError: not (steps, features), no step, or NaN or infinite values.
+        DataError: a shape other than (steps, features), no step, or NaN or infinite values.
     """
     if sequence.dim() != 2 or 0 in sequence.shape:
         raise DataError(f"{name} has the shape {tuple(sequence.shape)}; expected (steps, features), neither of them 0")
@@ -125,7 +127,7 @@ def check(sequence: Tensor, name: str) -> None:
 
 
 def as_sequences(x: Tensor | Sequences, features: int) -> Sequences:
-    """What a recurrent layer was given, with lengths: a tensor (B, T, features) is as long as it looks in every row.
+    """The input of a recurrent layer with lengths; all rows of a tensor (B, T, features) have length T.
 
     Raises:
         InputError: another shape, no step, or lengths that are not one per row and from 1 to T.
@@ -139,7 +141,7 @@ def as_sequences(x: Tensor | Sequences, features: int) -> Sequences:
 
 
 def as_videos(x: Tensor | Sequences) -> Sequences:
-    """Videos with lengths: a tensor (B, T, C, H, W) is as long as it looks in every row.
+    """Videos with lengths; all rows of a tensor (B, T, C, H, W) have length T.
 
     Raises:
         InputError: another shape, no frame, or lengths that are not one per row and from 1 to T.
@@ -151,7 +153,7 @@ def as_videos(x: Tensor | Sequences) -> Sequences:
 
 
 def with_lengths(x: Tensor | Sequences) -> Sequences:
-    """Sequences of anything, (B, T, ...): a tensor is as long as it looks in every row.
+    """Sequences with lengths; all rows of a tensor (B, T, ...) have length T.
 
     Raises:
         InputError: lengths that are not one per row and from 1 to T.

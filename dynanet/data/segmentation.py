@@ -8,6 +8,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from dynanet.core.errors import ConfigError, DataError
+from dynanet.data.annotated import first_of
 from dynanet.data.augment import normalise
 from dynanet.data.camvid import LabelMaps
 
@@ -18,30 +19,30 @@ class SegmentationTensors(Dataset[Pair]):
     """Pairs (image uint8 (C, H, W), labels uint8 (H, W)) of one size.
 
     Args:
-        data: images and label maps; corrupt ones are left out and reported, as `data.images` says.
+        data: images and label maps; see `data.images` for corrupt ones.
 
     Attributes:
         images: uint8 (N, C, H, W).
         maps: uint8 (N, H, W).
         classes: the classes' names.
-        void: the label of pixels that belong to none.
+        void: the label of pixels without a class.
 
     Raises:
         DataError: images of several sizes, or too many corrupt ones.
     """
 
     def __init__(self, data: LabelMaps) -> None:
-        plain = LabelMaps(data._images, data.maps, data.classes, data.void, _as_they_are)
-        found = [plain[row] for row in range(len(plain))]
+        found = [(image, data.maps[row]) for image, row in map(data.images.__getitem__, range(len(data)))]
         sizes = {tuple(image.shape[1:]) for image, _ in found}
         if len(sizes) > 1:
             raise DataError(
-                f"images of {len(sizes)} sizes ({', '.join(f'{h} x {w}' for h, w in sorted(sizes)[:3])}) cannot "
-                f"share a batch; resize them to one"
+                f"images of {len(sizes)} sizes ({first_of([f'{h} x {w}' for h, w in sorted(sizes)])}) cannot share a "
+                f"batch; resize them to one"
             )
         self.images = torch.stack([image for image, _ in found])
         self.maps = torch.stack([labels for _, labels in found])
-        self.classes, self.void = data.classes, data.void
+        self.classes = data.classes
+        self.void = data.void
 
     def __len__(self) -> int:
         return len(self.maps)
@@ -51,20 +52,20 @@ class SegmentationTensors(Dataset[Pair]):
 
 
 class RandomResizedFlip:
-    """The augmentation of scenes: every image zoomed, cut and mirrored, its labels with it; then normalised.
+    """The training augmentation: every image and its labels are zoomed, cropped and flipped, then normalised.
 
-    What comes from beyond the image is black and void. `collate` draws from torch's global generator.
+    Beyond its border an image is black and void. `collate` draws from torch's global generator.
 
     Args:
         mean: (C,) of images in [0, 1].
         std: (C,) of images in [0, 1].
-        void: the label of what lies beyond the image.
-        zoom: the smallest and the largest factor, before the cut.
-        cut: the sides of what is cut out, at a place of its own in every image, as a share of the image's.
-        flip: the probability of a left-right flip.
+        void: the label beyond the border.
+        zoom: the smallest and the largest factor, before the crop.
+        cut: side of the crop, which each image has at a random position, as a share of the image's side.
+        flip: probability of a left-right flip.
 
     Raises:
-        ConfigError: factors that are not positive or in the wrong order, or no share.
+        ConfigError: factors that are not positive and ascending, or shares out of range.
     """
 
     def __init__(
@@ -76,15 +77,21 @@ class RandomResizedFlip:
                 f"zoom is {zoom}, cut {cut} and flip {flip}; expected (smallest, largest) above 0, a share, and "
                 f"a probability"
             )
-        self.mean, self.std, self.void, self.zoom, self.cut, self.flip = mean, std, void, zoom, cut, flip
+        self.mean = mean
+        self.std = std
+        self.void = void
+        self.zoom = zoom
+        self.cut = cut
+        self.flip = flip
 
     def __call__(self, images: Tensor, maps: Tensor) -> Pair:
         """Images (B, C, H, W) and labels (B, H, W), uint8 -> float32 (B, C, h, w) and int64 (B, h, w)."""
         if self.zoom == (1, 1) and self.cut == 1 and self.flip == 0:
             return normalise(images, self.mean, self.std), maps.long()
-        count, (low, high) = len(images), self.zoom
+        count = len(images)
+        low, high = self.zoom
         height, width = (max(1, round(self.cut * side)) for side in images.shape[2:])
-        seen = self.cut / (low * (high / low) ** torch.rand(count))  # the share of a side that comes into the cut
+        seen = self.cut / (low * (high / low) ** torch.rand(count))  # share of a side inside the crop
         down, across = (2 * torch.rand(2, count) - 1) * (1 - seen).abs()
         mirrored = 1 - 2 * (torch.rand(count) < self.flip).float()
         zero = torch.zeros(count)
@@ -96,10 +103,6 @@ class RandomResizedFlip:
         return normalise(pixels, self.mean, self.std), torch.where(labels < 0, self.void, labels)
 
     def collate(self, samples: Sequence[Pair]) -> Pair:
-        """Pairs -> an augmented batch."""
+        """Pairs (image, labels) to an augmented batch."""
         images, maps = zip(*samples, strict=True)
         return self(torch.stack(images), torch.stack(maps))
-
-
-def _as_they_are(image: Tensor, labels: Tensor) -> Pair:
-    return image, labels.to(torch.uint8)

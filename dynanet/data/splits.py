@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynanet.core.errors import ConfigError
+from dynanet.core.errors import ConfigError, DataError
 from dynanet.data.images import Images, ImageTensors, Transform, to_float
 
 SAME_SPLIT = (  # the Hugging Face hub's synonyms (docs: "Structure your repository")
@@ -77,6 +77,23 @@ def stratified(labels: Tensor, sizes: Sequence[int], seed: int) -> list[Tensor]:
         parts.append(np.sort(np.concatenate([rows[:k] for rows, k in zip(left, take, strict=True)])))
         left = [rows[k:] for rows, k in zip(left, take, strict=True)]
     return [torch.from_numpy(rows) for rows in parts]
+
+
+def dealt(labels: Tensor, held_out: int | None, seed: int) -> list[Tensor]:
+    """Rows to train with and rows to hold out, every class in proportion.
+
+    Args:
+        labels: (N,) the class of every row.
+        held_out: rows to hold out; None: a tenth.
+        seed: draws them.
+
+    Raises:
+        DataError: no row is left to train with, or none held out.
+    """
+    count = max(1, len(labels) // 10) if held_out is None else held_out
+    if not 0 < count < len(labels):
+        raise DataError(f"cannot hold out {count} of {len(labels)}; give a number from 1 to {len(labels) - 1}")
+    return stratified(labels, [len(labels) - count, count], seed)
 
 
 def synonyms(split: str) -> tuple[str, ...]:

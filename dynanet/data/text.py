@@ -1,7 +1,7 @@
-"""Sentences with labels, one per line ("3 How far is it ?"), as numbers of words, padded batch by batch.
+"""Sentences with labels, one per line ("3 How far is it ?"), as word ids that are padded batch by batch.
 
-The format of the sentence classification sets that Kim (2014, arXiv:1408.5882) made customary: SST, TREC, MR, CR. Words
-are what stands between spaces, in lower case; these sets come tokenised.
+The format of the usual sentence classification sets (Kim 2014, arXiv:1408.5882): SST, TREC, MR, CR. They are tokenised:
+words are separated by spaces, and read in lower case.
 """
 
 import warnings
@@ -13,49 +13,49 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dynanet.core.errors import ConfigError, DataError
+from dynanet.core.errors import DataError, check_sizes
 from dynanet.core.files import write_atomically
 
-PADDING, UNKNOWN = 0, 1  # the numbers of no word, and of a word that the vocabulary does not have
+PADDING = 0  # the id of no word
+UNKNOWN = 1  # the id of a word outside the vocabulary
 
 
 class TruncationWarning(UserWarning):
-    """A text was longer than what reads it."""
+    """A text was longer than the limit, and was truncated."""
 
 
 class Vocabulary:
-    """The number of every word that is frequent enough; 0 is padding, 1 any other word.
+    """Ids of the words that are frequent enough; 0 is padding, 1 any other word.
 
     Args:
         texts: training sentences.
-        least: a word must occur so often.
+        least: smallest number of occurrences of a word.
 
     Raises:
-        ConfigError: least below 1.
+        ConfigError: `least` below 1.
     """
 
     def __init__(self, texts: Iterable[str], *, least: int = 1) -> None:
-        if least < 1:
-            raise ConfigError(f"least is {least}; expected how often a word must occur, 1 or more")
+        check_sizes(least=least)
         counts = Counter(word for text in texts for word in words(text))
         frequent = sorted((word for word, count in counts.items() if count >= least), key=lambda w: (-counts[w], w))
         self._numbers = {word: number for number, word in enumerate(frequent, start=2)}
 
     def __len__(self) -> int:
-        """Numbers in all, padding and unknown included: what an embedding needs."""
+        """Number of ids, padding and unknown included: the size of an embedding."""
         return 2 + len(self._numbers)
 
     def write(self, path: str | Path) -> None:
-        """A word on every line, in the order of their numbers."""
+        """Write one word per line, in the order of their ids."""
         text = "".join(f"{word}\n" for word in self._numbers)
         write_atomically(Path(path), lambda file: file.write(text.encode()))
 
     @classmethod
     def read(cls, path: str | Path) -> "Vocabulary":
-        """What `write` wrote.
+        """Read the file of `write`.
 
         Raises:
-            DataError: the file cannot be read, or is none.
+            DataError: the file cannot be read, or is not a vocabulary.
         """
         try:
             lines = Path(path).read_bytes().decode().split("\n")
@@ -63,13 +63,13 @@ class Vocabulary:
             raise DataError(f"cannot read {path} ({error}); expected a vocabulary, one word per line") from error
         known = lines[:-1]
         if lines[-1] or len(set(known)) < len(known) or any(words(word) != [word] for word in known):
-            raise DataError(f"{path} is no vocabulary, or damaged; expected every word once, on a line of its own")
+            raise DataError(f"{path} is not a vocabulary, or damaged; expected every word once, one per line")
         found = cls([])
         found._numbers = {word: number for number, word in enumerate(known, start=2)}
         return found
 
     def encode(self, text: str, longest: int | None = None) -> Tensor:
-        """The words' numbers, (T,) int64; at most `longest`. A text without words is one unknown word."""
+        """Word ids (T,) int64, at most `longest`. A text without words is one unknown word."""
         numbers = [self._numbers.get(word, UNKNOWN) for word in words(text)[:longest]]
         return torch.tensor(numbers or [UNKNOWN])
 
@@ -81,10 +81,10 @@ class Sentences(Dataset[tuple[Tensor, int]]):
         texts: sentences.
         labels: (N,) int64.
         vocabulary: of the training sentences.
-        longest: words of a sentence beyond this are cut off.
+        longest: number of words to which sentences are truncated.
 
     Warns:
-        TruncationWarning: sentences of more than `longest` words were cut.
+        TruncationWarning: sentences of more than `longest` words were truncated.
 
     Raises:
         DataError: not one label per sentence.
@@ -94,7 +94,8 @@ class Sentences(Dataset[tuple[Tensor, int]]):
         if len(texts) != len(labels):
             raise DataError(f"{len(texts)} sentences and {len(labels)} labels; give one label per sentence")
         warn_of_cuts([len(words(text)) for text in texts], longest, "words")
-        self.ids, self.labels = [vocabulary.encode(text, longest) for text in texts], labels
+        self.ids = [vocabulary.encode(text, longest) for text in texts]
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -104,11 +105,11 @@ class Sentences(Dataset[tuple[Tensor, int]]):
 
     @staticmethod
     def collate(samples: Sequence[tuple[Tensor, int]], *, width: int | None = None) -> tuple[Tensor, Tensor]:
-        """Sentences to (B, T) padded with 0, and their labels (B,).
+        """Pairs (ids, label) to ids (B, T) padded with 0, and labels (B,).
 
         Args:
             samples: one or more.
-            width: T; None for the words of the longest.
+            width: T; None for the longest sentence.
         """
         ids, labels = zip(*samples, strict=True)
         padded = torch.nn.utils.rnn.pad_sequence(list(ids), batch_first=True, padding_value=PADDING)
@@ -118,7 +119,7 @@ class Sentences(Dataset[tuple[Tensor, int]]):
 
 
 def load_labelled_lines(path: str | Path) -> tuple[list[str], Tensor]:
-    """Sentences and labels (N,) int64 of a file with "label sentence" on every line, in UTF-8 or Latin-1.
+    """Read sentences and labels (N,) int64 from a file of lines "label sentence", in UTF-8 or Latin-1.
 
     Raises:
         DataError: the file cannot be read, has no lines, or a line does not begin with the number of a class.
@@ -131,7 +132,8 @@ def load_labelled_lines(path: str | Path) -> tuple[list[str], Tensor]:
         text = content.decode()
     except UnicodeDecodeError:
         text = content.decode("latin-1")
-    texts, labels = [], []
+    texts = []
+    labels = []
     # Not splitlines: it would break sentences at form feeds and at characters of Latin-1.
     for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), start=1):
         if not line.strip():
@@ -147,23 +149,23 @@ def load_labelled_lines(path: str | Path) -> tuple[list[str], Tensor]:
 
 
 def warn_of_cuts(lengths: Sequence[int], longest: int, of: str) -> None:
-    """Say which texts are too long, and the limit.
+    """Warn of texts that are too long.
 
     Args:
         lengths: of the texts.
-        longest: what is read of each.
-        of: what a length counts.
+        longest: the limit.
+        of: the unit of lengths.
     """
     long = [number for number, length in enumerate(lengths) if length > longest]
     if long:
         which = f"{long[:5]}{f' and {len(long) - 5} more' if len(long) > 5 else ''}"
         warnings.warn(
-            f"text(s) {which} have more than {longest} {of}, which is the limit here; what is behind it was cut off",
+            f"text(s) {which} have more than {longest} {of} and were truncated",
             TruncationWarning,
             stacklevel=3,
         )
 
 
 def words(text: str) -> list[str]:
-    """What stands between spaces, in lower case."""
+    """Words separated by spaces, in lower case."""
     return text.lower().split()

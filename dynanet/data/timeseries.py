@@ -1,7 +1,7 @@
 """Labelled time series of the UEA and UCR archives: files in the .ts format, read strictly.
 
 The format, as timeseriesclassification.com documents it: comments begin with #, a header of lines "@key value", the
-line "@data", then one series per line: its dimensions apart by ":", values by ",", the class last. Dau et al. 2018,
+line "@data", then one series per line: dimensions separated by ":", values by ",", the class last. Dau et al. 2018,
 arXiv:1810.07758 (UCR); Bagnall et al. 2018, arXiv:1811.00075 (UEA).
 """
 
@@ -24,7 +24,7 @@ def load_time_series(path: str | Path) -> SequenceSet:
 
     Raises:
         DataError: no such file, no classes (regression), time stamps, missing values, dimensions of different lengths,
-            or a line that is not what the header announces.
+            or a line that contradicts the header.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -34,7 +34,8 @@ def load_time_series(path: str | Path) -> SequenceSet:
     classes = _classes(header, path)
     if header.get("timestamps", ["false"]) != ["false"]:
         raise DataError(f"{path} has time stamps; expected values at even steps (@timeStamps false)")
-    sequences, labels = [], []
+    sequences = []
+    labels = []
     for number, line in enumerate(lines[start:], start=start + 1):
         if not line.strip() or line.startswith("#"):
             continue
@@ -77,12 +78,12 @@ def _series(dimensions: Sequence[str], where: str) -> Tensor:
     try:
         values = [np.array(d.split(","), dtype=np.float32) for d in dimensions]
     except ValueError as error:
-        raise DataError(f"{where} holds what is no number ({error}); missing values must be filled in first") from error
+        raise DataError(f"{where} holds a value that is not a number ({error}); fill in missing values") from error
     if len({len(v) for v in values}) > 1:
         raise DataError(f"{where} has dimensions of {[len(v) for v in values]} steps; expected the same in all")
     series = np.stack(values, 1)
     if not np.isfinite(series).all():
-        raise DataError(f"{where} holds NaN or infinite values; fill them in, or take the line out")
+        raise DataError(f"{where} holds NaN or infinite values; fill them in, or remove the line")
     return torch.from_numpy(series)
 
 

@@ -4,13 +4,12 @@ Everingham et al.: The PASCAL Visual Object Classes (VOC) Challenge, IJCV 2010. 
 box's last pixel belongs to it; here a box is (left, top, right, bottom) in pixel edges from 0, so that its width is
 right - left: what VOC writes as 1 1 640 480 is 0 0 640 480.
 
-Annotations are read and checked when the data is loaded. A box that reaches outside its image is named in a warning of
-the logger `dynanet.data` and clipped; one with nothing inside is left out. Documents that define entities are refused.
-Images are decoded when asked for; a corrupt one is reported by name, as `data.images` says.
+Annotations are read and checked when the data is loaded. A box that reaches outside its image is clipped, and left out
+if nothing remains; either is a warning of the logger `dynanet.data`. Documents that define entities are refused. Images
+are decoded on access; see `data.images` for corrupt ones.
 """
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,22 +17,20 @@ from xml.etree import ElementTree
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from dynanet.core.errors import DataError, MissingSplitError
-from dynanet.data.camvid import Paths, decoded_size
-from dynanet.data.folder import SUFFIXES
-from dynanet.data.images import Images, log, to_float
+from dynanet.data.annotated import AnnotatedImages, first_of, float_image, list_files, numbered
+from dynanet.data.images import SUFFIXES, Images, decoded_size, log
 from dynanet.data.splits import synonyms
 
 
 class Boxes(NamedTuple):
-    """What an image shows.
+    """The objects of an image.
 
     Attributes:
         boxes: (N, 4) float32, left, top, right, bottom in pixels; N may be 0.
         labels: (N,) int64 classes.
-        difficult: (N,) bool: neither to be found nor to be missed.
+        difficult: (N,) bool: ignored by scores, whether detected or not.
     """
 
     boxes: Tensor
@@ -42,35 +39,28 @@ class Boxes(NamedTuple):
 
 
 def reversed_corners(boxes: Tensor) -> Tensor:
-    """Which boxes have their corners the wrong way round, or are not numbers: (..., 4) to bool (...)."""
+    """Which boxes have swapped corners or NaN: (..., 4) to bool (...)."""
     return ~(boxes[..., :2] <= boxes[..., 2:]).all(-1)
 
 
 BoxTransform = Callable[[Tensor, Boxes], Any]
 
 
-def plain(image: Tensor, boxes: Boxes) -> tuple[Tensor, Boxes]:
-    """The image float32 in [0, 1], the boxes as they are."""
-    return to_float(image), boxes
+class DetectionImages(AnnotatedImages):
+    """Images with boxes; `load_voc` makes it.
 
-
-class DetectionImages(Dataset[Any]):
-    """Images and their boxes; `load_voc` makes it.
-
-    A row is what `transform` makes of (image uint8 (C, H, W), Boxes). A corrupt image is reported, and the next good
-    one answers in its place, with its own boxes.
+    A row is what `transform` makes of (image uint8 (C, H, W), Boxes).
 
     Args:
-        images: labelled with their own row numbers, and not transformed.
-        boxes: per image.
+        images: as in `AnnotatedImages`.
+        boxes: the boxes of each image.
         classes: the classes' names.
         transform: see above.
         clipped: see below.
 
     Attributes:
-        boxes: per image, to score against.
-        classes: the classes' names.
-        clipped: image -> how many of its boxes reached outside, and were clipped or left out.
+        boxes: the boxes of each image, to score against.
+        clipped: image -> how many of its boxes reached outside it.
     """
 
     def __init__(
@@ -81,25 +71,13 @@ class DetectionImages(Dataset[Any]):
         transform: BoxTransform,
         clipped: dict[str, int],
     ) -> None:
-        assert len(images) == len(boxes), "boxes for every image"
-        self._images, self.boxes = images, tuple(boxes)
-        self.classes, self.transform, self.clipped = tuple(classes), transform, clipped
+        super().__init__(images, classes, transform)
+        self.boxes = tuple(boxes)
+        self.clipped = clipped
 
-    def __len__(self) -> int:
-        return len(self.boxes)
-
-    def __getitem__(self, index: int) -> Any:
-        image, row = self._images[index]  # of a good one, which may be a later row
-        return self.transform(image, self.boxes[row])
-
-    @property
-    def corrupt(self) -> dict[str, str]:
-        """Name -> reason, of every image found to be corrupt so far."""
-        return self._images.corrupt
-
-    def name(self, index: int) -> str:
-        """The path of an image."""
-        return self._images.name(index)
+    def annotation(self, row: int) -> Boxes:
+        """The boxes of an image."""
+        return self.boxes[row]
 
 
 def load_voc(
@@ -108,7 +86,7 @@ def load_voc(
     *,
     classes: Sequence[str] | None = None,
     mode: str = "RGB",
-    transform: BoxTransform = plain,
+    transform: BoxTransform = float_image,
 ) -> DetectionImages:
     """A data set in Pascal VOC's layout.
 
@@ -116,20 +94,22 @@ def load_voc(
         root: the folder that holds `JPEGImages` and `Annotations`.
         split: the list `ImageSets/Main/<split>.txt` ("val" also finds "validation", and so on); None for every
             annotated image.
-        classes: the names, in the order of labels; None for those met in all annotations, sorted, so that a label
+        classes: the names, in the order of labels; None for all names in the annotations, sorted, so that a label
             means the same in every split.
         mode: "RGB" or "L".
-        transform: gets every pair, uint8 (C, H, W) and Boxes.
+        transform: applied to every pair, uint8 (C, H, W) and Boxes.
 
     Raises:
-        DataError: a folder that cannot be read; no images; an image or annotation that is missing; XML that is broken
-            or defines entities; an object without a name or with a box that means nothing; an unknown class; another
-            image size than annotated.
+        DataError: a folder that cannot be read; no images; a missing image or annotation; XML that is broken or
+            defines entities; an object without a name or with an invalid box; an unknown class; another image size
+            than annotated.
         MissingSplitError: no such list.
     """
     home = Path(root)
-    images = {Path(name).stem: home / "JPEGImages" / name for name in _names(home / "JPEGImages", SUFFIXES)}
-    annotated = [Path(name).stem for name in _names(home / "Annotations", (".xml",))]
+    layout = "Pascal VOC's JPEGImages and Annotations"
+    files = list_files(home / "JPEGImages", SUFFIXES, layout)
+    images = {Path(name).stem: home / "JPEGImages" / name for name in files}
+    annotated = [Path(name).stem for name in list_files(home / "Annotations", (".xml",), layout)]
     stems = annotated if split is None else _listed(home / "ImageSets" / "Main", split)
     if not stems:
         raise DataError(f"{home} has no annotated images{'' if split is None else f' in {split!r}'}; expected some")
@@ -138,15 +118,14 @@ def load_voc(
     if lone:
         raise DataError(
             f"{len(lone)} of {len(stems)} images of {home} lack JPEGImages/x.jpg or Annotations/x.xml "
-            f"({', '.join(lone[:3])}{', ...' if len(lone) > 3 else ''}); add the files, or mend the list"
+            f"({first_of(lone)}); add the files, or correct the list"
         )
     read = {stem: _read(home / "Annotations" / f"{stem}.xml") for stem in (stems if classes else annotated)}
     named = tuple(classes) if classes else tuple(sorted({name for notes in read.values() for name in notes.names}))
     clipped: dict[str, int] = {}
     boxes = [_checked(read[stem], images[stem], named, clipped) for stem in stems]
-    paths = Paths([images[stem] for stem in stems])
-    files = Images(paths, torch.arange(len(stems)), named, mode=mode, transform=_as_it_is)
-    return DetectionImages(files, boxes, named, transform, clipped)
+    found = numbered([images[stem] for stem in stems], named, mode)
+    return DetectionImages(found, boxes, named, transform, clipped)
 
 
 class _Notes(NamedTuple):
@@ -160,24 +139,10 @@ class _Notes(NamedTuple):
 
 
 class _NoEntities(ElementTree.TreeBuilder):
-    """Refuses document types: nothing in this format needs one, and entities can read files or fill the memory."""
+    """Refuses document types: the format needs none, and entities can read files or exhaust memory."""
 
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
         raise DataError(f"it has a document type {name!r}, which may define entities")
-
-
-def _as_it_is(image: Tensor) -> Tensor:
-    return image
-
-
-def _names(folder: Path, suffixes: tuple[str, ...]) -> list[str]:
-    try:
-        names = sorted(entry.name for entry in os.scandir(folder))
-    except OSError as error:
-        raise DataError(
-            f"cannot read the folder {folder} ({error.strerror}); expected Pascal VOC's JPEGImages and Annotations"
-        ) from error
-    return [name for name in names if name.lower().endswith(suffixes) and not name.startswith(".")]
 
 
 def _listed(folder: Path, split: str) -> list[str]:
@@ -198,8 +163,11 @@ def _read(path: Path) -> _Notes:
         tree = ElementTree.fromstring(path.read_bytes(), ElementTree.XMLParser(target=_NoEntities()))
     except (OSError, ElementTree.ParseError, LookupError, ValueError) as error:
         raise DataError(f"cannot read {path} ({error}); expected a Pascal VOC annotation") from error
-    sides = [_number(tree.findtext(f"size/{side}"), path, side) for side in ("width", "height")] if _sized(tree) else []
-    notes = _Notes(path, (int(sides[0]), int(sides[1])) if sides and all(sides) else None, [], [], [])
+    size = None
+    if tree.find("size") is not None:
+        width, height = (int(_number(tree.findtext(f"size/{side}"), path, side)) for side in ("width", "height"))
+        size = (width, height) if width and height else None
+    notes = _Notes(path, size, [], [], [])
     for thing in tree.findall("object"):
         name = (thing.findtext("name") or "").strip()
         if not name:
@@ -210,10 +178,6 @@ def _read(path: Path) -> _Notes:
         )
         notes.difficult.append((thing.findtext("difficult") or "0").strip() == "1")
     return notes
-
-
-def _sized(tree: ElementTree.Element) -> bool:
-    return tree.find("size") is not None
 
 
 def _number(text: str | None, path: Path, what: str) -> float:
@@ -227,7 +191,7 @@ def _number(text: str | None, path: Path, what: str) -> float:
 
 
 def _checked(notes: _Notes, image: Path, classes: Sequence[str], clipped: dict[str, int]) -> Boxes:
-    """Boxes inside their image, from 0, in pixel edges."""
+    """Boxes in pixel edges from 0, clipped to their image."""
     decoded = decoded_size(image)
     if decoded is not None and notes.size is not None and decoded != notes.size:
         raise DataError(
@@ -241,23 +205,21 @@ def _checked(notes: _Notes, image: Path, classes: Sequence[str], clipped: dict[s
         )
     size = decoded or notes.size  # a corrupt image is reported when it is read
     kept: list[tuple[list[float], int, bool]] = []
-    for name, (xmin, ymin, xmax, ymax), difficult in zip(notes.names, notes.corners, notes.difficult, strict=True):
+    for name, corners, difficult in zip(notes.names, notes.corners, notes.difficult, strict=True):
         if name not in classes:
             raise DataError(f"{notes.path} has an object {name!r}; expected one of {', '.join(classes)}")
+        xmin, ymin, xmax, ymax = corners
         box = [xmin - 1, ymin - 1, xmax, ymax]
-        if size is not None:
-            inside = [min(max(edge, 0.0), float(size[i % 2])) for i, edge in enumerate(box)]
-            if inside != box:
-                clipped[str(image)] = clipped.get(str(image), 0) + 1
-                gone = inside[0] >= inside[2] or inside[1] >= inside[3]
-                log.warning(
-                    "box outside its image: %s in %s, %g %g %g %g of %d x %d; %s",
-                    name, image, xmin, ymin, xmax, ymax, *size, "left out" if gone else "clipped",
-                )  # fmt: skip
-                if gone:
-                    continue
-                box = inside
-        kept.append((box, list(classes).index(name), difficult))
+        inside = box if size is None else [min(max(edge, 0.0), float(size[i % 2])) for i, edge in enumerate(box)]
+        empty = inside != box and (inside[0] >= inside[2] or inside[1] >= inside[3])
+        if inside != box and size is not None:
+            clipped[str(image)] = clipped.get(str(image), 0) + 1
+            log.warning(
+                "box outside its image: %s in %s, %g %g %g %g of %d x %d; %s",
+                name, image, *corners, *size, "left out" if empty else "clipped",
+            )  # fmt: skip
+        if not empty:
+            kept.append((inside, list(classes).index(name), difficult))
     return Boxes(
         torch.tensor([box for box, _, _ in kept], dtype=torch.float32).reshape(len(kept), 4),
         torch.tensor([label for _, label, _ in kept], dtype=torch.int64),

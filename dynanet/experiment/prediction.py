@@ -1,11 +1,12 @@
 """Answers of a saved model for files: arrays, images, sounds and sentences."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from dynanet.core.architecture import architecture_of
@@ -13,14 +14,16 @@ from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import record
 from dynanet.core.errors import ConfigError, InputError
 from dynanet.core.halt import Halt
+from dynanet.data.camvid import Paths
 from dynanet.data.folder import SUFFIXES
 from dynanet.data.images import Images, to_float
 from dynanet.data.ragged import Sequences, pad
 from dynanet.data.speech import log_mel, read_wav
 from dynanet.data.text import Sentences, Vocabulary
-from dynanet.experiment.problem import WORDS
+from dynanet.datamodules.inputs import WORDS
 from dynanet.export.bundles import Bundle
 from dynanet.session.session import Session
+from dynanet.tasks.task import spent_macs
 from dynanet.zoo.saved import read
 
 
@@ -46,38 +49,36 @@ def predict(model: Path, inputs: Path) -> list[dict[str, Any]]:
     if is_run and not (model / "model").exists():
         raise ConfigError(f"{model} holds no trained model yet; run: dynanet train {model}")
     bundle = read(model / "model" if is_run else model)
-    words = model / WORDS if is_run else None
-    x, names = _read_inputs(inputs, bundle, words)
+    x, names = _read_inputs(inputs, bundle, model / WORDS if is_run else None)
     if not names:
         return []
-    session = Session(bundle.model, x, batches=(64,), engines="eager" if len(names) < 64 else "fastest")
-    cost = CostModel(bundle.model, _rows(x, slice(0, 1)))
-    halts = [name for name, layer in session.named_modules() if isinstance(layer, Halt)]
-    rows: list[dict[str, Any]] = []
-    for group in (_rows(x, slice(k, k + 256)) for k in range(0, len(names), 256)):
+    return [
+        {"input": name, "class": bundle.classes[index] if bundle.classes else str(index), "index": index, **rest}
+        for name, (index, rest) in zip(names, _answers(bundle.model, x, len(names)), strict=True)
+    ]
+
+
+def _answers(model: nn.Module, x: Any, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The class of every input, with its probability, exit and MACs."""
+    session = Session(model, x, batches=(64,), engines="eager" if count < 64 else "fastest")
+    cost = CostModel(model, _rows(x, slice(0, 1)))
+    halt = next((name for name, layer in session.named_modules() if isinstance(layer, Halt)), None)
+    for start in range(0, count, 256):
         with record(session) as trace:
-            logits = session(group)
+            logits = session(_rows(x, slice(start, start + 256)))
         if not isinstance(logits, Tensor) or logits.dim() != 2:
             raise InputError(
-                f"{type(bundle.model).__name__} answers maps, of shape {tuple(logits.shape)}; predict tells the class "
-                f"of inputs: take a model that classifies them, or `tasks.detection.decode` for boxes"
+                f"{type(model).__name__} answers maps, of shape {tuple(logits.shape)}, and predict needs one class per "
+                f"input; take a model that classifies inputs, or `tasks.detection.decode` for boxes"
             )
-        spent = cost.spent(trace).tolist() if trace.calls else [cost.full] * len(logits)
-        exits = sum((keep[:, 0] for name in halts[:1] for keep in trace[name]), torch.zeros(len(logits)))
-        chance, index = logits.softmax(-1).max(-1)
+        spent = spent_macs(trace, cost, len(logits)).tolist()
+        exits = torch.zeros(len(logits))
+        for keep in trace[halt] if halt is not None else ():
+            exits = exits + keep[:, 0]
+        probability, index = logits.softmax(-1).max(-1)
         for i in range(len(logits)):
-            number = int(index[i])
-            rows.append(
-                {
-                    "input": names[len(rows)],
-                    "class": bundle.classes[number] if bundle.classes else str(number),
-                    "index": number,
-                    "probability": round(float(chance[i]), 6),
-                    "exit": int(exits[i]) + 1,
-                    "macs": spent[i],
-                }
-            )
-    return rows
+            row = {"probability": round(float(probability[i]), 6), "exit": int(exits[i]) + 1, "macs": spent[i]}
+            yield int(index[i]), row
 
 
 def _rows(x: Any, rows: slice) -> Any:
@@ -87,14 +88,14 @@ def _rows(x: Any, rows: slice) -> Any:
 def _read_inputs(place: Path, bundle: Bundle, words: Path | None) -> tuple[Any, list[str]]:
     if place.suffix == ".txt" and place.exists():
         return _sentences(place, bundle, words)
-    sounds = [path for path in ([place] if place.is_file() else place.rglob("*")) if path.suffix.lower() == ".wav"]
+    inside = [place] if place.is_file() else sorted(place.rglob("*"))
+    sounds = [path for path in inside if path.suffix.lower() == ".wav"]
     if sounds:
-        return _sounds(sorted(sounds), bundle)
+        return _sounds(sounds, bundle)
     if place.suffix == ".npy" and place.exists():
         x = _array(place, bundle)
         return x, [str(i) for i in range(len(x))]
-    inside = place.rglob("*") if place.is_dir() else [place] if place.exists() else []
-    files = sorted(str(path) for path in inside if path.suffix.lower() in SUFFIXES)
+    files = sorted((path for path in inside if path.suffix.lower() in SUFFIXES), key=str)
     if not files:
         what = "holds no inputs" if place.exists() else "does not exist"
         kinds = ", ".join(SUFFIXES)
@@ -116,16 +117,17 @@ def _sounds(files: list[Path], bundle: Bundle) -> tuple[Sequences, list[str]]:
 
 
 def _sentences(place: Path, bundle: Bundle, words: Path | None) -> tuple[Tensor, list[str]]:
-    """Numbers of words, by the vocabulary of the run; a line each."""
+    """Every line as numbers of words, by the vocabulary of the run."""
     if words is None or not words.exists():
         raise InputError(
             f"{place} holds sentences, and only a run that was trained on sentences knows the words; give its folder"
         )
-    longest = getattr(architecture_of(bundle.model), "arguments", {}).get("longest", 64)
+    made = architecture_of(bundle.model)
+    longest = 64 if made is None else made.arguments.get("longest", 64)
     try:
         lines = [line for line in place.read_bytes().decode().split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{place} cannot be read ({error}); expected a sentence per line, in UTF-8") from error
+        raise InputError(f"{place} cannot be read ({error}); expected one sentence per line, in UTF-8") from error
     if not lines:
         raise InputError(f"{place} holds no sentences; expected one per line")
     data = Sentences(lines, torch.zeros(len(lines), dtype=torch.int64), Vocabulary.read(words), longest=longest)
@@ -147,34 +149,21 @@ def _array(place: Path, bundle: Bundle) -> Tensor:
         raise InputError(
             f"{place} holds inputs of {tuple(x.shape[1:])}; the model takes {wanted.channels} channels of {wanted.size}"
         )
-    spoiled = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist() if len(x) else []
-    if spoiled:
-        which = f"{spoiled[:5]}{f' and {len(spoiled) - 5} more' if len(spoiled) > 5 else ''}"
-        raise InputError(f"{place} holds NaN or infinite values in input(s) {which}; mend or leave them out")
+    broken = (~torch.isfinite(x)).flatten(1).any(1).nonzero().flatten().tolist() if len(x) else []
+    if broken:
+        which = f"{broken[:5]}{f' and {len(broken) - 5} more' if len(broken) > 5 else ''}"
+        raise InputError(f"{place} holds NaN or infinite values in input(s) {which}; fill them in or leave them out")
     return x
 
 
-def _images(files: list[str], bundle: Bundle) -> tuple[Tensor, list[str]]:
+def _images(files: list[Path], bundle: Bundle) -> tuple[Tensor, list[str]]:
     """Decoded, cut and scaled as for training."""
     wanted = bundle.inputs
     if wanted is None or wanted.channels not in (1, 3) or wanted.size is None:
         raise InputError(f"{files[0]} is an image, but the model does not say that it takes images; give an .npy file")
     mode = "RGB" if wanted.channels == 3 else "L"
-    loaded = Images(_Files(files), torch.zeros(len(files)), ["any"], mode=mode, size=wanted.size).to_memory()
+    loaded = Images(Paths(files), torch.zeros(len(files)), ["any"], mode=mode, size=wanted.size).to_memory()
     x = to_float(loaded.images)
     if wanted.mean is not None and wanted.std is not None:
         x = (x - torch.tensor(wanted.mean)[:, None, None]) / torch.tensor(wanted.std)[:, None, None]
-    return x, [file for file in files if file not in loaded.corrupt]
-
-
-class _Files:
-    """Image files by path, for `Images`."""
-
-    def __init__(self, paths: list[str]) -> None:
-        self._paths = paths
-
-    def read(self, row: int) -> bytes:
-        return Path(self._paths[row]).read_bytes()
-
-    def name(self, row: int) -> str:
-        return self._paths[row]
+    return x, [str(file) for file in files if str(file) not in loaded.corrupt]

@@ -1,45 +1,72 @@
-"""A whole hyperspectral scene, classified pixel by pixel: the map, what every pixel cost, and how long it took."""
+"""A hyperspectral scene, classified pixel by pixel: prices, the maps, and how long it takes."""
 
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynanet import report, zoo
 from dynanet.bench.timing import paired
 from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import everything, forced, record
+from dynanet.core.errors import StructureError
 from dynanet.core.trace import Trace
 from dynanet.data.indian_pines import IndianPines
-from dynanet.mechanisms.early_exit import EarlyExit
 from dynanet.session.session import Session
 
-PRICED = 16  # prices are those of a square with this side: they grow with the pixels, and measuring runs everything
+PRICED = 16  # side of the square that is priced: prices grow with the pixels, and measuring them runs everything
 
 
-def classified(model: EarlyExit, pines: IndianPines, *, rounds: int = 3) -> tuple[report.SceneMaps, dict[str, float]]:
+def exit_macs(model: nn.Module, scene: IndianPines) -> list[float] | None:
+    """MACs per pixel that leaves at each exit, the stem run once per pixel; None: the model has no form for scenes.
+
+    Without such a form every patch is computed on its own, and the prices of patches hold.
+    """
+    try:
+        return zoo.scene_macs(model, _square(scene), scene.patch)
+    except StructureError:
+        return None
+
+
+def static_macs(model: nn.Sequential, scene: IndianPines, patch: Tensor) -> float:
+    """MACs per pixel of a network with one answer, its first module run once per pixel.
+
+    Args:
+        model: the stem, and what follows it.
+        scene: the scene.
+        patch: an example of the patches, (1, bands, P, P).
+    """
+    stem, rest = model[0], model[1:]
+    return CostModel(stem, _square(scene)).full / PRICED**2 + CostModel(rest, stem(patch)).full
+
+
+def classified(model: nn.Module, scene: IndianPines, *, rounds: int = 3) -> tuple[report.SceneMaps, dict[str, float]]:
     """Classify every pixel at the model's thresholds, with the stem run once over the image.
 
     Args:
-        model: a calibrated classifier of the scene's patches.
-        pines: the scene.
+        model: a calibrated classifier of the scene's patches, of `zoo.spectral_exit`.
+        scene: the scene.
         rounds: how often it is timed.
 
     Returns:
-        Maps; and seconds, beside those of the full model run the same way, interleaved in one process, with the share
-        of its MACs that was spent.
+        The maps; and the seconds (median), beside those of the full model run the same way, interleaved in one
+        process, with the share of its MACs that was spent.
+
+    Raises:
+        StructureError: a model that has no form for scenes.
     """
-    cube = pines.cube[None]
-    form = zoo.scene_form(model, pines.patch)
+    cube = scene.cube[None]
+    form = zoo.scene_form(model, scene.patch)
     session = Session(form, cube, batches=(1,))
-    cost = CostModel(form, cube[..., :PRICED, :PRICED])
+    cost = CostModel(form, _square(scene))
 
     def in_full() -> None:
         with forced(session, everything):
             session(cube)
 
-    seconds = _interleaved({"seconds": lambda: session(cube), "full_seconds": in_full}, rounds=rounds)
+    contestants: dict[str, Callable[[], object]] = {"seconds": lambda: session(cube), "full_seconds": in_full}
+    seconds = {name: float(np.median(each)) for name, each in paired(contestants, rounds=rounds).items()}
     with record(session) as trace:
         logits = session(cube)
     spent = _spent_per_pixel(trace, cost, cube)
@@ -47,18 +74,18 @@ def classified(model: EarlyExit, pines: IndianPines, *, rounds: int = 3) -> tupl
     seconds["speed_up"] = seconds["full_seconds"] / seconds["seconds"]
     seconds["macs_share"] = float(spent.mean() / most_expensive)
     maps = report.SceneMaps(
-        colour=(255 * pines.rgb()).round().byte().numpy(),
+        colour=(255 * scene.rgb()).round().byte().numpy(),
         predicted=logits[0].argmax(-1).numpy(),
         spent=(spent / most_expensive).numpy(),
-        truth=pines.labels.numpy(),
-        tested=pines.mask("test").numpy(),
+        truth=scene.labels.numpy(),
+        tested=scene.mask("test").numpy(),
         about="AVIRIS, Indiana, pixels of 20 m, 200 bands",
     )
     return maps, seconds
 
 
-def _interleaved(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    return {name: float(np.median(seconds)) for name, seconds in paired(contestants, rounds=rounds).items()}
+def _square(scene: IndianPines) -> Tensor:
+    return scene.cube[None, :, :PRICED, :PRICED]
 
 
 def _spent_per_pixel(trace: Trace, cost: CostModel, cube: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Saved models: safetensors and JSON, checked to the last byte, never a pickle."""
+"""Saved models as safetensors and JSON, verified on loading; never a pickle."""
 
 from dynanet.export.bundles import bundle as bundle
 from dynanet.export.card import Card as Card

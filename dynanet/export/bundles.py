@@ -1,14 +1,14 @@
-"""A bundle: a model in a folder, as weights, JSON and a model card. Nothing in it is ever executed.
+"""Bundles: a model in a folder, as weights, JSON and a model card, without code.
 
     model.safetensors   weights and buffers (thresholds too)
     config.json         the architecture by name, its arguments, limits, active exits, classes and input
     manifest.json       size and sha256 of the others, every tensor's dtype and shape, measured MACs, a fingerprint
     README.md           the model card
 
-Loading trusts nothing, and each check is cheaper than what it guards: the kinds and names of the files, the manifest,
-the config, the header of the weights, the shapes that the architecture has on the meta device; only then are weights
-read, hashed and parsed. Hashes tell damage, not intent: whoever can write one of the files can write all four. To pin a
-bundle, keep the fingerprint that `bundle` returns and give it to `load`.
+Loading treats all files as untrusted, and runs cheap checks before expensive ones: the kinds and names of the files,
+the manifest, the config, the header of the weights, the shapes of the architecture on the meta device; only then are
+weights read, hashed and parsed. Hashes detect damage, not manipulation: an attacker who can write one of the files can
+write all four. To pin a bundle, keep the fingerprint that `bundle` returns and pass it to `load`.
 """
 
 import os
@@ -49,15 +49,15 @@ from dynanet.export.weights import WEIGHTS, compare, content, describe, header, 
 
 @dataclass(frozen=True)
 class Bundle:
-    """What a folder holds, checked.
+    """The verified contents of a bundle.
 
     Attributes:
         model: on the CPU, in eval mode.
         classes: the name of each class, in the order of the logits; None if they were not given.
-        inputs: what the model takes; None if it was not given.
-        mean_macs: measured by the maker: MACs per sample, on average.
-        worst_macs: MACs of the dearest path.
-        fingerprint: changes when any byte of the bundle does.
+        inputs: the format of the model's input; None if it was not given.
+        mean_macs: MACs per sample on average, as measured by the author.
+        worst_macs: MACs of the most expensive path.
+        fingerprint: a hash of the whole bundle.
     """
 
     model: nn.Module
@@ -78,25 +78,25 @@ def bundle(
     worst_macs: float | None = None,
     card: Card | None = None,
 ) -> str:
-    """Write a model to a folder, whole or not at all; an older bundle there is replaced once the new one is complete.
+    """Write a model to a folder atomically; an older bundle there is replaced once the new one is complete.
 
-    The new one is read back before it takes its place, so a bundle that exists is a bundle that loads.
+    The new bundle is loaded once before it replaces the old one.
 
     Args:
-        model: built by a function of the zoo, then trained and calibrated at will.
+        model: built by a function of the zoo, then trained and calibrated.
         folder: a new or empty folder, or an older bundle. Its parent must exist.
         classes: the name of each class, in the order of the logits.
-        inputs: what the model takes.
+        inputs: the format of the model's input.
         mean_macs: measured MACs per sample, on average, as `CostModel.spent` gives them.
-        worst_macs: MACs of the dearest path, `CostModel.worst`.
-        card: what the model card shall say.
+        worst_macs: MACs of the most expensive path, `CostModel.worst`.
+        card: the author's part of the model card.
 
     Returns:
-        The fingerprint: give it to `load` to be sure of getting these very bytes.
+        The fingerprint; pass it to `load` to accept only this bundle.
 
     Raises:
-        BundleError: the model was not built by the zoo or was rebuilt since, holds NaN or a value JSON cannot hold; the
-            folder holds something else; the disk is full. The folder is then as it was.
+        BundleError: the model was not built by the zoo or was rebuilt since, holds NaN or a value that JSON cannot
+            hold; the folder holds other files; the disk is full. The folder is then unchanged.
     """
     made = architecture_of(model)
     if made is None:
@@ -105,24 +105,23 @@ def bundle(
             "build it with dynanet.zoo, or decorate your own function with dynanet.core.architecture.architecture"
         )
     check_place(Path(folder))
-    check_macs("mean", mean_macs)
-    check_macs("worst", worst_macs)
+    macs = {"mean": mean_macs, "worst": worst_macs}
+    for kind, value in macs.items():
+        check_macs(kind, value)
     arguments = {name: plain(value, f"argument {name} of {made.name}") for name, value in made.arguments.items()}
-    limits = {name: m.limit for name, m in model.named_modules() if isinstance(m, Halt) and m.limit is not None}
-    switched = {name: tuple(m.active) for name, m in model.named_modules() if _is_switchable(m)}
-    active = {name: on for name, on in switched.items() if on != tuple(range(on[-1] + 1))}
-    tensors = state(model)
+    limits = _limits(model)
     facts = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "MACs per sample, mean": mean_macs,
         "MACs per sample, worst case": worst_macs,
         "input": inputs,
         "classes": None if classes is None else len(classes),
-        "at most so many steps": limits,
+        "step limit": limits,
     }
+    tensors = state(model)
     contents = {
         WEIGHTS: safetensors.torch.save(tensors),
-        CONFIG: write_config(made, arguments, limits, active, classes, inputs),
+        CONFIG: write_config(made, arguments, limits, _active(model), classes, inputs),
         README: render(card or Card(), made.name, arguments, facts).encode(errors="replace"),
     }
     manifest = seal(
@@ -130,7 +129,7 @@ def bundle(
             "format": FORMAT,
             "dynanet": version("dynanet"),
             "files": {name: sums(data) for name, data in contents.items()},
-            "macs": {"mean": mean_macs, "worst": worst_macs},
+            "macs": macs,
             "tensors": describe(tensors),
         }
     )
@@ -144,26 +143,37 @@ def bundle(
     try:
         write_folder_atomically(folder, fill)
     except OSError as error:
-        raise BundleError(f"{folder} cannot be written ({error.strerror}); it is as it was") from error
+        raise BundleError(f"{folder} cannot be written ({error.strerror}) and is unchanged") from error
     return manifest["fingerprint"]
 
 
+def _limits(model: nn.Module) -> dict[str, int]:
+    """The step limits of the Halts that have one, by name."""
+    return {name: m.limit for name, m in model.named_modules() if isinstance(m, Halt) and m.limit is not None}
+
+
+def _active(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The active steps of the Halts of which some are switched off, by name."""
+    active = {name: tuple(m.active) for name, m in model.named_modules() if _is_switchable(m)}
+    return {name: on for name, on in active.items() if on != tuple(range(on[-1] + 1))}
+
+
 def load(folder: str | os.PathLike, builders: Builders, *, fingerprint: str | None = None) -> nn.Module:
-    """The model of a bundle, on the CPU, in eval mode. `read` gives the classes and the rest too.
+    """The model of a bundle, on the CPU, in eval mode. `read` also returns the classes and the other contents.
 
     Args:
-        folder: what `bundle` wrote.
-        builders: the functions that a bundle may name; nothing else is ever called.
-        fingerprint: accept only the bundle of this fingerprint.
+        folder: of a bundle.
+        builders: the functions that a bundle may name; nothing else is called.
+        fingerprint: accept only the bundle with this fingerprint.
 
     Raises:
-        BundleError: the folder is damaged, altered or not a bundle. The message says which file, and what is wrong.
+        BundleError: the folder is damaged, altered or not a bundle; the message names the file and the fault.
     """
     return read(folder, builders, fingerprint=fingerprint).model
 
 
 def read(folder: str | os.PathLike, builders: Builders, *, fingerprint: str | None = None) -> Bundle:
-    """Everything in a bundle. Arguments and errors are those of `load`."""
+    """All contents of a bundle; arguments and errors as of `load`."""
     try:
         return _read(Path(folder), builders, fingerprint)
     except OSError as error:
@@ -191,7 +201,7 @@ def _read(folder: Path, builders: Builders, fingerprint: str | None) -> Bundle:
     check_sums(WEIGHTS, data, manifest)
     tensors = parse_weights(data, expected)
 
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # loading a model leaves the user's seed alone
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # keep the user's random state
         model = _built(builders[config.architecture], config.arguments).eval()
     model.load_state_dict(tensors)
     _set_active(model, config.active)
@@ -204,10 +214,10 @@ _FILLS = {torch.Tensor.normal_, torch.Tensor.uniform_, nn.init.normal_, nn.init.
 
 
 class _AtMost(TorchFunctionMode):
-    """A config of ten bytes can ask for a million layers: stops building after so many calls of torch.
+    """Aborts building after `most` calls of torch, as a config of ten bytes can describe a million layers.
 
-    Random numbers are left out, as meta tensors hold none. (Normal ones on meta import torch's compiler, which takes
-    four seconds; so does any dispatch mode.)
+    Random initialisation is skipped: meta tensors hold no values, and normal numbers on the meta device import torch's
+    compiler, which takes four seconds (as does any dispatch mode).
     """
 
     def __init__(self, most: int) -> None:
@@ -217,7 +227,7 @@ class _AtMost(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.left -= 1
         if self.left < 0:
-            raise BundleError(f"{CONFIG} describes a far larger model than {WEIGHTS}: it belongs to another one")
+            raise BundleError(f"{CONFIG} describes a far larger model than {WEIGHTS}; the files do not belong together")
         kwargs = kwargs or {}
         if func in _FILLS:
             return args[0] if args else kwargs["tensor"]
@@ -229,8 +239,8 @@ def _built(builder: Callable[..., nn.Module], arguments: Mapping[str, Any]) -> n
         return builder(**arguments)
     except BundleError:
         raise
-    except Exception as error:  # whatever values of the right kind may lead to inside a builder
-        raise BundleError(f"{CONFIG}: no model has these arguments: {line(error)}") from error
+    except Exception as error:  # a builder may raise anything for values of the right type
+        raise BundleError(f"{CONFIG}: cannot build a model with these arguments: {line(error)}") from error
 
 
 def _set_limits(model: nn.Module, limits: Mapping[str, int]) -> None:
@@ -259,7 +269,11 @@ def _set_active(model: nn.Module, active: Mapping[str, Sequence[int]]) -> None:
 
 
 def _check_back(model: nn.Module, made: Architecture, folder: Path) -> None:
-    """Does the new bundle load, and give the same modules?"""
+    """Check that the new bundle loads and gives the same modules.
+
+    Raises:
+        BundleError: it does not.
+    """
     try:
         again = _read(folder, {made.name: made.builder}, None).model
     except BundleError as error:
@@ -274,6 +288,6 @@ def _check_back(model: nn.Module, made: Architecture, folder: Path) -> None:
     steps = [{name: m.steps for name, m in each.named_modules() if isinstance(m, Halt)} for each in (again, model)]
     if steps[0] != steps[1]:
         raise BundleError(
-            f"this model cannot be bundled: its layers have {steps[1]} steps, {made.name} builds {steps[0]}; give the "
-            f"builder as many"
+            f"this model cannot be bundled: its layers have {steps[1]} steps, {made.name} builds {steps[0]}; build it "
+            f"with the same steps"
         )

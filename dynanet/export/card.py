@@ -1,4 +1,4 @@
-"""The model card of a bundle: what the model is, how to load it, what it reaches and costs, where it comes from."""
+"""The model card of a bundle: description, loading, results, cost, data and licence."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,16 +6,16 @@ from numbers import Integral, Real
 
 from dynanet.export.config import CONFIG, Inputs
 
-_FEW = 4  # so many channels have their mean and standard deviation on the card; more are in the config
+_FEW = 4  # up to this many channels have their mean and standard deviation on the card
 
 
 @dataclass(frozen=True)
 class Card:
-    """What only the maker of a model knows. What is not given is stated as not given.
+    """The author's part of a model card. Empty entries are shown as not given.
 
     Attributes:
-        summary: one paragraph on what the model is for, and what it is not for.
-        results: rows of a table, all with the same columns; say the split and the unit in the column's name:
+        summary: one paragraph on intended use and limits.
+        results: rows of a table, all with the same columns; put the split and the unit in the column's name:
             `[{"budget (MACs)": 1.2e7, "test accuracy (%)": 91.3}, ...]`.
         data: the data set, its split and its licence.
         licence: the licence of the weights.
@@ -33,11 +33,11 @@ def render(card: Card, architecture: str, arguments: Mapping[str, object], facts
     """The card as Markdown.
 
     Args:
-        card: the maker's words and figures.
+        card: the author's part.
         architecture: the name of the model's function in the zoo.
-        arguments: what that function was given.
-        facts: what can be read off the model (parameters, MACs, input): name and value, a line each. None is not given;
-            an empty mapping does not apply to this model and gets no line.
+        arguments: of that function.
+        facts: properties of the model (parameters, MACs, input) by name, one line each. None is shown as not given; an
+            empty mapping gets no line.
     """
     stated = {name: _in_words(value) for name, value in facts.items() if value != {}}
     call = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
@@ -67,21 +67,21 @@ def _in_words(value: object) -> str:
 
 
 def _inputs(inputs: Inputs) -> str:
-    """What goes in, in words: "1 channel, 8 x 8 pixels, minus 0.33, divided by 0.38"."""
+    """The input format as text: "1 channel, 8 x 8 pixels, minus 0.33, divided by 0.38"."""
     said = [f"{inputs.channels:,} channel{'s' if inputs.channels > 1 else ''}"]
     said.append("{} x {} pixels".format(*inputs.size) if inputs.size is not None else "any size")
     many = inputs.channels > _FEW
     for verb, values in (("minus", inputs.mean), ("divided by", inputs.std)):
         if values is not None:
             numbers = ", ".join(f"{each:.4g}" for each in values)
-            said.append(f"{verb} numbers of each channel's own (in {CONFIG})" if many else f"{verb} {numbers}")
+            said.append(f"{verb} one number per channel (in {CONFIG})" if many else f"{verb} {numbers}")
     if inputs.mean is None and inputs.std is None:
-        said.append("as it is, not normalised")
+        said.append("not normalised")
     return ", ".join(said)
 
 
 def _figure(value: object) -> str:
-    """A number as one reads it: four figures, but all before the point, those from 10,000 on in groups of three."""
+    """A number with four significant digits, all before the decimal point, and separators from 10,000 on."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return str(value)
     if not isinstance(value, Integral):

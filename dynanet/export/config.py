@@ -1,4 +1,4 @@
-"""config.json: which function of the zoo builds the model, with which arguments. It can name nothing else."""
+"""config.json: the function of the zoo that builds the model, and its arguments."""
 
 import dataclasses
 import inspect
@@ -21,13 +21,16 @@ CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the model takes.
+    """The format of a model's input.
 
     Attributes:
         channels: channels (bands) of the input.
-        size: height and width in pixels; None if any size will do.
-        mean: per channel, subtracted before the model sees the input; None if nothing is.
-        std: per channel, what the difference is then divided by; None if it is not.
+        size: height and width in pixels; None for any size.
+        mean: per channel, subtracted from the input; None if nothing is.
+        std: per channel, divisor of the difference; None if there is none.
+
+    Raises:
+        ConfigError: a count below 1, another number of means or standard deviations than channels.
     """
 
     channels: int
@@ -52,7 +55,7 @@ class Switchable(Protocol):
     """A layer some of whose steps can be switched off, as early exits can.
 
     Attributes:
-        active: the steps that are on, counted from 0, ascending, the last one included. Setting it switches the others
+        active: the steps that run, counted from 0, ascending, the last one included. Setting it switches the others
             off.
     """
 
@@ -65,9 +68,9 @@ class Config:
 
     Attributes:
         architecture: the name of the builder.
-        arguments: what the builder is given, by name.
-        limits: of the Halts of the model that have one: at most so many steps.
-        active: of those of which some steps are switched off: the others, counted from 0.
+        arguments: of the builder, by name.
+        limits: the step limits of the Halts that have one, by name.
+        active: the active steps, counted from 0, of the Halts of which some are switched off, by name.
         classes: the name of each class.
         inputs: what the model takes.
     """
@@ -88,10 +91,10 @@ def write_config(
     classes: Sequence[str] | None,
     inputs: Inputs | None,
 ) -> bytes:
-    """The config as a file holds it, checked as a reader will check it.
+    """The config as JSON, checked by `parse_config`.
 
     Raises:
-        BundleError: a class name that cannot be one, or arguments that contradict the classes or the input.
+        BundleError: an invalid class name, or arguments that contradict the classes or the input.
     """
     config = {
         "format": FORMAT,
@@ -101,7 +104,7 @@ def write_config(
         "classes": plain(classes if classes is None else list(classes), "classes"),
         "input": None if inputs is None else dataclasses.asdict(inputs),
     }
-    if active:  # a model with all its steps on has the bundle that it always had
+    if active:  # left out where all steps are on, so that such bundles keep their bytes
         config["active"] = {name: list(steps) for name, steps in active.items()}
     text = dump(config)
     parse_config(text, {made.name: made.builder})
@@ -109,17 +112,21 @@ def write_config(
 
 
 def parse_config(text: bytes, builders: Builders) -> Config:
-    """The config of a file that strangers may have written.
+    """Parse and check the config of an untrusted file.
 
     Raises:
-        BundleError: it is no config, names something that is not in `builders`, or gives it what it does not take.
+        BundleError: it is not a config, names a function that is not in `builders`, or has arguments that the function
+            does not take.
     """
     raw = parse(text, CONFIG)
     keys = {"format", "architecture", "arguments", "limits", "classes", "input"}
     check_keys(raw, keys | {"active"} & raw.keys(), CONFIG)
     if raw["format"] != FORMAT:
         raise BundleError(f"{CONFIG} has format {short(raw['format'])}; this dynanet reads {FORMAT}: update it")
-    name, arguments, limits, classes = (raw[key] for key in ("architecture", "arguments", "limits", "classes"))
+    name = raw["architecture"]
+    arguments = raw["arguments"]
+    limits = raw["limits"]
+    classes = raw["classes"]
     active = raw.get("active", {})
     if not isinstance(name, str) or name not in builders:
         raise BundleError(f"{CONFIG}: architecture is {short(name)}; expected one of {', '.join(sorted(builders))}")

@@ -1,4 +1,4 @@
-"""The folder of a bundle: four plain files, their sizes and hashes, and a manifest that seals itself."""
+"""The folder of a bundle: four plain files, and a manifest of their sizes and hashes with a fingerprint."""
 
 import hashlib
 import math
@@ -14,27 +14,32 @@ from dynanet.export.config import CONFIG, FORMAT
 from dynanet.export.strict import check_keys, dump, parse, short
 from dynanet.export.weights import WEIGHTS
 
-MANIFEST, README = "manifest.json", "README.md"
+MANIFEST = "manifest.json"
+README = "README.md"
 NAMES = {WEIGHTS, CONFIG, MANIFEST, README}
 MOST_TEXT_BYTES = 1_000_000
 
 
 def check_place(folder: Path) -> None:
-    """A bundle may be written over; what else a folder holds is the user's.
+    """Check that a bundle may be written here: to a new or empty folder, or over an older bundle.
 
     Raises:
-        BundleError: something is there that is neither an empty folder nor a bundle.
+        BundleError: the folder is a link or holds other files.
     """
     if not os.path.lexists(folder):
         return
     if folder.is_symlink() or not folder.is_dir():
         raise BundleError(f"{folder} is a link, or not a folder; give a new folder or an older bundle")
     if {entry.name for entry in folder.iterdir()} not in (set(), NAMES):
-        raise BundleError(f"{folder} is neither empty nor a bundle, and is left as it is; give a new folder")
+        raise BundleError(f"{folder} is neither empty nor a bundle, and was not changed; give a new folder")
 
 
 def check_names(folder: Path) -> None:
-    """A real folder with our four files and nothing else."""
+    """Check that the folder holds the four files of a bundle and no others.
+
+    Raises:
+        BundleError: it does not, or it is a link.
+    """
     if folder.is_symlink() or not folder.is_dir():
         left = set_aside(folder)
         hint = f"; a save was cut off and left the bundle in {left.name}: rename it" if left else ""
@@ -49,49 +54,61 @@ def check_names(folder: Path) -> None:
 
 
 def open_plain(folder: Path, name: str) -> BinaryIO:
-    """A plain file of a single name: a link would make us read what lies elsewhere."""
+    """Open a plain file with a single name; a link could lead out of the folder.
+
+    Raises:
+        BundleError: a link, or another kind of file.
+    """
     path = folder / name
     before = os.lstat(path)
     if not stat.S_ISREG(before.st_mode) or before.st_nlink != 1:
-        raise BundleError(f"{name} is a link, or no file; expected a plain file with a single name: copy the bundle")
+        raise BundleError(f"{name} is a link or not a file; expected a plain file with a single name: copy the bundle")
     file = open(path, "rb")
     if not os.path.samestat(before, os.fstat(file.fileno())):
         file.close()
-        raise BundleError(f"{name} was exchanged while it was read; load the bundle again")
+        raise BundleError(f"{name} was replaced while it was read; load the bundle again")
     return file
 
 
 def read_text(folder: Path, name: str) -> bytes:
-    """A short file."""
+    """The bytes of a file of at most `MOST_TEXT_BYTES`.
+
+    Raises:
+        BundleError: it is longer, or not a plain file.
+    """
     with open_plain(folder, name) as file:
         text = file.read(MOST_TEXT_BYTES + 1)
     if len(text) > MOST_TEXT_BYTES:
-        raise BundleError(f"{name} is longer than {MOST_TEXT_BYTES:,} bytes; no bundle of ours is")
+        raise BundleError(f"{name} is longer than {MOST_TEXT_BYTES:,} bytes; expected the file of a bundle")
     return text
 
 
 def seal(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest with a fingerprint of all the rest of it, and so of every byte of the bundle."""
+    """The manifest with a fingerprint of its other entries, and so of every byte of the bundle."""
     rest = {key: value for key, value in manifest.items() if key != "fingerprint"}
     return rest | {"fingerprint": hashlib.sha256(dump(rest)).hexdigest()}
 
 
 def sums(content: bytes) -> dict[str, Any]:
-    """What a manifest says of a file."""
+    """The size and hash of a file, as the manifest lists them."""
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def check_sums(name: str, content: bytes, manifest: Mapping[str, Any]) -> None:
-    """The file is the one that the manifest lists."""
+    """Check a file against the size and hash in the manifest.
+
+    Raises:
+        BundleError: it differs.
+    """
     if sums(content) != manifest["files"][name]:
-        raise BundleError(f"{name} has not the size and sha256 of {MANIFEST}; it was altered: fetch the bundle again")
+        raise BundleError(f"{name} does not match {MANIFEST} in size or sha256; fetch the bundle again")
 
 
 def parse_manifest(text: bytes) -> dict[str, Any]:
-    """The manifest of a file that strangers may have written.
+    """Parse and check the manifest of an untrusted file.
 
     Raises:
-        BundleError: it is no manifest, or not byte for byte what was sealed.
+        BundleError: it is not a manifest, or does not match its fingerprint.
     """
     manifest = parse(text, MANIFEST)
     if manifest.get("format") != FORMAT:
@@ -110,12 +127,16 @@ def parse_manifest(text: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         same = False
     if not same:
-        raise BundleError(f"{MANIFEST} has not its own fingerprint; it was altered: fetch the bundle again")
+        raise BundleError(f"{MANIFEST} does not match its own fingerprint; fetch the bundle again")
     return manifest
 
 
 def check_macs(kind: str, macs: Any) -> None:
-    """A number of MACs, or None."""
+    """Check a number of MACs; None is allowed.
+
+    Raises:
+        BundleError: not a finite number of at least 0.
+    """
     if macs is None:
         return
     if not isinstance(macs, int | float) or isinstance(macs, bool) or not 0 <= macs < math.inf:

@@ -1,4 +1,4 @@
-"""JSON that strangers may have written: parsed strictly, held within bounds, quoted in one line."""
+"""Strict parsing of untrusted JSON, limits on its values, and one-line quotes of it for messages."""
 
 import json
 import math
@@ -16,15 +16,15 @@ _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
 
 
 def dump(value: Any) -> bytes:
-    """The one way we write JSON, a line per key: the same value always gives the same bytes."""
+    """Canonical JSON with one line per key: equal values give equal bytes."""
     return _dump(value, "\n").encode()
 
 
 def parse(text: bytes, where: str) -> dict[str, Any]:
-    """A JSON object in UTF-8: no key twice, no NaN, no nesting that exhausts the stack.
+    """Parse a JSON object in UTF-8, without duplicate keys, NaN or too deep nesting.
 
     Raises:
-        BundleError: it is not one. `where` names the file.
+        BundleError: it is not one; `where` names the file.
     """
     try:
         value = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_refuse)
@@ -36,17 +36,21 @@ def parse(text: bytes, where: str) -> dict[str, Any]:
 
 
 def check_keys(value: Any, expected: set[str], where: str) -> None:
-    """Exactly these keys: one more may be one that changes what the others mean."""
+    """Check for exactly these keys: an unknown one could change the meaning of the others.
+
+    Raises:
+        BundleError: other keys, or not an object.
+    """
     if not isinstance(value, dict) or set(value) != expected:
         found = sorted(value) if isinstance(value, dict) else value
         raise BundleError(f"{where} has {short(found)}; expected exactly {', '.join(sorted(expected))}")
 
 
 def plain(value: Any, where: str, depth: int = 0) -> Any:
-    """The value as JSON holds it, within bounds; tuples become lists.
+    """Check a value against the limits of this module, and convert its tuples to lists.
 
     Raises:
-        BundleError: a number, string or list out of bounds, or another type.
+        BundleError: a number, string or list beyond the limits, or another type.
     """
     if value is None or isinstance(value, bool):
         return value
@@ -65,12 +69,12 @@ def plain(value: Any, where: str, depth: int = 0) -> Any:
 
 
 def short(value: Any) -> str:
-    """A value for a message: one short line, whatever somebody has put there."""
+    """A value as one short line for a message."""
     return _cut(_REPR.repr(value))
 
 
 def line(error: Exception) -> str:
-    """An error for a message: one line."""
+    """An error as one line for a message."""
     return _cut(str(error) or type(error).__name__)
 
 
@@ -90,7 +94,7 @@ def _cut(text: str, most: int = 160) -> str:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key stands there twice")
+        raise ValueError("a key occurs twice")
     return found
 
 

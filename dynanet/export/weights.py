@@ -1,4 +1,4 @@
-"""model.safetensors: compared by its header with what is expected before a byte of data is read."""
+"""model.safetensors: the header is compared with the expected tensors before any data is read."""
 
 import os
 from collections.abc import Mapping
@@ -30,10 +30,10 @@ _DTYPES = {
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's weights and buffers, on the CPU (or meta), contiguous; what is tied is there twice.
+    """The model's weights and buffers, on the CPU (or meta), contiguous; tied ones are duplicated.
 
     Raises:
-        BundleError: one of them is not a dense tensor of a usual dtype.
+        BundleError: one of them is not a dense tensor of a supported dtype.
     """
     tensors = {}
     for name, value in model.state_dict().items():
@@ -46,22 +46,26 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def describe(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """One line per tensor, as a manifest lists it: `F32 [16, 3, 3, 3]`."""
+    """The dtype and shape of every tensor, as a manifest lists them: `F32 [16, 3, 3, 3]`."""
     return {name: f"{_DTYPES[tensor.dtype]} {list(tensor.shape)}" for name, tensor in tensors.items()}
 
 
 def header(file: BinaryIO) -> tuple[dict[str, str], int]:
-    """What a file says it holds, in the words of `describe`, and how many bytes it takes to say so.
+    """The tensors in a file's header, in the format of `describe`, and the header's size in bytes.
 
-    It serves to compare only. Offsets are left to safetensors, which gets the very bytes that were hashed.
+    For comparison only: safetensors parses the offsets itself, from the bytes that were hashed.
+
+    Raises:
+        BundleError: not a safetensors header.
     """
     length = int.from_bytes(file.read(8), "little")
     if length > MOST_HEADER_BYTES:
-        raise BundleError(f"{WEIGHTS} starts with a header of {length:,} bytes; it is not a safetensors file of ours")
+        raise BundleError(f"{WEIGHTS} starts with a header of {length:,} bytes; expected at most {MOST_HEADER_BYTES:,}")
     found = {}
     for name, entry in parse(file.read(length), f"{WEIGHTS}: header").items():
         check_keys(entry, {"dtype", "shape", "data_offsets"}, f"{WEIGHTS}: {short(name)}")
-        dtype, shape = entry["dtype"], entry["shape"]
+        dtype = entry["dtype"]
+        shape = entry["shape"]
         if not isinstance(dtype, str) or not isinstance(shape, list) or not all(type(n) is int for n in shape):
             raise BundleError(f"{WEIGHTS}: {short(name)} is {short(dtype)} {short(shape)}; expected dtype and shape")
         found[name] = f"{dtype} {shape}"
@@ -69,10 +73,10 @@ def header(file: BinaryIO) -> tuple[dict[str, str], int]:
 
 
 def compare(found: Mapping[str, str], expected: Mapping[str, Any], says: str) -> None:
-    """The same names, dtypes and shapes.
+    """Check for the same names, dtypes and shapes.
 
     Raises:
-        BundleError: names the first that differs; `says` is who expects it.
+        BundleError: they differ; the message names the first, and `says` where it is expected.
     """
     if found == expected:
         return
@@ -82,7 +86,11 @@ def compare(found: Mapping[str, str], expected: Mapping[str, Any], says: str) ->
 
 
 def content(file: BinaryIO, start: int, expected: Mapping[str, Tensor]) -> bytes:
-    """The whole file, if it has the bytes that these (meta) tensors take after a header that ends at `start`."""
+    """The whole file, if its size is `start` plus that of the expected (meta) tensors.
+
+    Raises:
+        BundleError: another size.
+    """
     whole = start + sum(tensor.numel() * tensor.element_size() for tensor in expected.values())
     size = os.fstat(file.fileno()).st_size
     if size != whole:
@@ -92,10 +100,10 @@ def content(file: BinaryIO, start: int, expected: Mapping[str, Tensor]) -> bytes
 
 
 def parse_weights(data: bytes, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, as safetensors reads them.
+    """Parse the tensors with safetensors.
 
     Raises:
-        BundleError: not what `expected` describes, or values that no trained model has.
+        BundleError: not the expected tensors, NaN, infinite weights, or negative variances.
     """
     try:
         tensors = safetensors.torch.load(data)
@@ -106,12 +114,12 @@ def parse_weights(data: bytes, expected: Mapping[str, Tensor]) -> dict[str, Tens
         if not values.is_floating_point():
             continue
         last = name.rpartition(".")[2]
-        # A threshold of +inf is "nobody leaves here". A negative variance is a NaN one layer later.
+        # Thresholds may be infinite. A negative variance would become NaN one layer later.
         good = ~values.isnan() if last == "thresholds" else values.isfinite()
         if last == "running_var":
             good &= values >= 0
         if not good.all():
             raise BundleError(
-                f"{WEIGHTS}: {name} holds {values[~good][0].item()}; no trained model does: train it again"
+                f"{WEIGHTS}: {name} holds {values[~good][0].item()}, which is not valid in a trained model"
             )
     return tensors

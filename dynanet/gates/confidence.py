@@ -97,9 +97,7 @@ class PerExit(Confidence):
             StructureError: k is not an exit before the last.
         """
         if not 0 <= k < len(self.exits):
-            raise StructureError(
-                f"there is no confidence for exit {k}, only {len(self.exits)}; give one per exit but the last"
-            )
+            raise StructureError(f"no confidence for exit {k}, only {len(self.exits)}; give one per exit but the last")
         found = self.exits[k]
         assert isinstance(found, Confidence)
         return found

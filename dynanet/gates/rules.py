@@ -69,8 +69,7 @@ class StraightThrough(BinaryRule):
     def __init__(self, at: float = 0.0, temperature: float = 1.0) -> None:
         super().__init__()
         _positive(temperature)
-        self.at = at
-        self.temperature = temperature
+        self.at, self.temperature = at, temperature
 
     def train_keep(self, score: Tensor) -> Tensor:
         """1 where score > at, with the gradient of sigmoid((score - at) / temperature)."""
@@ -242,10 +241,8 @@ class RelaxedTopK(Rule):
         super().__init__()
         _check_k(k)
         _positive(temperature)
-        self.k = k
-        self.temperature = temperature
-        self.noise = noise
-        self.hard = hard
+        self.k, self.temperature = k, temperature
+        self.noise, self.hard = noise, hard
         self.register_buffer("costs", None if costs is None else _costs(costs))
         self.register_buffer("price", torch.zeros(()))
 

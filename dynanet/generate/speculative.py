@@ -1,7 +1,7 @@
-"""Self-speculative decoding: an early exit drafts tokens, the rest of the same model checks them all in one pass.
+"""Self-speculative decoding: an early exit drafts tokens, the rest of the same model verifies them in one pass.
 
-LayerSkip (Elhoushi et al. 2024, arXiv:2404.16710, section 4.3). The layers up to the exit are computed once and serve
-both. What comes out is the whole model's greedy text, token for token; only how many passes it takes is adaptive.
+LayerSkip (Elhoushi et al. 2024, arXiv:2404.16710, section 4.3). The layers up to the exit are computed once for both.
+The text is the whole model's greedy text, token for token; only the number of passes is adaptive.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from dynanet.ops.decoding import Decoder, prefilled
 
 
 class Speculated(NamedTuple):
-    """What was generated.
+    """Generated tokens.
 
     Attributes:
         ids: (B, new) int64.
-        drafted: tokens that the exit drafted.
-        accepted: those among them that the whole model agreed with.
-        passes: how often the rest of the model ran.
+        drafted: number of tokens that the exit drafted.
+        accepted: number of these that the whole model accepted.
+        passes: number of passes through the rest of the model.
     """
 
     ids: Tensor
@@ -33,21 +33,20 @@ class Speculated(NamedTuple):
 
 @torch.no_grad()
 def speculate(decoder: Decoder, prompts: Sequence[Tensor], new: int, *, exit: int = 0, draft: int = 4) -> Speculated:
-    """The whole model's greedy continuation, drafted by one of its exits.
+    """Continue prompts greedily by the whole model, with drafts of one of its exits.
 
-    Sums are taken in another order than token by token, so that in floating point two tokens whose logits tie may
-    change places.
+    Sums are taken in another order than token by token; in floating point, tied tokens may come out differently.
 
     Args:
         decoder: a causal transformer in eval mode.
         prompts: (length,) int64 each, of any lengths, one token or more.
-        new: tokens to generate for each.
+        new: number of tokens to generate for each.
         exit: number of the exit that drafts, not the last.
-        draft: tokens per draft; rows accept as many as are right, each on its own.
+        draft: number of tokens per draft; every row accepts the correct ones.
 
     Raises:
         InputError: as `generate`.
-        ConfigError: no such exit, or an empty draft.
+        ConfigError: an exit that does not exist, or an empty draft.
     """
     if not 0 <= exit < len(decoder.exits) - 1 or draft < 1:
         raise ConfigError(
@@ -56,7 +55,8 @@ def speculate(decoder: Decoder, prompts: Sequence[Tensor], new: int, *, exit: in
         )
     check_prompts(decoder, prompts, new, ahead=draft)
     cache, last, position = prefilled(decoder, list(prompts), new + draft + 1)
-    early, rest = range(decoder.exits[exit] + 1), range(decoder.exits[exit] + 1, decoder.depth)
+    early = range(decoder.exits[exit] + 1)
+    rest = range(decoder.exits[exit] + 1, decoder.depth)
     ids = torch.zeros(len(prompts), new + draft + 1, dtype=torch.int64, device=decoder.device)
     done = torch.zeros_like(last)
     drafted = accepted = passes = 0
@@ -72,12 +72,14 @@ def speculate(decoder: Decoder, prompts: Sequence[Tensor], new: int, *, exit: in
         x = cache.run(rest, torch.cat(features, 1), rows, at)
         right = decoder.logits(len(decoder.exits) - 1, x).argmax(-1)  # (R, draft + 1)
         agrees = (torch.stack(tokens[1:], 1) == right[:, :-1]).long().cumprod(1).sum(1)
-        for ahead in range(draft + 1):  # the tokens that agree are the right ones; one more is known beyond them
+        for ahead in range(draft + 1):  # tokens that agree are right, and the model's next one is known too
             mine = agrees >= ahead
             ids[rows[mine], done[rows[mine]] + ahead] = right[mine, ahead]
         last[rows] = right.gather(1, agrees[:, None])[:, 0]
         position[rows] += agrees + 1
         done[rows] += agrees + 1
-        drafted, accepted, passes = drafted + draft * len(rows), accepted + int(agrees.sum()), passes + 1
+        drafted += draft * len(rows)
+        accepted += int(agrees.sum())
+        passes += 1
         rows = rows[done[rows] < new]
     return Speculated(ids[:, :new], drafted, accepted, passes)

@@ -29,9 +29,6 @@ class Cascade(ThresholdHalt):
         ensemble: what network k answers. "none": its own logits. "logits": the mean of the logits so far.
             "probabilities": the logarithm of the mean of the probabilities so far.
 
-    Attributes:
-        thresholds: (networks - 1,), in the units of `confidence`. +inf: no row leaves here; -inf: every row does.
-
     Raises:
         StructureError: no networks, or a confidence that does not score every network but the last.
         ConfigError: an unknown `ensemble`.
@@ -49,7 +46,7 @@ class Cascade(ThresholdHalt):
         self.ensemble = ensemble
 
     def start(self, x: Any) -> Any:
-        """The input, no answers yet, and no memory."""
+        """The input, the answers so far (None), and the memory of the confidence (None)."""
         return x, None, None
 
     def step(self, k: int, state: Any) -> tuple[Any, Tensor]:

@@ -47,8 +47,7 @@ class ClipSampling(Dynamic):
         check_sizes(clips=clips, num_classes=num_classes)
         self.scores = ClipScores(scorer)
         self.net = net
-        self.clips = clips
-        self.num_classes = num_classes
+        self.clips, self.num_classes = clips, num_classes
 
     @property
     def decides(self) -> str:
@@ -83,10 +82,7 @@ class ClipSampling(Dynamic):
 
 
 class ClipScores(Dynamic):
-    """The scorer (unit 0) of a ClipSampling, for all clips but padding.
-
-    A layer of its own, so that padding costs nothing. It makes no decision: `forced` does not change lengths.
-    """
+    """The scorer (unit 0) of a ClipSampling, run for all clips but padding. `forced` does not change lengths."""
 
     def __init__(self, scorer: nn.Module) -> None:
         super().__init__()

@@ -33,12 +33,13 @@ class EarlyExit(ThresholdHalt):
         confidence: scores logits; `PerExit` for a criterion per exit. None for `MaxProbability`.
 
     Attributes:
-        thresholds: (exits - 1,), in the units of `confidence`. +inf: no row leaves here; -inf: every row does.
         leaves: (steps - 1,) int64, the threshold that each step has; `calibrate.calibrate` reads it.
 
     Raises:
         StructureError: no stages, not one exit per stage, or a confidence that does not score every exit but the last.
     """
+
+    multi_exit = True
 
     def __init__(
         self, stages: Sequence[nn.Module], exits: Sequence[nn.Module], confidence: Confidence | None = None
@@ -49,7 +50,8 @@ class EarlyExit(ThresholdHalt):
         self.stages = nn.ModuleList(stages)
         self.exits = nn.ModuleList(exits)
         self.leaves: Tensor
-        self.register_buffer("leaves", torch.arange(len(stages) - 1), persistent=False)
+        # Not by `arange`, which imports sympy when a bundle is checked on the meta device: half a second.
+        self.register_buffer("leaves", torch.tensor(range(len(stages) - 1), dtype=torch.int64), persistent=False)
         self._active = tuple(range(len(stages)))
 
     @property

@@ -49,9 +49,6 @@ class EarlyStop(ThresholdHalt, FrameByFrame):
         confidence: scores logits; None for `MaxProbability`. Not with a policy.
         policy: maps the state (h of an LSTM) to the log-odds of stopping (rows, 1): nn.Linear(hidden, 1).
 
-    Attributes:
-        thresholds: (steps - 1,), in the units of confidence or policy. +inf: no row stops here; -inf: every row does.
-
     Raises:
         ConfigError: sizes below 1, or both a confidence and a policy.
         StructureError: a confidence that does not score every step but the last.
@@ -79,11 +76,10 @@ class EarlyStop(ThresholdHalt, FrameByFrame):
         else:
             super().__init__(math.ceil(longest / every), threshold=0.0)
         self.frames = Frames(cell, head)
-        self.inputs = inputs
-        self.hidden = hidden
-        self.longest = longest
-        self.every = every
+        self.inputs, self.hidden = inputs, hidden
+        self.longest, self.every = longest, every
         self.policy = policy
+        self.multi_exit = policy is None
         self._pair = isinstance(cell, nn.LSTMCell)  # kept, as a session replaces the cell by an engine
 
     def start(self, x: Tensor | Sequences) -> Any:
@@ -170,10 +166,9 @@ class EarlyStop(ThresholdHalt, FrameByFrame):
 
 
 class Frames(Dynamic):
-    """The cell (unit 0) and the head (unit 1) of an EarlyStop, for rows whose sequence has not ended.
+    """The cell (unit 0) and the head (unit 1) of an EarlyStop, run only for sequences that have not ended.
 
-    A layer of its own, so that frames after the end of a sequence cost nothing. It makes no decision: `forced` does not
-    change lengths.
+    It makes no decision: `forced` does not change lengths.
     """
 
     def __init__(self, cell: nn.Module, head: nn.Module) -> None:
@@ -234,7 +229,7 @@ class Earliest(Objective):
         if not calls:
             return answer.new_zeros(())
         score = torch.cat([call.decision.score for call in calls], 1)  # (B, decisions), log-odds of stopping
-        waited = torch.cat([call.keep.detach() for call in calls], 1)  # 1 at every decision before the stop
+        waited = torch.cat([call.keep.detach() for call in calls], 1)  # 1 at decisions before the stop
         decides = torch.cat([torch.ones_like(waited[:, :1]), waited[:, :-1]], 1) * (score < highest_score(score.dtype))
         # At the end of a sequence the score is the highest number, whose logarithm would give 0 * inf below.
         score = score.where(decides > 0, 0.0)
@@ -250,11 +245,7 @@ class Earliest(Objective):
 def steps_read(trace: Trace, halt: str | None = None) -> Tensor:
     """Number of frames of every sequence that were read, (B,); times the seconds between frames, a latency.
 
-    Args:
-        trace: of a pass.
-        halt: name of the EarlyStop; None where the model has only one.
-
     Raises:
-        StructureError: no EarlyStop, several and none named, or one that did not run.
+        StructureError: no EarlyStop ran, or several are in the model and `halt` does not name one.
     """
     return trace.runs(trace.names[trace.one(EarlyStop, halt)[0].frames])

@@ -22,16 +22,13 @@ from dynanet.data.ragged import Sequences, as_videos
 class FrameExit(ThresholdHalt):
     """FrameExit (Ghodrati et al. 2021, arXiv:2104.13400, section 3).
 
-    Step k reads one more frame and answers from the maximum over the features of all frames so far; a gate decides
-    whether the row leaves.
-
-    Frames come in the order of `coarse_to_fine`: the middle, both ends, the middles of the halves, and so on, so that a
-    video with more frames than steps is still sampled over its whole length. A shorter one leaves after its last frame;
-    padding costs nothing, also while thresholds are calibrated.
+    Step k reads one more frame and answers from the maximum over the features of all frames so far. Frames come in the
+    order of `coarse_to_fine`: the middle, both ends, the middles of the halves, and so on, so that a video with more
+    frames than steps is still sampled over its whole length. A shorter one leaves after its last frame; padding costs
+    nothing, also while thresholds are calibrated.
 
     In training every step reads its frame and answers: `MultiExit() + ExitLabels(beta)`. In eval mode a row leaves
-    where its gate finds that more probable than not (thresholds of 0); `calibrate.calibrate` finds other thresholds for
-    a budget or a risk.
+    where the log-odds of its gate reach the threshold, 0 in a new model.
 
     Args:
         backbone: maps frames (rows, C, H, W) to features (rows, features).
@@ -39,9 +36,6 @@ class FrameExit(ThresholdHalt):
         gates: one per step but the last, maps the features, and except at the first step those before this frame, to
             the log-odds of leaving, (rows, 1). See `ExitGate`.
         longest: maximum number of frames of a video; None for the number of steps.
-
-    Attributes:
-        thresholds: (steps - 1,), log-odds of leaving. +inf: no row leaves here; -inf: every row does.
 
     Raises:
         StructureError: no classifier, or not one gate per classifier but the last.
@@ -105,9 +99,9 @@ class FrameExit(ThresholdHalt):
 
 
 class FrameReader(Dynamic):
-    """The backbone (unit 0) and the classifier of step k (unit 1 + k) of a FrameExit, for videos that have not ended.
+    """The backbone (unit 0) and classifier k (unit 1 + k) of a FrameExit, run only for videos that have not ended.
 
-    A layer of its own, so that padding costs nothing. It makes no decision: `forced` does not change lengths.
+    It makes no decision: `forced` does not change lengths.
     """
 
     def __init__(self, backbone: nn.Module, classifiers: Sequence[nn.Module]) -> None:
@@ -228,11 +222,7 @@ def coarse_to_fine(frames: int, most: int | None = None) -> list[int]:
 def frames_read(trace: Trace, halt: str | None = None) -> Tensor:
     """Number of frames of every video that were read, (B,).
 
-    Args:
-        trace: of a pass.
-        halt: name of the FrameExit; None where the model has only one.
-
     Raises:
-        StructureError: no FrameExit, several and none named, or one that did not run.
+        StructureError: no FrameExit ran, or several are in the model and `halt` does not name one.
     """
     return trace.runs(trace.names[trace.one(FrameExit, halt)[0].reader])

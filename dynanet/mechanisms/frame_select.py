@@ -91,8 +91,7 @@ class FrameSelect(Dynamic):
         self.policy = FramePolicy(nn.Sequential(Resize(both[0]), look), features, hidden, len(sizes) + len(skips), rule)
         resized = zip(both[len(sizes) - len(nets) :], nets, strict=True)
         self.nets = nn.ModuleList(nn.Sequential(Resize(size), net) for size, net in resized)
-        self.light = light
-        self.num_classes = num_classes
+        self.light, self.num_classes = light, num_classes
         self.sizes = len(sizes)
         self._furthest = max(skips, default=1)
         self._choices = f"sizes {both} and skips {list(skips)}"
@@ -170,7 +169,7 @@ class FrameSelect(Dynamic):
 
 
 class _Seen(NamedTuple):
-    """The decisions on all frames: keep and score (B, T, units), and the policy's memory (B, T, hidden)."""
+    """The decisions on all frames, keep and score (B, T, units), and the policy's memory (B, T, hidden)."""
 
     keep: Tensor
     score: Tensor
@@ -181,16 +180,6 @@ class FramePolicy(Dynamic):
     """The policy of a FrameSelect: network, LSTM and scores, all unit 0, for frames at which it looks.
 
     Which frames these are follows from the decisions of the FrameSelect and from the lengths, also under `forced`.
-
-    Args:
-        net: maps frames to features (rows, features).
-        features: width of the features.
-        hidden: size of the memory.
-        units: number of scores.
-        rule: how scores decide.
-
-    Raises:
-        StructureError: a network with dynamic layers.
     """
 
     def __init__(self, net: nn.Module, features: int, hidden: int, units: int, rule: Rule) -> None:
@@ -201,8 +190,7 @@ class FramePolicy(Dynamic):
         self.cell = nn.LSTMCell(features, hidden)
         self.gate = Gate(nn.Linear(hidden, units), rule, units)
         # Kept, as a session replaces the modules that know these sizes by engines.
-        self._features = features
-        self._hidden = hidden
+        self._features, self._hidden = features, hidden
         self._units = units
 
     def start(self, x: Tensor) -> tuple[Any, Tensor]:
@@ -218,15 +206,7 @@ class FramePolicy(Dynamic):
     def look(
         self, frame: Tensor, features: Tensor | None, memory: Any, before: Decision, looks: Tensor
     ) -> tuple[Any, Decision]:
-        """The memory and the decision after a frame; unchanged where the policy does not look.
-
-        Args:
-            frame: (B, C, H, W).
-            features: of the frame, if they are known.
-            memory: (h, c) before the frame.
-            before: the decision before the frame.
-            looks: (B,), 1 where the policy looks.
-        """
+        """The memory and the decision after a frame (B, C, H, W); unchanged where the policy does not look."""
 
         def unit(given: tuple[Tensor, Any]) -> tuple[Any, Decision]:
             seen, memory = given

@@ -22,9 +22,8 @@ class GlanceFocus(ThresholdHalt):
 
     Step 0 sees the whole image at a low resolution, each later step a crop at full resolution, placed by a policy.
 
-    Every step answers from all glimpses so far. In training all steps answer, for `train.MultiExit`; in eval mode a row
-    goes on while its confidence is below the threshold of the step. A new model takes all glimpses;
-    `calibrate.calibrate` finds thresholds for a budget. Images may have any size, also smaller than a crop.
+    Every step answers from all glimpses so far. Images may have any size, also smaller than a crop. A new model takes
+    all glimpses; `calibrate.calibrate` finds thresholds for a budget.
 
     `places` sets how the policy is trained:
 
@@ -49,9 +48,6 @@ class GlanceFocus(ThresholdHalt):
         places: how places are chosen in training.
         confidence: scores logits; `PerExit` for a criterion per glimpse. None for `MaxProbability`.
 
-    Attributes:
-        thresholds: (glimpses - 1,), in the units of `confidence`. +inf: no row leaves here; -inf: every row does.
-
     Raises:
         ConfigError: sizes or a number of glimpses below 1.
         StructureError: a confidence that does not score every glimpse but the last.
@@ -73,12 +69,9 @@ class GlanceFocus(ThresholdHalt):
         if not isinstance(glimpses, int) or glimpses < 1:
             raise ConfigError(f"{glimpses!r} glimpses; expected a whole number: 1 for the glance alone, or more")
         super().__init__(glimpses, confidence if confidence is not None else MaxProbability())
-        self.glance = glance
-        self.focus = focus
-        self.policy = policy
-        self.head = head
-        self.glance_size = sides(glance_size)
-        self.crop_size = sides(crop_size)
+        self.glance, self.focus = glance, focus
+        self.policy, self.head = policy, head
+        self.glance_size, self.crop_size = sides(glance_size), sides(crop_size)
         self.places: CropSampler = places if places is not None else LearnedCrops()
 
     def start(self, x_BCHW: Tensor) -> Any:

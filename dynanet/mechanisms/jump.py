@@ -14,7 +14,7 @@ from dynanet.core.objective import Objective
 from dynanet.core.trace import Trace
 from dynanet.data.ragged import Sequences, as_sequences
 from dynanet.gates.rules import OneOf
-from dynanet.ops.recurrent import hidden_of, zero_state
+from dynanet.ops.recurrent import hidden_of, next_step, zero_state
 
 
 class Jump(Dynamic):
@@ -63,10 +63,8 @@ class Jump(Dynamic):
         super().__init__()
         check_sizes(inputs=inputs, hidden=hidden, read=read, reach=reach, jumps=jumps)
         self.cell = cell
-        self.inputs = inputs
-        self.hidden = hidden
-        self.read = read
-        self.reach = reach
+        self.inputs, self.hidden = inputs, hidden
+        self.read, self.reach = read, reach
         self.jumps = jumps
         self.gate = Gate(scorer if scorer is not None else nn.Linear(hidden, reach + 1), OneOf(), units=reach + 1)
         self.baseline = nn.Linear(hidden, 1)
@@ -115,12 +113,11 @@ class Jump(Dynamic):
     def _log_steps(self, x_BTD: Tensor, visits: list[tuple[Tensor, Tensor, Tensor]]) -> None:
         """Record visits (positions, reads, chooses), with each row at its own position, as decisions per time step."""
         batch, steps = x_BTD.shape[:2]
-        time = torch.arange(steps, device=x_BTD.device)
         kept = x_BTD.new_zeros(batch, steps, 2)
         for at, reads, chooses in visits:  # a row reads no step twice, so that sums are 0 or 1
             kept.scatter_add_(1, at[:, None, None].expand(-1, 1, 2), _columns(reads, chooses, x_BTD)[:, None])
-        due = time.where(kept[..., 0] > 0, steps).flip(1).cummin(1).values.flip(1)
-        for keep, score in zip(kept.unbind(1), (time - due).to(x_BTD.dtype).split(1, 1), strict=True):
+        wait = next_step(kept[..., 0] > 0) - torch.arange(steps, device=x_BTD.device)
+        for keep, score in zip(kept.unbind(1), (-wait).to(x_BTD.dtype).split(1, 1), strict=True):
             self.log(Decision(keep, score))
 
     def _stepping(self, x_BTD: Tensor, lengths: Tensor, reader: "_Reader") -> "_Reader":
@@ -140,18 +137,10 @@ class Jump(Dynamic):
     def _visit(
         self, step: Tensor, at: Tensor, reads: Tensor, lengths: Tensor, reader: "_Reader", steps: int
     ) -> tuple["_Reader", Tensor]:
-        """Read a step, and choose a jump where one is due.
-
-        Args:
-            step: (B, inputs), what lies at the position of each row.
-            at: (B,) int64, these positions.
-            reads: (B,) bool, the rows that read.
-            lengths: (B,) int64.
-            reader: the state before.
-            steps: number of time steps T.
+        """Rows with `reads` (B,) read `step` (B, inputs) at their positions `at` (B,), and jump where a jump is due.
 
         Returns:
-            The state after, and which rows chose a jump, (B,) bool.
+            The progress after it, and the rows that chose a jump, (B,) bool.
         """
         given = step, reader.state
         state = self.run(0, lambda g: self.cell(*g), reads.to(step.dtype), given, otherwise=reader.state)

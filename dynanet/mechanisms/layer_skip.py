@@ -27,6 +27,8 @@ class LayerSkip(Dynamic):
         StructureError: a gate for more than one unit.
     """
 
+    skippable = True
+
     def __init__(self, block: nn.Module, gate: nn.Module, otherwise: nn.Module | None = None) -> None:
         super().__init__()
         _one_unit(gate)
@@ -54,12 +56,10 @@ class BranchSkip(Dynamic):
         StructureError: a gate for more than one unit.
     """
 
+    skippable = True
+
     def __init__(
-        self,
-        branch: nn.Module,
-        gate: nn.Module,
-        shortcut: nn.Module | None = None,
-        activation: nn.Module | None = None,
+        self, branch: nn.Module, gate: nn.Module, shortcut: nn.Module | None = None, activation: nn.Module | None = None
     ) -> None:
         super().__init__()
         _one_unit(gate)

@@ -63,12 +63,7 @@ class PathSelect(Dynamic):
     """
 
     def __init__(
-        self,
-        branches: Sequence[nn.Module],
-        gate: nn.Module,
-        *,
-        mix: Mix = averaged,
-        otherwise: nn.Module | None = None,
+        self, branches: Sequence[nn.Module], gate: nn.Module, *, mix: Mix = averaged, otherwise: nn.Module | None = None
     ) -> None:
         super().__init__()
         if len(branches) < 2:
@@ -81,10 +76,8 @@ class PathSelect(Dynamic):
                 )
             if isinstance(gate.rule, RelaxedTopK):
                 self.max_units = gate.rule.k
-        self.branches = nn.ModuleList(branches)
-        self.gate = gate
-        self.mix = mix
-        self.otherwise = otherwise
+        self.branches, self.gate = nn.ModuleList(branches), gate
+        self.mix, self.otherwise = mix, otherwise
 
     def forward(self, x: Any) -> Any:
         """The mixed answers of the picked branches, (rows..., ...)."""

@@ -120,6 +120,19 @@ class PixelCascade(Dynamic):
         if self.trace is not None:
             self.trace.log_answer(self, logits)
 
+    def pixel_loss(self, ignore: int, weights: Sequence[float] | None) -> Objective:
+        """Every stage's own loss."""
+        return PixelCascadeLoss(ignore, weights=weights)
+
+    def schedules(self) -> list[Callable[[float], None]]:
+        """Thresholds drawn at random in the second part of training."""
+        return [roaming_thresholds(self)]
+
+    @torch.no_grad()
+    def finish_training(self) -> None:
+        """No thresholds: every position runs every stage."""
+        self.thresholds.fill_(torch.inf)
+
 
 @dataclass(frozen=True)
 class PixelCascadeLoss(Objective):

@@ -94,8 +94,7 @@ class Bounded(nn.Module):
         super().__init__()
         if not 0.5 < bound <= 1:
             raise ConfigError(f"bound must be above 0.5 and at most 1, got {bound}")
-        self.scorer = scorer
-        self.bound = bound
+        self.scorer, self.bound = scorer, bound
 
     def forward(self, x: Any) -> Tensor:
         """Scores (rows, units)."""

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 from dynanet.core.errors import ConfigError, StructureError
 from dynanet.core.halt import Halt
 from dynanet.core.objective import Objective
-from dynanet.core.trace import Call, Trace
+from dynanet.core.trace import Trace
+from dynanet.ops.halting import halting_scores, ponder_cost
 
 
 class ACT(Halt):
@@ -42,10 +43,8 @@ class ACT(Halt):
         _check_steps("ACT", cells, halting)
         if not 0 < eps < 1:
             raise ConfigError(f"eps must be between 0 and 1, got {eps}; the paper has 0.01")
-        self.cells = nn.ModuleList(cells)
-        self.halting = nn.ModuleList(halting)
-        self.eps = eps
-        self.steps = len(self.cells)
+        self.cells, self.halting = nn.ModuleList(cells), nn.ModuleList(halting)
+        self.steps, self.eps = len(cells), eps
 
     def start(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The input, the sum of scores (rows, 1), and the weighted sum of states."""
@@ -83,10 +82,11 @@ class PonderCost(Objective):
         """The cost of the halting scores in the trace.
 
         Raises:
-            StructureError: no ACT layer, or one that did not run every step for every row: use train mode or the dense
-                form.
+            StructureError: no ACT layer, or rows that were not computed: use train mode or the dense form.
         """
-        return torch.stack([_ponder(trace.full_pass(name)[0]) for name in trace.all(ACT)]).sum()
+        passes = [trace.full_pass(name)[0] for name in trace.all(ACT)]
+        costs = [ponder_cost([call.keep for call in calls], halting_scores(calls)) for calls in passes]
+        return torch.stack(costs).sum()
 
 
 class PonderNet(Halt):
@@ -118,11 +118,9 @@ class PonderNet(Halt):
             raise StructureError(f"PonderNet needs one exit per step; got {len(cells)} cells and {len(exits)} exits")
         if not 0 < at < 1:
             raise ConfigError(f"at must be a probability between 0 and 1, got at = {at}")
-        self.cells = nn.ModuleList(cells)
+        self.cells, self.halting = nn.ModuleList(cells), nn.ModuleList(halting)
         self.exits = nn.ModuleList(exits)
-        self.halting = nn.ModuleList(halting)
-        self.at = at
-        self.steps = len(self.cells)
+        self.steps, self.at = len(cells), at
 
     def start(self, x: Any) -> tuple[Any, Any]:
         """The input, and no hazard."""
@@ -215,16 +213,6 @@ def log_stopping(trace: Trace, layer: PonderNet, name: str) -> Tensor:
     tiny = torch.finfo(hazards.dtype).tiny
     stops = (-torch.expm1(-hazards)).clamp(min=tiny).log()  # log lambda, from -log(1 - lambda)
     return torch.cat([not_before + stops, -hazards.sum(1, keepdim=True)], 1)
-
-
-def _ponder(calls: list[Call]) -> Tensor:
-    """N + R of one layer: 2 for the first step and the whole remainder, plus 1 - score for every further step."""
-    cost = torch.full((), 2.0)
-    for k, call in enumerate(calls):
-        score, keep = call.decision.score, call.keep.detach()
-        own = score if k == 0 else score - calls[k - 1].decision.score
-        cost = cost + (keep * (1 - own)).mean()
-    return cost
 
 
 def _check_steps(what: str, cells: Sequence[nn.Module], halting: Sequence[nn.Module]) -> None:

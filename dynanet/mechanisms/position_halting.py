@@ -165,6 +165,11 @@ class PositionHalting(Dynamic):
             score = self.run(unit, head.local, alive, x, zeros, rows=Tiles(self.tiles.tile, 1))
         return (tile_mean(score, self.tiles.tile) + head.overall(x))[..., 0]
 
+    @classmethod
+    def ponder_cost(cls) -> Objective:
+        """Of all layers that halt positions."""
+        return PositionPonderCost()
+
 
 @dataclass(frozen=True)
 class PositionPonderCost(Objective):

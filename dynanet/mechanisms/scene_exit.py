@@ -40,10 +40,8 @@ class SceneExit(Dynamic):
         confidence: Confidence | None = None,
     ) -> None:
         super().__init__()
-        self.stem = stem
-        self.first = first
-        self.rest = rest
-        self.rows = Patches(patch)
+        self.stem, self.first = stem, first
+        self.rest, self.rows = rest, Patches(patch)
         self.confidence = confidence if confidence is not None else MaxProbability()
         self.threshold: Tensor
         self.register_buffer("threshold", torch.tensor(float(threshold)))

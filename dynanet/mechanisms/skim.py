@@ -76,13 +76,10 @@ class Skim(Dynamic):
                 f"skim got {inputs} inputs and skims {skimmed} of {hidden} hidden features; expected at least 1 input, "
                 f"and at least 1 feature but not all of them"
             )
-        self.big = big
-        self.small = small
-        self.inputs = inputs
-        self.hidden = hidden
+        self.big, self.small = big, small
+        self.inputs, self.hidden = inputs, hidden
         self.skimmed = skimmed
-        self.every_step = every_step
-        self.detached = detached
+        self.every_step, self.detached = every_step, detached
         self._pair = isinstance(big, nn.LSTMCell)  # kept, as a session replaces cells by engines
         self._packed = PackedCells()
         scorer = nn.Linear(inputs + hidden, 1)

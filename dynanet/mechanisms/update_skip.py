@@ -14,7 +14,7 @@ from dynanet.core.trace import Frame, Trace
 from dynanet.data.ragged import Sequences, as_sequences
 from dynanet.ops.native.library import fit
 from dynanet.ops.native.recurrent import PackedCells, Ready, update_skip
-from dynanet.ops.recurrent import zero_state
+from dynanet.ops.recurrent import next_step, zero_state
 
 
 class UpdateSkip(Dynamic):
@@ -48,8 +48,7 @@ class UpdateSkip(Dynamic):
         super().__init__()
         check_sizes(inputs=inputs, hidden=hidden)
         self.update = Update(cell, nn.Linear(hidden, 1))  # one module, so that a session makes one engine of it
-        self.inputs = inputs
-        self.hidden = hidden
+        self.inputs, self.hidden = inputs, hidden
         self.every_step = every_step
         self._pair = isinstance(cell, nn.LSTMCell)  # kept, as a session replaces the cell by an engine
         self._packed = PackedCells()
@@ -155,7 +154,8 @@ class UpdateSkip(Dynamic):
             going = going.index_select(1, on)
             state = tuple(t.index_select(0, on) for t in state)
         if self.trace is not None:
-            self._log_all(torch.cat(updated), batch, steps, x_BTD.dtype)
+            mask = torch.zeros(batch * steps, dtype=torch.bool, device=x_BTD.device)
+            self._log_all(mask.index_fill(0, torch.cat(updated), True).view(batch, steps), x_BTD.dtype)
         if not self.every_step:
             places, last = (torch.cat(parts) for parts in zip(*ended, strict=True))
             return last.new_empty(batch, self.hidden).index_copy_(0, places, last)
@@ -179,24 +179,14 @@ class UpdateSkip(Dynamic):
         with self.within(Frame(self, range(1), (x_BTD.shape[0],), None, None, flat=True)):
             answer, updated = update_skip(x_BTD, lengths, ready, every_step=self.every_step)
         if self.trace is not None:
-            batch, steps = updated.shape
-            self._log_all(updated.flatten().nonzero().squeeze(1), batch, steps, x_BTD.dtype)
+            self._log_all(updated.bool(), x_BTD.dtype)
         return answer
 
-    def _log_all(self, updated: Tensor, batch: int, steps: int, dtype: torch.dtype) -> None:
-        """Record the decision of every step, as `_deciding` does.
-
-        Args:
-            updated: places of all updates among the (batch * steps,) time steps.
-            batch: number of rows.
-            steps: number of time steps.
-            dtype: of keep and score.
-        """
-        due = torch.full((batch * steps,), steps, device=updated.device)
-        due[updated] = updated % steps
-        due = due.view(batch, steps).flip(1).cummin(1).values.flip(1)
-        for t in range(steps):
-            self.log(Decision((due[:, t : t + 1] == t).to(dtype), (t - due[:, t : t + 1]).to(dtype)))
+    def _log_all(self, updated: Tensor, dtype: torch.dtype) -> None:
+        """Record the decision of every step, as `_deciding` does, from the mask (B, T) of updates."""
+        due = next_step(updated)
+        for t in range(updated.shape[1]):
+            self.log(Decision(updated[:, t : t + 1].to(dtype), (t - due[:, t : t + 1]).to(dtype)))
 
 
 class Update(nn.Module):

@@ -1,28 +1,28 @@
 """Conditionally parameterised convolution: every sample is convolved with its own mixture of expert kernels.
 
-Nothing is skipped: what adapts is the weights. Mixing kernels first and convolving once gives the answer of a mixture
-of `experts` convolutions for little more than the price of one.
+Nothing is skipped: the weights adapt. Mixing kernels first and convolving once gives the output of a mixture of
+`experts` convolutions for little more than the cost of one.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dynanet.core.errors import ConfigError
+from dynanet.core.errors import ConfigError, check_sizes
 
 
 class CondConv2d(nn.Module):
     """CondConv (Yang et al. 2019, arXiv:1904.04971, sec. 3.1): y = conv(x, sum over e of r_e(x) W_e), with r = sigmoid.
 
-    In place of an nn.Conv2d. Overhead per sample, in MACs: in_channels x experts for the routing and experts x (number
+    Replaces an nn.Conv2d. Overhead per sample, in MACs: in_channels x experts for the routing and experts x (number
     of weights of one kernel) for the mixing; the convolution itself costs what an nn.Conv2d costs. Parameters: experts
     times as many.
 
     Args:
         in_channels: of x (B, in_channels, H, W).
-        out_channels: of the answer.
+        out_channels: of the output.
         kernel_size: side of the square kernel.
-        experts: kernels to mix. The paper uses 8 mostly; 1 is a gated convolution.
+        experts: kernels to mix. The paper mostly uses 8; 1 is a gated convolution.
         stride: of the convolution.
         padding: zeros on every side.
         dilation: between the taps of the kernel.
@@ -48,14 +48,16 @@ class CondConv2d(nn.Module):
     ) -> None:
         super().__init__()
         check_convolution(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
-        if experts < 1:
-            raise ConfigError(f"a conditional convolution got {experts} experts; give 1 or more")
-        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+        check_sizes(experts=experts)
+        self.stride = stride
+        self.padding = padding
+        self.dilation = dilation
+        self.groups = groups
         self.weight, self.bias = kernel_bank(experts, in_channels // groups, out_channels, kernel_size, bias=bias)
         self.route = nn.Linear(in_channels, experts)
 
     def routing(self, x_BCHW: Tensor) -> Tensor:
-        """How much of every expert a sample gets: (B, experts), each in (0, 1)."""
+        """The weight of every expert for a sample: (B, experts), each in (0, 1)."""
         return self.route(x_BCHW.mean((2, 3))).sigmoid()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -82,11 +84,11 @@ def conv2d_per_sample(
     Args:
         x_BCHW: (B, C, H, W); B may be 0.
         weight: (B, O, C / groups, k, k), or (1, O, C / groups, k, k) where all samples share a kernel.
-        bias: (B, O), or (1, O) for all samples alike.
+        bias: (B, O), or (1, O) where all samples share it.
         stride: of the convolution.
         padding: zeros on every side.
         dilation: between the taps.
-        groups: within every sample.
+        groups: of the convolution of a sample.
 
     Returns:
         (B, O, H', W').
@@ -95,7 +97,7 @@ def conv2d_per_sample(
         return F.conv2d(x_BCHW, weight[0], None if bias is None else bias[0], stride, padding, dilation, groups)
     if torch.compiler.is_exporting():
         y = _unfolded(x_BCHW, weight, stride, padding, dilation, groups)
-    elif x_BCHW.shape[0] == 0:  # a convolution with 0 groups is an error; the first kernel of none is a zero
+    elif x_BCHW.shape[0] == 0:  # a convolution cannot have 0 groups
         y = F.conv2d(x_BCHW, weight.new_zeros(weight.shape[1:]), None, stride, padding, dilation, groups)
     else:
         batch, outs = weight.shape[:2]
@@ -106,7 +108,7 @@ def conv2d_per_sample(
 
 
 def mix_kernels(shares_BE: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Kernels (E, O, I, k, k) and biases (E, O), mixed for every sample: (B, O, I, k, k) and (B, O)."""
+    """Mix kernels (E, O, I, k, k) and biases (E, O) for every sample: (B, O, I, k, k) and (B, O)."""
     mixed = (shares_BE @ weight.flatten(1)).reshape(shares_BE.shape[0], *weight.shape[1:])
     return mixed, None if bias is None else shares_BE @ bias
 
@@ -114,7 +116,7 @@ def mix_kernels(shares_BE: Tensor, weight: Tensor, bias: Tensor | None) -> tuple
 def kernel_bank(
     kernels: int, ins: int, outs: int, size: int, *, bias: bool
 ) -> tuple[nn.Parameter, nn.Parameter | None]:
-    """Kernels (kernels, outs, ins, size, size) and biases (kernels, outs), each started as nn.Conv2d starts its own."""
+    """Kernels (kernels, outs, ins, size, size) and biases (kernels, outs), each initialised as in nn.Conv2d."""
     weight = nn.Parameter(torch.empty(kernels, outs, ins, size, size))
     limit = (ins * size**2) ** -0.5
     nn.init.uniform_(weight, -limit, limit)
@@ -122,23 +124,19 @@ def kernel_bank(
 
 
 def check_convolution(ins: int, outs: int, kernel: int, stride: int, padding: int, dilation: int, groups: int) -> None:
-    """Say what is wrong with the sizes of a convolution when it is built.
+    """Check the sizes of a convolution.
 
     Raises:
         ConfigError: a size below 1 (padding below 0), or channels that the groups do not divide.
     """
-    sizes = {"in_channels": ins, "out_channels": outs, "kernel_size": kernel, "stride": stride, "dilation": dilation}
-    for name, size in {**sizes, "groups": groups}.items():
-        if size < 1:
-            raise ConfigError(f"a convolution got {name}={size}; give 1 or more")
-    if padding < 0:
-        raise ConfigError(f"a convolution got padding={padding}; give 0 or more")
+    check_sizes(in_channels=ins, out_channels=outs, kernel_size=kernel, stride=stride, dilation=dilation, groups=groups)
+    check_sizes(0, padding=padding)
     if ins % groups or outs % groups:
-        raise ConfigError(f"a convolution from {ins} to {outs} channels cannot have {groups} groups; both must divide")
+        raise ConfigError(f"groups must divide in_channels = {ins} and out_channels = {outs}, got {groups}")
 
 
 def _unfolded(x: Tensor, weight: Tensor, stride: int, padding: int, dilation: int, groups: int) -> Tensor:
-    kernel, (batch, outs) = weight.shape[3], weight.shape[:2]
+    batch, outs, _, kernel, _ = weight.shape
     height, width = ((n + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1 for n in x.shape[2:])
     taps = F.unfold(x, kernel, dilation, padding, stride)  # (B, C k k, H' W')
     taps = taps.reshape(batch, groups, taps.shape[1] // groups, height * width)

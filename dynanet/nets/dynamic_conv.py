@@ -1,8 +1,8 @@
-"""Dynamic convolution: attention over a few kernels, softened by a temperature while it is young."""
+"""Dynamic convolution: attention over a few kernels, with a temperature that training lowers."""
 
 from torch import Tensor, nn
 
-from dynanet.core.errors import ConfigError
+from dynanet.core.errors import ConfigError, check_sizes
 from dynanet.nets.condconv import check_convolution, conv2d_per_sample, kernel_bank, mix_kernels
 
 
@@ -10,20 +10,20 @@ class DynamicConv2d(nn.Module):
     """DY-CNN (Chen et al. 2020, arXiv:1912.03458, sec. 3): kernels mixed by a softmax with a temperature.
 
     Pool, linear, ReLU, linear, softmax(. / temperature) gives every sample its shares of `kernels` kernels and biases.
-    A high temperature makes the shares nearly even, so that at first all kernels learn; the paper lowers it from 30 to
-    1 in a straight line over the first epochs: `train.anneal_temperature(model, train.linear(30.0, 1.0, share=0.1))`.
+    A high temperature makes the shares nearly equal, so that at first all kernels learn; the paper lowers it linearly
+    from 30 to 1 over the first epochs: `train.anneal_temperature(model, train.linear(30.0, 1.0, share=0.1))`.
 
     Nothing is skipped. Overhead per sample, in MACs: in_channels x hidden + hidden x kernels for the attention, and
     kernels x (number of weights and biases of one kernel) for the mixing. Parameters: `kernels` times as many.
 
     Args:
         in_channels: of x (B, in_channels, H, W).
-        out_channels: of the answer.
+        out_channels: of the output.
         kernel_size: side of the square kernel.
-        kernels: how many to mix; the paper's is 4.
+        kernels: number of kernels to mix; the paper's is 4.
         reduction: the attention's hidden layer has in_channels / reduction units (1 at least).
-        temperature: of the softmax, in training and in eval mode alike. Not part of the state dict: leave the annealing
-            at the value that a fresh layer has.
+        temperature: of the softmax, in training and in eval mode. Not part of the state dict: end the annealing at the
+            value of a new layer.
         stride: of the convolution.
         padding: zeros on every side.
         dilation: between the taps of the kernel.
@@ -52,11 +52,13 @@ class DynamicConv2d(nn.Module):
     ) -> None:
         super().__init__()
         check_convolution(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
-        if kernels < 1 or reduction < 1:
-            raise ConfigError(f"a dynamic convolution got kernels={kernels}, reduction={reduction}; give 1 or more")
+        check_sizes(kernels=kernels, reduction=reduction)
         if not temperature > 0:
-            raise ConfigError(f"a dynamic convolution got a temperature of {temperature}; give a number above 0")
-        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+            raise ConfigError(f"temperature must be above 0, got {temperature}")
+        self.stride = stride
+        self.padding = padding
+        self.dilation = dilation
+        self.groups = groups
         self.temperature = temperature
         self.weight, self.bias = kernel_bank(kernels, in_channels // groups, out_channels, kernel_size, bias=bias)
         hidden = max(1, in_channels // reduction)

@@ -1,18 +1,18 @@
-"""Hypernetworks: one small network writes the kernels of other layers, per layer or per sample."""
+"""Hypernetworks: a small network generates the kernels of other layers, per layer or per sample."""
 
 import torch
 from torch import Tensor, nn
 
-from dynanet.core.errors import ConfigError
+from dynanet.core.errors import check_sizes
 from dynanet.nets.condconv import check_convolution, conv2d_per_sample
 
 
 class KernelWriter(nn.Module):
-    """From a code to the kernel of a convolution, by two linear maps (Ha et al. 2016, arXiv:1609.09106, eq. 2).
+    """Generates the kernel of a convolution from a code, by two linear maps (Ha et al. 2016, arXiv:1609.09106, eq. 2).
 
     The first makes one vector per input channel; the second, the same for all input channels, turns each into that
-    channel's slice of the kernel. Layers of the same sizes may share a writer: then they differ by their codes only,
-    and their parameters are the codes.
+    channel's slice of the kernel. Layers of the same sizes may share a writer; then their only parameters are the
+    codes.
 
     MACs per kernel written: in_channels x hidden x (code + out_channels x kernel_size^2).
 
@@ -33,12 +33,11 @@ class KernelWriter(nn.Module):
         super().__init__()
         hidden = code if hidden is None else hidden
         check_convolution(in_channels, out_channels, kernel_size, 1, 0, 1, 1)
-        if code < 1 or hidden < 1:
-            raise ConfigError(f"a kernel writer got code={code}, hidden={hidden}; give 1 or more")
+        check_sizes(code=code, hidden=hidden)
         self.sizes = (in_channels, out_channels, kernel_size)
         self.spread = nn.Linear(code, in_channels * hidden)
         self.write = nn.Linear(hidden, out_channels * kernel_size**2)
-        # With codes of variance 1, kernels start with the variance that a ReLU network wants: 2 / fan-in.
+        # With codes of variance 1, kernels start with variance 2 / fan-in, as He initialisation has it.
         nn.init.normal_(self.spread.weight, std=code**-0.5)
         nn.init.normal_(self.write.weight, std=(2 / (hidden * in_channels * kernel_size**2)) ** 0.5)
         nn.init.zeros_(self.spread.bias)
@@ -63,12 +62,12 @@ class LayerCode(nn.Module):
         self.values = nn.Parameter(torch.randn(1, code))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """(1, code), whatever x is."""
+        """The code (1, code), independent of x."""
         return self.values
 
 
 class SampleCode(nn.Module):
-    """A code of the sample: global average pool, then a linear map, brought to variance 1 by a layer norm.
+    """A code of the sample: global average pool, then a linear map, normalised to variance 1 by a layer norm.
 
     Args:
         channels: of x (B, channels, H, W).
@@ -77,32 +76,32 @@ class SampleCode(nn.Module):
 
     def __init__(self, channels: int, code: int) -> None:
         super().__init__()
-        if channels < 1 or code < 2:
-            raise ConfigError(f"a sample's code got channels={channels}, code={code}; give 1 or more, and 2 or more")
+        check_sizes(channels=channels)
+        check_sizes(2, code=code)
         self.map = nn.Sequential(nn.Linear(channels, code), nn.LayerNorm(code))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """(B, code)."""
+        """(B, channels, H, W) to codes (B, code)."""
         return self.map(x_BCHW.mean((2, 3)))
 
 
 class HyperConv2d(nn.Module):
-    """A convolution whose kernel is written by another network, from a code of the layer or of the sample.
+    """A convolution whose kernel another network generates, from a code of the layer or of the sample.
 
     With `LayerCode` it is the static hypernetwork (arXiv:1609.09106): weights shared softly between layers. With
-    `SampleCode`, or any module of your own that sees x, it predicts the weights for every sample (dynamic filter
-    networks: De Brabandere et al. 2016, arXiv:1605.09673; their form with a filter for every position is not here).
+    `SampleCode`, or any module that maps x to codes, it predicts the weights for every sample (dynamic filter networks:
+    De Brabandere et al. 2016, arXiv:1605.09673; their form with a filter for every position is not implemented).
 
     Nothing is skipped. Overhead: the code's MACs and the writer's, per sample with a sample's code, once per batch with
     a layer's; the convolution costs what an nn.Conv2d costs.
 
     Args:
-        writer: writes the kernels; may be shared with other layers.
-        code: maps x (B, C, H, W) to codes (B, code), or (1, code) for all samples alike.
+        writer: generates the kernels; may be shared with other layers.
+        code: maps x (B, C, H, W) to codes (B, code), or (1, code) for all samples.
         stride: of the convolution.
         padding: zeros on every side.
         dilation: between the taps of the kernel.
-        bias: a learned bias, not written.
+        bias: a learned bias, not a generated one.
 
     Raises:
         ConfigError: a size below 1 (padding below 0).
@@ -120,8 +119,11 @@ class HyperConv2d(nn.Module):
     ) -> None:
         super().__init__()
         check_convolution(*writer.sizes, stride, padding, dilation, 1)
-        self.writer, self.encode = writer, code  # an attribute `code` would shadow that of exported programs
-        self.stride, self.padding, self.dilation = stride, padding, dilation
+        self.writer = writer
+        self.encode = code  # an attribute `code` would shadow that of exported programs
+        self.stride = stride
+        self.padding = padding
+        self.dilation = dilation
         self.bias = nn.Parameter(torch.zeros(1, writer.sizes[1])) if bias else None
 
     def forward(self, x_BCHW: Tensor) -> Tensor:

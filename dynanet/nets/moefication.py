@@ -1,8 +1,7 @@
-"""From a trained ReLU FFN to blocks of neurons: which neurons belong together, and which block is active for an input.
+"""Splitting a trained ReLU FFN into blocks of neurons, and fitting a router that ranks the blocks for an input.
 
 MoEfication (Zhang et al. 2022, arXiv:2110.01786): in a trained ReLU network most neurons are 0 for most inputs, and
-those that fire together can be put into blocks of which a router names the active ones. `mechanisms.neuron_skip.moefy`
-puts the two steps together.
+neurons that are active together form blocks. `mechanisms.neuron_skip.moefy` combines the two steps.
 """
 
 import torch
@@ -17,13 +16,13 @@ def balanced_clusters(weight: Tensor, block: int, *, steps: int = 20, seed: int 
     """An order of the neurons in which every `block` consecutive ones have similar incoming weights.
 
     Balanced k-means on the unit vectors of the incoming weights (the paper's "parameter clustering").
-    Balance is kept by letting neurons choose in rounds: each asks for the nearest centre with room, and a centre that
-    too many ask for takes the nearest. A heuristic: it finds a good assignment, not the best one.
+    Neurons are assigned in rounds: each requests the nearest centre with room, and a centre takes the nearest of its
+    requests. A heuristic: it finds a good assignment, not the best one.
 
     Args:
         weight: (neurons, inputs).
         block: neurons per cluster.
-        steps: at most so many rounds of k-means; it stops earlier where nothing changes.
+        steps: maximum number of rounds of k-means; it ends when nothing changes.
         seed: of the first centres.
 
     Returns:
@@ -34,7 +33,7 @@ def balanced_clusters(weight: Tensor, block: int, *, steps: int = 20, seed: int 
     """
     neurons = weight.shape[0]
     if block < 1 or neurons % block:
-        raise ConfigError(f"{neurons} neurons cannot be cut into clusters of {block}; give a divisor")
+        raise ConfigError(f"block must divide the {neurons} neurons, got {block}")
     clusters = neurons // block
     points = functional.normalize(weight.float(), dim=1)
     generator = torch.Generator().manual_seed(seed)
@@ -58,16 +57,15 @@ def fit_router(
     learning_rate: float = 1e-2,
     seed: int = 0,
 ) -> list[float]:
-    """Teach a scorer to rank blocks by how active they are.
+    """Train a scorer to rank blocks by their activation.
 
-    Cross-entropy between the softmax of the scores and the blocks' shares of a row's whole activation, so that what is
-    ranked first is what would be missed most (the paper's router learns sums of positive activations too).
-    Rows without any activation teach nothing.
+    Cross-entropy between the softmax of the scores and the blocks' shares of a row's activation, so that blocks with
+    large shares rank first (the paper's router also learns sums of activations). Rows without activation are left out.
 
     Args:
         scorer: (N, D) to scores (N, blocks); changed in place.
         inputs_ND: inputs of the FFN.
-        active: (N, blocks), not negative: sums of every block's ReLU activations.
+        active: (N, blocks), sums of every block's ReLU activations.
         epochs: passes over the inputs.
         batch: rows per step.
         learning_rate: of Adam, decaying to 0 by a cosine.
@@ -82,9 +80,10 @@ def fit_router(
     if inputs_ND.shape[0] != active.shape[0]:
         raise ConfigError(f"{inputs_ND.shape[0]} inputs and activations of {active.shape[0]}; expected as many")
     some = active.sum(1) > 0
-    inputs, share = inputs_ND[some].detach(), functional.normalize(active[some].detach(), p=1, dim=1)
+    inputs = inputs_ND[some].detach()
+    share = functional.normalize(active[some].detach(), p=1, dim=1)
     if not inputs.shape[0]:
-        raise ConfigError("a router needs inputs that make some neuron active, and there are none; give more inputs")
+        raise ConfigError("no input activates a neuron; give more inputs")
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(scorer.parameters(), learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-inputs.shape[0] // batch))
@@ -113,8 +112,8 @@ def _assign(distance: Tensor, room: int) -> Tensor:
         near, wanted = distance[waiting].masked_fill(free == 0, torch.inf).min(1)
         order = near.argsort(stable=True)
         order = order[wanted[order].argsort(stable=True)]  # by centre, the nearest first
-        asked = torch.bincount(wanted, minlength=centres)
-        rank = torch.arange(len(order), device=order.device) - (asked.cumsum(0) - asked)[wanted[order]]
+        requests = torch.bincount(wanted, minlength=centres)
+        rank = torch.arange(len(order), device=order.device) - (requests.cumsum(0) - requests)[wanted[order]]
         taken = order[rank < free[wanted[order]]]
         chosen[waiting[taken]] = wanted[taken]
         free = free - torch.bincount(wanted[taken], minlength=centres)

@@ -1,4 +1,4 @@
-"""Residual networks in pieces: a stem, a list of blocks, a head. Networks that skip blocks are put together from these.
+"""Parts of residual networks: stems, lists of blocks, heads. Networks that skip blocks are assembled from these.
 
 He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition, CVPR 2016, https://arxiv.org/abs/1512.03385. For
 CIFAR (section 4.2) 6n + 2 layers: n basic blocks at each of three resolutions; for ImageNet (table 1) bottlenecks at
@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from dynanet.core.errors import ConfigError, check_sizes
+from dynanet.core.errors import ConfigError, check_choice, check_sizes
+from dynanet.nets.blocks import conv_bn, conv_bn_relu, pooled_classifier
 
 BOTTLENECKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
@@ -42,17 +43,20 @@ def imagenet_resnet(*, num_classes: int = 1000, depth: int = 50, in_channels: in
 
 
 class Residual(nn.Module):
-    """relu(shortcut(x) + branch(x)), its two halves within reach of those who skip one.
+    """relu(shortcut(x) + branch(x)), with both halves as attributes, so that a network can skip one.
 
     Attributes:
-        branch: what a gate may leave out.
-        shortcut: what takes its place, before the ReLU.
+        branch: the part that a gate may skip.
+        shortcut: added to it, before the ReLU.
         inputs: channels of x.
     """
 
     def __init__(self, branch: nn.Module, shortcut: nn.Module, inputs: int) -> None:
         super().__init__()
-        self.branch, self.shortcut, self.relu, self.inputs = branch, shortcut, nn.ReLU(inplace=True), inputs
+        self.branch = branch
+        self.shortcut = shortcut
+        self.relu = nn.ReLU(inplace=True)
+        self.inputs = inputs
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C', H', W')."""
@@ -60,11 +64,12 @@ class Residual(nn.Module):
 
 
 class PadShortcut(nn.Module):
-    """Every stride-th position, channels of zeros behind: the shortcut without parameters (the paper's option A)."""
+    """The shortcut without parameters: every stride-th position, padded with channels of zeros (option A)."""
 
     def __init__(self, more: int, stride: int) -> None:
         super().__init__()
-        self.more, self.stride = more, stride
+        self.more = more
+        self.stride = stride
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C + more, H / stride, W / stride), rounded up."""
@@ -75,7 +80,7 @@ class PadShortcut(nn.Module):
 def basic_block(inputs: int, outputs: int, stride: int = 1) -> Residual:
     """Two 3x3 convolutions; the shortcut has no parameters."""
     same = inputs == outputs and stride == 1
-    branch = nn.Sequential(*_conv_bn(inputs, outputs, 3, stride), nn.ReLU(inplace=True), *_conv_bn(outputs, outputs, 3))
+    branch = nn.Sequential(*conv_bn_relu(inputs, outputs, 3, stride), *conv_bn(outputs, outputs, 3))
     return Residual(branch, nn.Identity() if same else PadShortcut(outputs - inputs, stride), inputs)
 
 
@@ -83,14 +88,10 @@ def bottleneck(inputs: int, width: int, stride: int = 1) -> Residual:
     """1x1, 3x3 (which strides) and 1x1 to 4 * width channels; where the shape changes the shortcut is a convolution."""
     outputs = 4 * width
     branch = nn.Sequential(
-        *_conv_bn(inputs, width, 1),
-        nn.ReLU(inplace=True),
-        *_conv_bn(width, width, 3, stride),
-        nn.ReLU(inplace=True),
-        *_conv_bn(width, outputs, 1),
+        *conv_bn_relu(inputs, width, 1), *conv_bn_relu(width, width, 3, stride), *conv_bn(width, outputs, 1)
     )
     same = inputs == outputs and stride == 1
-    return Residual(branch, nn.Identity() if same else nn.Sequential(*_conv_bn(inputs, outputs, 1, stride)), inputs)
+    return Residual(branch, nn.Identity() if same else conv_bn(inputs, outputs, 1, stride), inputs)
 
 
 def cifar_blocks(depth: int, widths: Sequence[int] = (16, 32, 64)) -> list[Residual]:
@@ -100,10 +101,11 @@ def cifar_blocks(depth: int, widths: Sequence[int] = (16, 32, 64)) -> list[Resid
         ConfigError: another depth, or not three widths that do not shrink.
     """
     if not isinstance(depth, int) or depth < 8 or (depth - 2) % 6:
-        raise ConfigError(f"a CIFAR ResNet of depth {depth}; expected 6n + 2: 8, 14, 20, 32, 56, 110, ...")
+        raise ConfigError(f"depth must be 6n + 2 (8, 14, 20, 32, 56, 110, ...), got {depth}")
     if len(widths) != 3 or widths[0] < 1 or sorted(widths) != list(widths):
-        raise ConfigError(f"a CIFAR ResNet of widths {tuple(widths)}; expected three, none smaller than the one before")
-    blocks, inputs = [], widths[0]
+        raise ConfigError(f"widths must be three, none smaller than the one before, got {tuple(widths)}")
+    blocks = []
+    inputs = widths[0]
     for level, width in enumerate(widths):
         for n in range((depth - 2) // 6):
             blocks.append(basic_block(inputs, width, stride=2 if level and n == 0 else 1))
@@ -117,9 +119,9 @@ def imagenet_blocks(depth: int) -> list[Residual]:
     Raises:
         ConfigError: another depth.
     """
-    if depth not in BOTTLENECKS:
-        raise ConfigError(f"an ImageNet ResNet of depth {depth}; expected one of {', '.join(map(str, BOTTLENECKS))}")
-    blocks, inputs = [], 64
+    check_choice("depth", depth, BOTTLENECKS)
+    blocks = []
+    inputs = 64
     for level, count in enumerate(BOTTLENECKS[depth]):
         width = 64 * 2**level
         for n in range(count):
@@ -129,31 +131,21 @@ def imagenet_blocks(depth: int) -> list[Residual]:
 
 
 def cifar_stem(in_channels: int, width: int) -> nn.Sequential:
-    """A 3x3 convolution."""
+    """A 3x3 convolution, batch norm, ReLU."""
     check_sizes(in_channels=in_channels)
-    return nn.Sequential(*_conv_bn(in_channels, width, 3), nn.ReLU(inplace=True))
+    return conv_bn_relu(in_channels, width, 3)
 
 
 def imagenet_stem(in_channels: int) -> nn.Sequential:
-    """A 7x7 convolution and a pooling, both with stride 2."""
-    return nn.Sequential(*_conv_bn(in_channels, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, padding=1))
+    """A 7x7 convolution with batch norm and ReLU, and a pooling, both with stride 2."""
+    return nn.Sequential(*conv_bn_relu(in_channels, 64, 7, 2), nn.MaxPool2d(3, 2, padding=1))
 
 
 def head(width: int, num_classes: int) -> nn.Sequential:
     """Global average and a linear layer.
 
     Raises:
-        ConfigError: no classes.
+        ConfigError: fewer than one class.
     """
-    if not isinstance(num_classes, int) or num_classes < 1:
-        raise ConfigError(f"num_classes is {num_classes}; expected a whole number of at least 1")
-    linear = nn.Linear(width, num_classes)
-    nn.init.zeros_(linear.bias)
-    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
-
-
-def _conv_bn(inputs: int, outputs: int, kernel: int, stride: int = 1) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
-    """He initialisation by fan-out."""
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    return conv, nn.BatchNorm2d(outputs)
+    check_sizes(num_classes=num_classes)
+    return pooled_classifier(width, num_classes)

@@ -1,4 +1,4 @@
-"""Layers that run at several widths, which share their weights: width u is the first channels of each."""
+"""Layers that run at several widths with shared weights: width u uses the first channels of each."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -17,48 +17,51 @@ class Slim(nn.Module, ABC):
     """A module that runs at several widths: `module(x, u)` is width u, counted from the narrowest.
 
     Attributes:
-        widths: how many there are.
+        widths: number of widths.
     """
 
     widths: int
 
     @abstractmethod
     def forward(self, x: Tensor, u: int) -> Tensor:
-        """The answer at width u."""
+        """The output at width u, (B, ...) to (B, ...)."""
 
     @abstractmethod
     def at(self, u: int) -> nn.Module:
-        """Width u as a plain module with weights of its own: what is deployed."""
+        """Width u as a plain module with its own weights, to deploy."""
 
 
 class SlimConv2d(Slim):
     """A convolution without bias whose width u is the first rows and columns of its weights (arXiv:1812.08928).
 
     Args:
-        inputs: channels that come in at every width.
-        outputs: channels that go out at every width. A layer that stays as it is repeats a number.
+        inputs: input channels at every width, ascending.
+        outputs: output channels at every width, ascending; equal numbers for a layer of one width.
         kernel: side of the kernel, odd; zeros pad it.
         stride: of the convolution.
-        depthwise: every channel by itself.
+        depthwise: one kernel per channel.
 
     Raises:
-        ConfigError: widths that are no whole numbers from 1 up, that fall, or that are not as many in as out; a kernel
-            that is not odd.
+        ConfigError: channels below 1 or descending, unequal numbers of widths, or an even kernel.
     """
 
     def __init__(
         self, inputs: Sequence[int], outputs: Sequence[int], kernel: int, stride: int = 1, *, depthwise: bool = False
     ) -> None:
         super().__init__()
-        self.inputs, self.outputs = _channels("inputs", inputs), _channels("outputs", outputs)
+        self.inputs = _channels("inputs", inputs)
+        self.outputs = _channels("outputs", outputs)
         if len(inputs) != len(outputs) or (depthwise and self.inputs != self.outputs):
             raise ConfigError(
-                f"a slimmable convolution takes {self.inputs} and answers {self.outputs} channels; give one number in "
-                f"and one out for every width{', the same ones where it is depthwise' if depthwise else ''}"
+                f"a slimmable convolution has {self.inputs} input and {self.outputs} output channels; give one number "
+                f"in and one out for every width{', equal ones as it is depthwise' if depthwise else ''}"
             )
         if kernel < 1 or kernel % 2 == 0:
-            raise ConfigError(f"a slimmable convolution got a kernel of {kernel}; give an odd one")
-        self.kernel, self.stride, self.depthwise, self.widths = kernel, stride, depthwise, len(self.outputs)
+            raise ConfigError(f"kernel must be odd, got {kernel}")
+        self.kernel = kernel
+        self.stride = stride
+        self.depthwise = depthwise
+        self.widths = len(self.outputs)
         self.weight = nn.Parameter(torch.empty(outputs[-1], 1 if depthwise else inputs[-1], kernel, kernel))
         nn.init.kaiming_normal_(self.weight, mode="fan_out" if not depthwise else "fan_in", nonlinearity="relu")
 
@@ -67,7 +70,7 @@ class SlimConv2d(Slim):
         return F.conv2d(x, self._slice(u), None, self.stride, self.kernel // 2, 1, self._groups(u))
 
     def at(self, u: int) -> nn.Conv2d:
-        """A plain convolution."""
+        """Width u as a plain convolution."""
         conv = nn.Conv2d(
             *(self.inputs[u], self.outputs[u], self.kernel, self.stride, self.kernel // 2),
             groups=self._groups(u),
@@ -84,10 +87,10 @@ class SlimConv2d(Slim):
 
 
 class SlimBatchNorm2d(Slim):
-    """A batch norm with statistics of its own for every width (switchable batch norm, arXiv:1812.08928, section 3.2).
+    """A batch norm with separate statistics for every width (switchable batch norm, arXiv:1812.08928, section 3.2).
 
-    One norm for all widths would mix statistics that differ. With `shared` only they are apart and the widths share
-    scale and shift, as US-Nets do (arXiv:1903.05134); `train.recalibrate_batchnorm` refreshes either.
+    One norm would mix statistics that differ. With `shared`, only statistics are separate and the widths share scale
+    and shift, as in US-Nets (arXiv:1903.05134); `train.recalibrate_batchnorm` refreshes either.
 
     Args:
         channels: at every width.
@@ -96,7 +99,9 @@ class SlimBatchNorm2d(Slim):
 
     def __init__(self, channels: Sequence[int], *, shared: bool = False) -> None:
         super().__init__()
-        self.channels, self.widths, self.shared = _channels("channels", channels), len(channels), shared
+        self.channels = _channels("channels", channels)
+        self.widths = len(channels)
+        self.shared = shared
         self.norms = nn.ModuleList(nn.BatchNorm2d(c, affine=not shared) for c in channels)
         self.weight = nn.Parameter(torch.ones(channels[-1])) if shared else None
         self.bias = nn.Parameter(torch.zeros(channels[-1])) if shared else None
@@ -109,7 +114,7 @@ class SlimBatchNorm2d(Slim):
         return x * self.weight[: self.channels[u], None, None] + self.bias[: self.channels[u], None, None]
 
     def at(self, u: int) -> nn.BatchNorm2d:
-        """A plain batch norm."""
+        """Width u as a plain batch norm."""
         norm = copy.deepcopy(cast(nn.BatchNorm2d, self.norms[u]))
         if self.weight is not None and self.bias is not None:
             norm.affine = True
@@ -119,17 +124,18 @@ class SlimBatchNorm2d(Slim):
 
 
 class SlimLinear(Slim):
-    """A linear map from as many features as the width has; the answer is as long at every width.
+    """A linear layer with as many inputs as the width has; the number of outputs is the same for all widths.
 
     Args:
-        inputs: features that come in at every width.
-        outputs: features that go out.
+        inputs: input features at every width, ascending.
+        outputs: output features.
     """
 
     def __init__(self, inputs: Sequence[int], outputs: int) -> None:
         super().__init__()
         check_sizes(outputs=outputs)
-        self.inputs, self.widths = _channels("inputs", inputs), len(inputs)
+        self.inputs = _channels("inputs", inputs)
+        self.widths = len(inputs)
         linear = nn.Linear(inputs[-1], outputs)
         self.weight, self.bias = linear.weight, linear.bias
 
@@ -138,7 +144,7 @@ class SlimLinear(Slim):
         return F.linear(x, self.weight[:, : self.inputs[u]], self.bias)
 
     def at(self, u: int) -> nn.Linear:
-        """A plain linear map."""
+        """Width u as a plain linear layer."""
         linear = nn.Linear(self.inputs[u], self.weight.shape[0]).to(self.weight)
         linear.weight = nn.Parameter(self.weight[:, : self.inputs[u]].detach().clone())
         linear.bias = nn.Parameter(self.bias.detach().clone())
@@ -146,7 +152,7 @@ class SlimLinear(Slim):
 
 
 class SlimSequential(Slim):
-    """Layers one after another, slimmable ones and such as take any number of channels (ReLU, pooling).
+    """A sequence of slimmable layers and of layers that take any number of channels (ReLU, pooling).
 
     Raises:
         StructureError: no slimmable layer, layers with different numbers of widths, or convolutions that do not fit.
@@ -162,23 +168,24 @@ class SlimSequential(Slim):
             both = isinstance(before, SlimConv2d) and isinstance(after, SlimConv2d)
             if both and before.outputs != after.inputs:
                 raise StructureError(
-                    f"a slimmable convolution answers {before.outputs} channels, and the next one takes {after.inputs}"
+                    f"a slimmable convolution gives {before.outputs} channels, and the next one takes {after.inputs}"
                 )
-        self.parts, self.widths = nn.ModuleList(parts), found.pop()
+        self.parts = nn.ModuleList(parts)
+        self.widths = found.pop()
 
     def forward(self, x: Tensor, u: int) -> Tensor:
-        """Every layer at width u."""
+        """Every layer at width u, (B, ...) to (B, ...)."""
         for part in self.parts:
             x = part(x, u) if isinstance(part, Slim) else part(x)
         return x
 
     def at(self, u: int) -> nn.Sequential:
-        """The layers as they are at width u."""
+        """Width u as a plain nn.Sequential."""
         return nn.Sequential(*(part.at(u) if isinstance(part, Slim) else copy.deepcopy(part) for part in self.parts))
 
 
 class SlimResidual(Slim):
-    """A branch, a shortcut beside it, and a ReLU over their sum.
+    """The ReLU of the sum of a branch and a shortcut.
 
     Args:
         branch: slimmable.
@@ -191,32 +198,35 @@ class SlimResidual(Slim):
     def __init__(self, branch: Slim, shortcut: Slim | None = None) -> None:
         super().__init__()
         if shortcut is not None and shortcut.widths != branch.widths:
-            raise StructureError(f"a branch of {branch.widths} widths beside a shortcut of {shortcut.widths}")
-        self.branch, self.shortcut, self.widths = branch, shortcut, branch.widths
+            raise StructureError(f"a branch of {branch.widths} widths with a shortcut of {shortcut.widths}")
+        self.branch = branch
+        self.shortcut = shortcut
+        self.widths = branch.widths
 
     def forward(self, x: Tensor, u: int) -> Tensor:
-        """(B, inputs[u], H, W) to the branch's answer's shape."""
+        """(B, inputs[u], H, W) to the shape of the branch's output."""
         return (self.branch(x, u) + (x if self.shortcut is None else self.shortcut(x, u))).relu()
 
     def at(self, u: int) -> "PlainResidual":
-        """A plain residual block."""
+        """Width u as a plain residual block."""
         return PlainResidual(self.branch.at(u), nn.Identity() if self.shortcut is None else self.shortcut.at(u))
 
 
 class PlainResidual(nn.Module):
-    """What a `SlimResidual` is at one width."""
+    """A `SlimResidual` at one width."""
 
     def __init__(self, branch: nn.Module, shortcut: nn.Module) -> None:
         super().__init__()
-        self.branch, self.shortcut = branch, shortcut
+        self.branch = branch
+        self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to the branch's answer's shape."""
+        """(B, C, H, W) to the shape of the branch's output."""
         return (self.branch(x) + self.shortcut(x)).relu()
 
 
 def scaled(channels: int, ratios: Sequence[float]) -> tuple[int, ...]:
-    """Channels at every ratio of the full width, rounded down to whole ones as MobileNet does.
+    """Channels at every ratio of the full width, rounded down as in MobileNet.
 
     >>> scaled(64, (0.25, 0.5, 1.0))
     (16, 32, 64)
@@ -226,12 +236,12 @@ def scaled(channels: int, ratios: Sequence[float]) -> tuple[int, ...]:
     """
     rising = all(a < b for a, b in pairwise(ratios))
     if not ratios or not rising or not 0 < ratios[0] <= ratios[-1] <= 1:
-        raise ConfigError(f"widths are {tuple(ratios)}; expected ascending ratios above 0 and at most 1")
+        raise ConfigError(f"ratios must be ascending, above 0 and at most 1, got {tuple(ratios)}")
     return tuple(max(1, int(channels * ratio)) for ratio in ratios)
 
 
 def _channels(name: str, channels: Sequence[int]) -> tuple[int, ...]:
-    whole = all(isinstance(c, int) and not isinstance(c, bool) and c >= 1 for c in channels)
-    if not channels or not whole or any(a > b for a, b in pairwise(channels)):
-        raise ConfigError(f"{name} of the widths are {tuple(channels)}; expected ascending whole numbers of at least 1")
+    check_sizes(**{name: tuple(channels)})
+    if not channels or any(a > b for a, b in pairwise(channels)):
+        raise ConfigError(f"{name} must be one number per width, ascending, got {tuple(channels)}")
     return tuple(channels)

@@ -1,4 +1,4 @@
-"""Images cut, warped and resized so that gradients reach the place as well as the pixels; only the answer is sampled.
+"""Differentiable cropping, warping and resizing: gradients reach the position as well as the pixels.
 
 Jaderberg, Simonyan, Zisserman, Kavukcuoglu: Spatial Transformer Networks, NeurIPS 2015, https://arxiv.org/abs/1506.02025.
 """
@@ -9,38 +9,39 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dynanet.core.errors import ConfigError, InputError
+from dynanet.core.errors import ConfigError, InputError, check_sizes
 
 Size = int | Sequence[int]
 
 
 class SpatialTransformer(nn.Module):
-    """Looks at what a small network points to: an affine map of the output grid, sampled bilinearly (section 3).
+    """Samples the image bilinearly on a grid that a localisation network predicts (section 3).
 
-    Answers have `size` whatever the input's, so what comes next costs what that size costs. A localisation network that
-    answers 0 (let its last layer start with zeros) shows the whole image.
+    The output has one `size` for every input, which sets the cost of what follows. A localisation network that predicts
+    0 (start its last layer with zeros) shows the whole image.
 
     Args:
-        localise: from images (B, C, H, W) to (B, 6), what is added to the identity, row by row (eq. 1).
-        size: of the answer: a side, or (height, width).
+        localise: from images (B, C, H, W) to (B, 6), added to the identity map row by row (eq. 1).
+        size: of the output: a side, or (height, width).
 
     Raises:
-        ConfigError: a size that is none.
+        ConfigError: an invalid size.
     """
 
     def __init__(self, localise: nn.Module, size: Size) -> None:
         super().__init__()
-        self.localise, self.size = localise, sides(size)
+        self.localise = localise
+        self.size = sides(size)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, *size).
 
         Raises:
-            InputError: the localisation network answered something else than (B, 6).
+            InputError: the localisation network does not return (B, 6).
         """
         moved = self.localise(x_BCHW)
         if moved.dim() != 2 or moved.shape[1] != 6:
-            raise InputError(f"localise answered a tensor of shape {tuple(moved.shape)}; expected (B, 6)")
+            raise InputError(f"localise returned a tensor of shape {tuple(moved.shape)}; expected (B, 6)")
         identity = torch.eye(2, 3, dtype=moved.dtype, device=moved.device)
         return affine(x_BCHW, identity + moved.unflatten(1, (2, 3)), self.size)
 
@@ -49,10 +50,10 @@ class Resize(nn.Module):
     """`resize` as a layer.
 
     Args:
-        size: of the answer: a side, or (height, width).
+        size: of the output: a side, or (height, width).
 
     Raises:
-        ConfigError: a size that is none.
+        ConfigError: an invalid size.
     """
 
     def __init__(self, size: Size) -> None:
@@ -64,40 +65,42 @@ class Resize(nn.Module):
         return resize(x_BCHW, self.size)
 
     def extra_repr(self) -> str:
-        """For printing."""
+        """Height and width, for printing."""
         return f"{self.size[0]} x {self.size[1]}"
 
 
 def affine(x_BCHW: Tensor, theta_B23: Tensor, size: Size) -> Tensor:
-    """Where the affine maps say, zeros beyond the edges (eq. 1 and 5).
+    """Sample images on affine grids, with zeros beyond the edges (eq. 1 and 5).
 
-    Costs four multiply-accumulates per value of the answer, which a cost model counts, however large the image is.
+    Costs four MACs per output value, which a cost model counts, independent of the size of the image.
 
     Args:
         x_BCHW: images.
-        theta_B23: from places in the answer to places in the image, (across, down, 1) to (across, down), both from -1
-            at one edge to 1 at the other.
-        size: of the answer: a side, or (height, width).
+        theta_B23: maps output positions (across, down, 1) to image positions (across, down), all from -1 at one edge to
+            1 at the other.
+        size: of the output: a side, or (height, width).
     """
     height, width = sides(size)
     theta = _at_least_single(theta_B23)[:, :, :, None, None]
-    across, down = _centres(width, theta), _centres(height, theta)[:, None]
+    across = _centres(width, theta)
+    down = _centres(height, theta)[:, None]
     grid = theta[:, :, 0] * across + theta[:, :, 1] * down + theta[:, :, 2]
     return _sampled(x_BCHW, grid.permute(0, 2, 3, 1))
 
 
 def crop(x_BCHW: Tensor, place_B2: Tensor, size: Size) -> Tensor:
-    """A window of the image, unscaled: the affine map that only moves.
+    """Crop a window from each image without scaling.
 
-    A window between pixels is interpolated, so that a gradient reaches the place; one on whole pixels is a copy. Costs
+    A window between pixels is interpolated, so that gradients reach the position; one on whole pixels is a copy. Costs
     as `affine`.
 
     Args:
-        x_BCHW: images of any size. Where one is smaller than the window it lies in the middle, with zeros around.
-        place_B2: (down, across), each from 0 (the window at the upper or left edge) to 1 (at the other).
+        x_BCHW: images of any size. One that is smaller than the window is centred and surrounded by zeros.
+        place_B2: position (down, across) of the window, from 0 at the upper or left edge to 1 at the opposite one.
         size: of the window: a side, or (height, width).
     """
-    place, lines = _at_least_single(place_B2), []
+    place = _at_least_single(place_B2)
+    lines = []
     for axis, side in enumerate(sides(size)):
         whole = x_BCHW.shape[2 + axis]
         room = whole - side
@@ -109,41 +112,42 @@ def crop(x_BCHW: Tensor, place_B2: Tensor, size: Size) -> Tensor:
 
 
 def resize(x_BCHW: Tensor, size: Size) -> Tensor:
-    """The whole image at another size: bilinear, smoothed first where it shrinks; itself where the size is its own.
+    """Resize images bilinearly, with antialiasing; images of this size are returned as they are.
 
-    Counts no multiply-accumulates, as resizing does nowhere in the literature.
+    Counts no MACs, as is usual in the literature.
 
     Args:
         x_BCHW: images of any size.
-        size: of the answer: a side, or (height, width). Another aspect than the image's stretches it.
+        size: of the output: a side, or (height, width). Images of another aspect are stretched.
     """
     height_width = sides(size)
     if tuple(x_BCHW.shape[2:]) == height_width:
         return x_BCHW
-    wide = _at_least_single(x_BCHW)  # torch has no such kernel for halves
+    wide = _at_least_single(x_BCHW)  # torch has no kernel for half precision
     return functional.interpolate(wide, height_width, mode="bilinear", antialias=True).to(x_BCHW.dtype)
 
 
 def sides(size: Size) -> tuple[int, int]:
-    """(height, width) of a size that is given as a side or as both.
+    """(height, width) of a size that is given as one side or as both.
 
     Raises:
-        ConfigError: anything else than one or two whole numbers of at least 1.
+        ConfigError: not one or two whole numbers of at least 1.
     """
     both = tuple(size) if isinstance(size, Sequence) else (size, size)
-    if len(both) != 2 or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in both):
-        raise ConfigError(f"a size of {size!r} pixels; expected a side of at least 1, or (height, width)")
+    if len(both) != 2:
+        raise ConfigError(f"size must be a side or (height, width), got {size!r}")
+    check_sizes(size=both)
     return both[0], both[1]
 
 
 def _sampled(x_BCHW: Tensor, grid_BHW2: Tensor) -> Tensor:
-    """At (across, down) from -1 to 1, in the grid's precision: places in bfloat16 would miss by whole pixels."""
+    """Sample at (across, down) from -1 to 1, in the grid's precision: bfloat16 would miss by whole pixels."""
     sampled = functional.grid_sample(x_BCHW.to(grid_BHW2.dtype), grid_BHW2, align_corners=False)
     return sampled.to(x_BCHW.dtype)
 
 
 def _centres(pixels: int, like: Tensor) -> Tensor:
-    """Where the middles of so many pixels lie, from -1 at one edge to 1 at the other."""
+    """Positions of the pixel centres, from -1 at one edge to 1 at the other."""
     return (2 * torch.arange(pixels, device=like.device, dtype=like.dtype) + 1) / pixels - 1
 
 

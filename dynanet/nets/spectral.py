@@ -1,12 +1,12 @@
 """A small network for the pixels of a hyperspectral image: first a pixel's own spectrum, then its neighbourhood.
 
-The stem and the first exit look at single pixels. Over a whole image the stem therefore runs once, not once for each of
-the 81 patches that hold a pixel, and the pixels that the first exit settles need no patch at all. The later stages are
+The stem and the first exit read single pixels. Over a whole image the stem therefore runs once, not once for each of
+the 81 patches that contain a pixel, and pixels that leave at the first exit need no patch. The later stages are
 residual 3 x 3 blocks over a patch of stem features.
 
-A patch may be cut before the stem or after it: the stem answers 0 to a pixel whose spectrum is all zero, so the places
-beyond the edge of the scene, or hidden by a split, are 0 for the blocks either way. `spectral_net` lists stages and
-exits as `EarlyExit(stages, exits)` takes them; on features cut after the stem use `[nn.Identity(), *stages[1:]]`.
+Patches may be cut before the stem or after it: the stem maps a zero spectrum to 0, so positions beyond the edge of the
+scene, or hidden by a split, are 0 for the blocks either way. `spectral_net` returns stages and exits for
+`EarlyExit(stages, exits)`; for features cut after the stem use `[nn.Identity(), *stages[1:]]`.
 """
 
 from collections.abc import Sequence
@@ -27,10 +27,10 @@ def spectral_net(
 
     Args:
         bands: channels of the input (B, bands, P, P), P odd.
-        classes: how many logits.
+        classes: number of classes.
         width: channels of the stem.
         hidden: units of the hidden layer of the first exit.
-        blocks: per later stage its blocks, each as (channels, stride).
+        blocks: for every later stage its blocks, each as (channels, stride).
 
     Returns:
         Two lists of the same length. Stage k maps features to features (B, C, P, P); exit k maps them to logits.
@@ -49,7 +49,7 @@ def spectral_net(
 
 
 class SpectralStem(nn.Module):
-    """Spectra to features, pixel by pixel: (B, bands, H, W) to (B, width, H, W); 0 where a spectrum is all zero."""
+    """Spectra to features, pixel by pixel; 0 where a spectrum is all zero."""
 
     def __init__(self, bands: int, width: int) -> None:
         super().__init__()
@@ -59,15 +59,16 @@ class SpectralStem(nn.Module):
         self.refine_norm = nn.BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Two layers, the second with a way past it; what lies outside stays 0 (the norms alone would lift it)."""
-        inside = (x.amax(1, keepdim=True) != 0) | (x.amin(1, keepdim=True) != 0)  # far cheaper than (x != 0).any(1)
+        """(B, bands, H, W) to (B, width, H, W)."""
+        # The norms alone would not keep zero spectra at 0.
+        inside = (x.amax(1, keepdim=True) != 0) | (x.amin(1, keepdim=True) != 0)  # much cheaper than (x != 0).any(1)
         y = F.relu(self.project_norm(self.project(x)))
         y = y + F.relu(self.refine_norm(self.refine(y)))
         return y * inside.to(y.dtype)
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions and a way past them (He et al., 2016, arXiv:1512.03385, the basic block)."""
+    """Two 3 x 3 convolutions and a shortcut (the basic block of He et al., 2016, arXiv:1512.03385)."""
 
     def __init__(self, channels: int, out: int, stride: int) -> None:
         super().__init__()
@@ -86,7 +87,7 @@ class ResidualBlock(nn.Module):
 
 
 class PixelExit(nn.Module):
-    """Classifies the centre pixel by its own features, with one hidden layer: (B, C, P, P) to (B, classes)."""
+    """Classifies the centre pixel by its own features, with one hidden layer."""
 
     def __init__(self, channels: int, hidden: int, classes: int) -> None:
         super().__init__()
@@ -95,22 +96,22 @@ class PixelExit(nn.Module):
         self.classify = nn.Linear(hidden, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits of the centre pixel."""
+        """(B, C, P, P) to the logits (B, classes) of the centre pixel."""
         return self.of_pixels(x[:, :, x.shape[2] // 2, x.shape[3] // 2])
 
     def of_pixels(self, features: Tensor) -> Tensor:
-        """Return logits (N, classes) for the features (N, C) of single pixels: no patch is needed."""
+        """Features (N, C) of single pixels to logits (N, classes)."""
         return self.classify(F.relu(self.norm(self.hidden(features))))
 
 
 class PatchExit(nn.Module):
-    """Classifies by the mean over the patch and the centre pixel: (B, C, P, P) to (B, classes)."""
+    """Classifies by the mean over the patch and the centre pixel."""
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
         self.classify = nn.Linear(2 * channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the logits of the centre pixel."""
+        """(B, C, P, P) to the logits (B, classes) of the centre pixel."""
         centre = x[:, :, x.shape[2] // 2, x.shape[3] // 2]
         return self.classify(torch.cat([x.mean((2, 3)), centre], 1))

@@ -1,15 +1,15 @@
-"""Squeeze and excitation: channels are weighed by what the whole image holds."""
+"""Squeeze and excitation: channels are scaled by weights that depend on the whole image."""
 
 from torch import Tensor, nn
 
-from dynanet.core.errors import ConfigError
+from dynanet.core.errors import check_sizes
 
 
 class SqueezeExcite(nn.Module):
     """x times sigmoid(linear(ReLU(linear(pool(x))))), channel by channel (Hu et al. 2018, arXiv:1709.01507, eq. 2-4).
 
-    Dynamic features, and the same thing as weights that change with the sample: scaling the output channels of a
-    convolution scales its kernels. Nothing is skipped; channels near 0 are computed all the same. Overhead per sample:
+    Equivalent to weights that depend on the sample, as scaling the output channels of a convolution scales its kernels.
+    Nothing is skipped; channels near 0 are computed as well. Overhead per sample:
     2 x channels x (channels / reduction) MACs.
 
     Args:
@@ -22,10 +22,10 @@ class SqueezeExcite(nn.Module):
 
     def __init__(self, channels: int, *, reduction: int = 16) -> None:
         super().__init__()
-        if channels < 1 or reduction < 1:
-            raise ConfigError(f"squeeze-excite got channels={channels}, reduction={reduction}; give 1 or more")
+        check_sizes(channels=channels, reduction=reduction)
         hidden = max(1, channels // reduction)
-        self.squeeze, self.excite = nn.Linear(channels, hidden), nn.Linear(hidden, channels)
+        self.squeeze = nn.Linear(channels, hidden)
+        self.excite = nn.Linear(hidden, channels)
 
     def scale(self, x_BCHW: Tensor) -> Tensor:
         """The factor of every channel, (B, channels), each in (0, 1)."""

@@ -1,8 +1,9 @@
-"""Where the compute went, and whether the answers can be trusted: findings from tables, and a report in one file.
+"""Reports: accuracy, cost and exit rates from tables, as one HTML file.
 
-findings = find(test_table, choices, Origin(data=..., test=...), class_names, line=frontier.curve())
+findings = find(test_table, points, Origin(data=..., test=...), class_names, line=frontier.curve())
 write_report(findings, "report.html")
 """
+# ruff: noqa: F401  (the public names)
 
 from dynanet.report.findings import Findings, Origin, Point, Timing, find
 from dynanet.report.html import page, write_report
@@ -10,22 +11,3 @@ from dynanet.report.images import Box, ImageFindings, Shown
 from dynanet.report.positions import BesideBoxes, beside_boxes, places, units_per_position
 from dynanet.report.samples import Samples
 from dynanet.report.scene import SceneMaps
-
-__all__ = [
-    "BesideBoxes",
-    "Box",
-    "Findings",
-    "ImageFindings",
-    "Origin",
-    "Point",
-    "Samples",
-    "SceneMaps",
-    "Shown",
-    "Timing",
-    "beside_boxes",
-    "find",
-    "page",
-    "places",
-    "units_per_position",
-    "write_report",
-]

@@ -1,4 +1,4 @@
-"""The easiest and the hardest samples and the surest mistakes: a card each, with what was said and what it cost."""
+"""Cards of the easiest samples, the hardest samples and the most confident mistakes."""
 
 import numpy as np
 
@@ -14,18 +14,18 @@ AROUND = 12  # pixels of the scene on each side of a sample's pixel
 
 
 def samples_section(f: Findings) -> Markup:
-    """Three rows of cards, at the explained budget."""
+    """Three rows of cards, at the explained operating point."""
     groups = (
-        ("The easiest", "They leave first, and the model is surest of them.", f.easy),
-        ("The hardest", "They go furthest, and the model is least sure of them.", f.hard),
-        ("The surest mistakes", "Wrong answers, those first that left first and looked surest.", f.mistakes),
+        ("Easiest", "Earliest exit, highest confidence.", f.easy),
+        ("Hardest", "Last exit, lowest confidence.", f.hard),
+        ("Most confident mistakes", "Wrong answers, earliest exit and highest confidence first.", f.mistakes),
     )
-    said = f"At the budget “{f.operation.name}”; at most {PER_CLASS} of a class."
+    said = f"At the operating point “{f.evaluation.name}”; at most {PER_CLASS} of a class."
     if f.shown is not None and f.shown.spectra is not None:
-        unit = f", in {f.shown.unit}," if f.shown.unit else ""
+        unit = f" in {f.shown.unit}" if f.shown.unit else ""
         said += (
-            f" Blue is the sample's spectrum{unit} and grey the mean spectrum of its true class in the test samples, "
-            "all on one vertical scale."
+            f" Blue is the sample's spectrum{unit}, grey the mean test spectrum of its true class, all on one vertical "
+            "scale."
         )
     if _has_crops(f):
         side = 2 * AROUND + 1
@@ -42,7 +42,8 @@ def samples_section(f: Findings) -> Markup:
 
 
 def _card(f: Findings, sample: Sample) -> Markup:
-    shown, names = f.shown, f.class_names
+    shown = f.shown
+    names = f.class_names
     parts: list[Markup] = []
     known = []
     if shown is not None and shown.pictures is not None:
@@ -57,26 +58,26 @@ def _card(f: Findings, sample: Sample) -> Markup:
         row, column = shown.positions[sample.row].tolist()
         known.append(f"row {row}, column {column}")
     if sample.answer == sample.label:
-        verdict = tag("p", tag("b", names[sample.label]), ", ", tag("span.good", "right"))
+        verdict = tag("p", tag("b", names[sample.label]), ", ", tag("span.good", "correct"))
     else:
         verdict = tag("p", tag("b", names[sample.label]), ", ", tag("span.bad", "wrong"), f": “{names[sample.answer]}”")
     return tag(
         "figure.card",
         *parts,
         verdict,
-        tag("p.soft", f"exit {sample.exit + 1}, {percent(sample.spent, 0)} of full"),
+        tag("p.soft", f"exit {sample.exit + 1}, {percent(sample.spent, 0)} of full MACs"),
         _of_the_full_model(f, sample),
         tag("p.soft", "; ".join(known) or f"test sample {sample.row}"),
     )
 
 
 def _of_the_full_model(f: Findings, sample: Sample) -> Markup | None:
-    """Whether going on would have helped, where that is not plain."""
+    """The answer of the full model, where it differs or both are wrong."""
     if sample.exit == len(f.exits) - 1:
         return None
     if sample.full == sample.answer:
-        return None if sample.answer == sample.label else tag("p.soft", "the full model says the same")
-    return tag("p.soft", f"the full model says “{f.class_names[sample.full]}”")
+        return None if sample.answer == sample.label else tag("p.soft", "same answer of the full model")
+    return tag("p.soft", f"full model: “{f.class_names[sample.full]}”")
 
 
 def _has_crops(f: Findings) -> bool:
@@ -94,7 +95,7 @@ def _crop(f: Findings, sample: Sample) -> Markup:
     row, column = f.shown.positions[sample.row].tolist()
     side = 2 * AROUND + 1
     opaque = np.full((*f.scene.truth.shape, 1), 255, np.uint8)
-    scene = np.concatenate([f.scene.colour, opaque], -1)  # so that nothing is drawn beyond its edge
+    scene = np.concatenate([f.scene.colour, opaque], -1)  # beyond the edge it is transparent
     crop = np.pad(scene, ((AROUND, AROUND), (AROUND, AROUND), (0, 0)))[row : row + side, column : column + side]
     box = {"x": AROUND, "y": AROUND, "width": 1, "height": 1, "fill": "none"}
     overlay = tag(
@@ -103,18 +104,19 @@ def _crop(f: Findings, sample: Sample) -> Markup:
         tag("rect", at=box | {"stroke": "#ffffff", "stroke-width": 0.45}),
         at={"viewBox": f"0 0 {side} {side}", "aria-hidden": "true"},
     )
-    return tag("div.map", tag("img.pixels", at={"src": data_uri(crop), "alt": "the scene round the sample"}), overlay)
+    return tag("div.map", tag("img.pixels", at={"src": data_uri(crop), "alt": "the scene around the sample"}), overlay)
 
 
 def _spectrum(f: Findings, sample: Sample) -> Markup:
     shown = f.shown
-    assert shown is not None and shown.spectra is not None and f.usual_spectra is not None, "callers check"
+    assert shown is not None and shown.spectra is not None and f.class_spectra is not None, "callers check"
     cards = (*f.easy, *f.hard, *f.mistakes)
-    drawn = np.concatenate([shown.spectra[[c.row for c in cards]], f.usual_spectra[[c.label for c in cards]]])
-    low, high = float(drawn.min()), float(drawn.max())
+    drawn = np.concatenate([shown.spectra[[c.row for c in cards]], f.class_spectra[[c.label for c in cards]]])
+    low = float(drawn.min())
+    high = float(drawn.max())
     nm = np.asarray(shown.wavelengths_nm, dtype=float)
     order = np.argsort(nm, kind="stable")
-    curves = (shown.spectra[sample.row][order], f.usual_spectra[sample.label][order])
+    curves = (shown.spectra[sample.row][order], f.class_spectra[sample.label][order])
     return spectrum(
         nm[order], *curves, low, high if high > low else low + 1, "spectrum of the sample over its class's mean"
     )

@@ -1,7 +1,7 @@
-"""Charts as SVG inside the page: its style sheet colours them, so they follow light and dark and print well.
+"""Charts as inline SVG, coloured by the style sheet of the page, so that they follow light, dark and print.
 
-Marks differ in shape as well as in colour. Text is drawn at about the size of the page's, on a telephone too, because
-charts are narrow and stand side by side where there is room.
+Marks differ in shape as well as in colour. Charts are narrow, and side by side where there is room, so that their text
+has about the size of the page's on a phone too.
 """
 
 import math
@@ -12,11 +12,15 @@ import numpy as np
 
 from dynanet.report.markup import Markup, tag
 
-WIDTH, HEIGHT = 420.0, 320.0
-LEFT, RIGHT, TOP, BOTTOM = 46.0, 14.0, 26.0, 46.0
+WIDTH = 420.0
+HEIGHT = 320.0
+LEFT = 46.0  # margins
+RIGHT = 14.0
+TOP = 26.0
+BOTTOM = 46.0
 FONT = 13.0
 LETTER = 0.56 * FONT  # mean width, for the boxes of labels
-SIDES = ((1, 0), (0, -1), (0, 1), (-1, 0), (1, -1), (1, 1), (-1, -1), (-1, 1))  # of a mark, where its label may stand
+SIDES = ((1, 0), (0, -1), (0, 1), (-1, 0), (1, -1), (1, 1), (-1, -1), (-1, 1))  # where the label of a mark may be
 
 CORNERS: dict[str, list[tuple[float, float]]] = {
     "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
@@ -27,15 +31,15 @@ CORNERS: dict[str, list[tuple[float, float]]] = {
 
 @dataclass(frozen=True)
 class Series:
-    """Points (x, y) that belong together.
+    """A series of points (x, y).
 
     Attributes:
         name: in the legend.
         look: class in the style sheet.
         points: in the units of the axes.
-        mark: circle, square, diamond or triangle; "": none.
-        line: points are joined.
-        labels: one per point, or none.
+        mark: circle, square, diamond or triangle; "" for none.
+        line: join the points.
+        labels: one per point, or empty.
     """
 
     name: str
@@ -48,7 +52,14 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """What is on an axis; `log`: in powers of ten; `zero`: it begins at 0; `most`: it ends there at the latest."""
+    """An axis.
+
+    Attributes:
+        title: with the unit.
+        log: logarithmic.
+        zero: start at 0.
+        most: the highest end.
+    """
 
     title: str
     log: bool = False
@@ -60,10 +71,10 @@ def scatter(x: Axis, y: Axis, series: Sequence[Series], described: str) -> Marku
     """A chart of points and lines, with the legend above it.
 
     Args:
-        x: to the right.
-        y: upwards.
+        x: the horizontal axis.
+        y: the vertical axis.
         series: later ones are drawn over earlier ones.
-        described: the chart in words, for those who cannot see it.
+        described: alternative text.
     """
     series = [each for each in series if each.points]
     everything = np.array([point for each in series for point in each.points])
@@ -79,7 +90,7 @@ def scatter(x: Axis, y: Axis, series: Sequence[Series], described: str) -> Marku
             drawn.append(tag(f"polyline.{each.look}", at={"points": path}))
         if each.mark:
             drawn += [mark(each.mark, each.look, a, b, said) for (a, b), said in zip(places, _said(each), strict=True)]
-    for each in reversed(series):  # those drawn on top choose their places first
+    for each in reversed(series):  # labels of the top series are placed first
         for (a, b), label in zip(each.points, each.labels, strict=bool(each.labels)):
             if label:
                 drawn.append(_label(across(a), up(b), label, each.look, taken))
@@ -88,7 +99,7 @@ def scatter(x: Axis, y: Axis, series: Sequence[Series], described: str) -> Marku
 
 
 def mark(shape: str, look: str, x: float, y: float, said: str = "", size: float = 5.0) -> Markup:
-    """A mark round a place; `said` appears under the pointer."""
+    """A mark centred at (x, y); `said` is its tooltip."""
     title = [tag("title", said)] if said else []
     if shape == "circle":
         return tag(f"circle.{look}", *title, at={"cx": float(x), "cy": float(y), "r": float(size)})
@@ -97,17 +108,19 @@ def mark(shape: str, look: str, x: float, y: float, said: str = "", size: float 
 
 
 def spectrum(nm: np.ndarray, values: np.ndarray, usual: np.ndarray, low: float, high: float, described: str) -> Markup:
-    """A small spectrum over the usual one of its class; gaps between bands stay gaps.
+    """A small spectrum over the mean of its class, interrupted at gaps between bands.
 
     Args:
         nm: (bands,) wavelengths, rising.
         values: (bands,) of the sample.
         usual: (bands,) of its class.
         low: the lowest value of the axis.
-        high: the highest.
-        described: in words.
+        high: the highest value of the axis.
+        described: alternative text.
     """
-    width, height, foot = 200.0, 128.0, 18.0
+    width = 200.0
+    height = 128.0
+    foot = 18.0
     xs = (nm - nm[0]) / (nm[-1] - nm[0]) * (width - 4) + 2
     gaps = np.flatnonzero(np.diff(nm) > 3 * np.median(np.diff(nm))) + 1
 
@@ -127,22 +140,27 @@ def spectrum(nm: np.ndarray, values: np.ndarray, usual: np.ndarray, low: float, 
 
 
 class _Scale:
-    """From values to places, with ticks at round numbers."""
+    """Maps values to coordinates, with ticks at round numbers."""
 
     def __init__(self, axis: Axis, values: np.ndarray, start: float, end: float) -> None:
-        self.axis, self.start, self.end = axis, start, end
-        low, high = float(values.min()), float(values.max())
+        self.axis = axis
+        self.start = start
+        self.end = end
+        low = float(values.min())
+        high = float(values.max())
         if axis.log:
-            self.low, self.high = math.log10(low) - 0.06, math.log10(high) + 0.06
+            self.low = math.log10(low) - 0.06
+            self.high = math.log10(high) + 0.06
             powers = range(math.floor(self.low), math.ceil(self.high) + 1)
             ticks = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
             self.ticks = [tick for tick in ticks if self.low <= math.log10(tick) <= self.high]
             return
         spread = (high - low) or abs(high) or 1.0
-        self.low, self.high = (0.0 if axis.zero else low - 0.06 * spread), high + 0.08 * spread
-        self.high = min(self.high, axis.most)
+        self.low = 0.0 if axis.zero else low - 0.06 * spread
+        self.high = min(high + 0.08 * spread, axis.most)
         step = _round_step((self.high - self.low) / 7)
-        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        first = math.ceil(self.low / step - 1e-9)
+        last = math.floor(self.high / step + 1e-9)
         self.ticks = [step * i for i in range(first, last + 1)]
 
     def __call__(self, value: float) -> float:
@@ -156,7 +174,9 @@ def _round_step(rough: float) -> float:
 
 
 def _grid(across: _Scale, up: _Scale) -> Markup:
-    left, right, bottom = across.start, across.end, up.start
+    left = across.start
+    right = across.end
+    bottom = up.start
     drawn = []
     for tick in up.ticks:
         y = up(tick)
@@ -178,11 +198,11 @@ def _said(series: Series) -> list[str]:
 
 
 def _label(x: float, y: float, text: str, look: str, taken: list[tuple[float, float, float, float]]) -> Markup | None:
-    """The label beside its mark where nothing is yet; nowhere if all places are taken (a table has it)."""
+    """The label next to its mark where there is room; None if there is not (a table has it)."""
     text = text if len(text) <= 22 else text[:21] + "…"
     width = LETTER * len(text)
     beside = [(x + right * (11 + width / 2) * (1 if not down else 0.9), down) for right, down in SIDES]
-    pushed = min(max(x, LEFT + width / 2), WIDTH - 2 - width / 2)  # a long one above or below, moved off the edge
+    pushed = min(max(x, LEFT + width / 2), WIDTH - 2 - width / 2)  # above or below, moved inwards
     for middle, down in [*beside, *((pushed, down) for down in (-1, 1, -2.2, 2.2))]:
         base = y + 4.5 + down * 14
         box = (middle - width / 2, base - FONT + 2, middle + width / 2, base + 3)

@@ -1,4 +1,4 @@
-"""Colours that keep their order and their difference for eyes that tell few of them apart.
+"""Colour scales that stay ordered and distinguishable for colour-blind readers.
 
 Computed in Oklab (Ottosson 2020, https://bottosson.github.io/posts/oklab), where equal distances look equal. Dichromats
 are simulated with the matrices of Machado, Oliveira and Fernandes (2009), doi:10.1109/TVCG.2009.113.
@@ -23,14 +23,15 @@ _EYES = np.array([
     [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],  # no red cone
     [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],  # no green cone
 ])  # fmt: skip
-_WEIGHTS = np.array([0.5, 1, 1])  # most readers see all colours: to them classes shall differ twice as much
+_WEIGHTS = np.array([0.5, 1, 1])  # of distances: with normal vision, classes must differ twice as much
 _PAPERS = np.array([[255, 255, 255], [20, 23, 27]])  # of page.css, light and dark
-_ROUNDS, _IMPROVED = 10, 40  # more classes than that are too many for colours anyway, and take long
+_ROUNDS = 10  # of improving class colours
+_IMPROVED = 40  # classes; with more, colours cannot differ enough anyway
 
 
 @cache
 def ramp(steps: int) -> np.ndarray:
-    """(steps, 3) uint8 from little (dark blue) to much (yellow): lightness rises evenly, the hue goes over green."""
+    """A scale from dark blue over green to yellow with evenly rising lightness, (steps, 3) uint8."""
     way = np.linspace(0, 1, steps)
     lightness = 0.28 + 0.62 * way
     hue = np.radians(280 - 172 * way)
@@ -40,22 +41,22 @@ def ramp(steps: int) -> np.ndarray:
 
 @cache
 def class_colours(classes: int) -> np.ndarray:
-    """(classes, 3) uint8, as far from each other as can be, for normal and for colour-blind eyes.
+    """Colours of maximal difference for normal and for colour-blind vision, (classes, 3) uint8.
 
-    Colours repel each other like charges, so the closest pair counts most. None is near grey, which is for pixels
-    without a class, and the papers of the page, light and dark, repel them too.
+    Greedy choice with a repulsion between colours, in which the closest pair counts most, then coordinate descent. None
+    is near grey, which marks pixels without a class, or near the backgrounds of the page, light and dark.
     """
     rgb = _candidates()
     seen = _seen(rgb)
     everywhere = np.sum([0.2 * _repulsion(seen, paper) for paper in _seen(_decoded(_PAPERS / 255))], 0)
-    chosen = [int(np.argmin(np.abs(seen[:, 0] - [0.5, -0.02, -0.16]).sum(-1)))]  # begins with a blue
+    chosen = [int(np.argmin(np.abs(seen[:, 0] - [0.5, -0.02, -0.16]).sum(-1)))]  # start from a blue
     forces = [_repulsion(seen, seen[chosen[0]])]
     total = everywhere + forces[0]
     while len(chosen) < classes:
         chosen.append(int(total.argmin()))
         forces.append(_repulsion(seen, seen[chosen[-1]]))
         total = total + forces[-1]
-    for _ in range(_ROUNDS if classes <= _IMPROVED else 0):  # each may move to where the others push it
+    for _ in range(_ROUNDS if classes <= _IMPROVED else 0):  # each moves to the minimum of the others' repulsion
         before = list(chosen)
         for i in range(classes):
             chosen[i] = int(np.sum([everywhere, *forces[:i], *forces[i + 1 :]], 0).argmin())
@@ -66,11 +67,11 @@ def class_colours(classes: int) -> np.ndarray:
 
 
 def distances(colours: np.ndarray, *, blind: bool = True) -> np.ndarray:
-    """(n, n) how different colours (n, 3) uint8 look; 0.02 is just visible.
+    """Perceived differences between colours (n, 3) uint8, (n, n); 0.02 is just visible.
 
     Args:
         colours: to compare.
-        blind: to the eye that tells them apart worst, colour-blind ones included; else to the normal eye.
+        blind: the smallest difference over normal and colour-blind vision; else that of normal vision.
     """
     seen = _seen(_decoded(colours / 255))
     each = np.linalg.norm(seen[:, None] - seen[None], axis=-1)
@@ -78,17 +79,17 @@ def distances(colours: np.ndarray, *, blind: bool = True) -> np.ndarray:
 
 
 def css(colour: np.ndarray) -> str:
-    """A colour (3,) uint8 as style sheets write it."""
+    """A colour (3,) uint8 as a CSS hex code."""
     return "#" + "".join(f"{int(channel):02x}" for channel in colour)
 
 
 def ink(colour: np.ndarray) -> str:
-    """Black or white: what is readable on a colour (3,) uint8."""
+    """The readable text colour, black or white, on a colour (3,) uint8."""
     return "#000000" if _decoded(colour / 255) @ [0.2126, 0.7152, 0.0722] > 0.18 else "#ffffff"
 
 
 def _candidates() -> np.ndarray:
-    """(n, 3) linear RGB that a screen can show, from dark to light in every hue, neither grey nor near it."""
+    """Displayable colours from dark to light in every hue, not near grey, (n, 3) linear RGB."""
     hues, chromas = np.radians(np.arange(0, 360, 10)), np.arange(0.08, 0.29, 0.04)
     lightness, chroma, hue = (axis.ravel() for axis in np.meshgrid(np.linspace(0.34, 0.92, 14), chromas, hues))
     rgb = _linear(np.stack([lightness, chroma * np.cos(hue), chroma * np.sin(hue)], -1))
@@ -97,19 +98,20 @@ def _candidates() -> np.ndarray:
 
 
 def _seen(rgb: np.ndarray) -> np.ndarray:
-    """(n, eyes, 3) linear RGB (n, 3) as every eye sees it."""
+    """Linear RGB (n, 3) in Oklab as seen with every kind of vision, (n, kinds, 3)."""
     return np.stack([_lab((rgb @ eye.T).clip(0, 1)) for eye in _EYES], 1)
 
 
 def _repulsion(seen: np.ndarray, one: np.ndarray) -> np.ndarray:
-    """(n,) how strongly a colour (eyes, 3) pushes others (n, eyes, 3) away, by the eye to which they are nearest."""
+    """The repulsion of colours (n, kinds, 3) by one (kinds, 3), by the vision that separates them least, (n,)."""
     apart = (_WEIGHTS * np.linalg.norm(seen - one, axis=-1)).min(1)
     return np.maximum(apart, 1e-3) ** -12.0
 
 
 def _inside_gamut(lightness: np.ndarray, chroma: float, hue: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both colour axes of Oklab at a chroma, or at the largest one that a screen can show."""
-    low, high = np.zeros_like(hue), np.full_like(hue, chroma)
+    """Both colour axes of Oklab at a chroma, or at the largest chroma that can be displayed."""
+    low = np.zeros_like(hue)
+    high = np.full_like(hue, chroma)
     for _ in range(20):
         middle = (low + high) / 2
         rgb = _linear(np.stack([lightness, middle * np.cos(hue), middle * np.sin(hue)], -1))

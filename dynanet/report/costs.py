@@ -1,10 +1,11 @@
-"""What accuracy costs: charts against MACs and against milliseconds, with everything there is to compare with."""
+"""Charts of accuracy against MACs and milliseconds, with random exits, single exits and static networks."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 from dynanet.calibrate.budgeted import Outcome
 from dynanet.report.charts import Axis, Series, scatter
+from dynanet.report.evaluation import Evaluation
 from dynanet.report.findings import Findings
 from dynanet.report.markup import Markup, join, tag
 from dynanet.report.words import quantity
@@ -13,7 +14,7 @@ UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
 class Spot(NamedTuple):
-    """A point of both charts: costs (None: not known), accuracy and what is written beside it."""
+    """A point of both charts: costs (None: not known), accuracy and a label."""
 
     macs: float | None
     ms: float | None
@@ -26,7 +27,7 @@ def cost_section(f: Findings) -> Markup:
     unit = quantity(f.full.macs).partition(" ")[2]
     named = {"": "", "k": ", thousands", "M": ", millions", "G": ", billions", "T": ", trillions"}[unit]
     note = "The vertical axis need not begin at zero."
-    untimed = " Time was not measured, so there is no chart against milliseconds." if not f.how_timed else ""
+    untimed = " Time was not measured." if not f.how_timed else ""
     figures = [
         tag(
             "figure",
@@ -42,44 +43,40 @@ def cost_section(f: Findings) -> Markup:
         figures.append(tag("figure", tag("h3", "Accuracy against time"), chart, tag("figcaption", said)))
     said = "Up and to the left is better. Costs are means over the test samples."
     if f.line:
-        said += (
-            " The solid line should lie above the dashed one: that is what the same shares of samples would reach at "
-            "the same exits if lots were drawn instead of looking at the sample."
-        )
-    return join([tag("h2", "What accuracy costs"), tag("p", said), tag("div.pair", *figures)])
+        said += " The solid line (early exit) should lie above the dashed one (random exits at the same rates)."
+    return join([tag("h2", "Accuracy against cost"), tag("p", said), tag("div.pair", *figures)])
 
 
 def _chart(f: Findings, cost: Callable[[Spot], float | None], title: str) -> Markup:
-    plain = [each for each in f.operations if not each.risky]
-    risky = [each for each in f.operations if each.risky]
+    plain = [each for each in f.evaluations if not each.risky]
+    risky = [each for each in f.evaluations if each.risky]
     groups = [
-        ("exits drawn by lot", "random", "", [_spot(each) for each in f.random]),
-        ("the model looks", "frontier", "", [_spot(each) for each in f.line]),
-        ("all at one exit", "alone", "diamond", [_spot(p, f"exit {k + 1}") for k, p in enumerate(f.alone)]),
+        ("random exits", "random", "", [_spot(each) for each in f.random]),
+        ("early exit", "frontier", "", [_spot(each) for each in f.line]),
+        ("single exit", "alone", "diamond", [_spot(p, f"exit {k + 1}") for k, p in enumerate(f.alone)]),
         ("static networks", "static", "square", [Spot(p.macs, p.ms, p.accuracy, p.name) for p in f.static]),
         ("full model", "full", "square", [Spot(f.full.macs, f.full_ms, f.full.accuracy, "full")]),
-        ("budgets", "budget", "circle", [Spot(p.outcome.macs, p.ms, p.outcome.accuracy, p.name) for p in plain]),
-        (
-            "risk levels",
-            "promised",
-            "triangle",
-            [Spot(p.outcome.macs, p.ms, p.outcome.accuracy, p.name) for p in risky],
-        ),
+        ("operating points", "budget", "circle", [_point(each) for each in plain]),
+        ("operating points with a risk", "promised", "triangle", [_point(each) for each in risky]),
     ]
     series = []
     for name, look, mark, spots in groups:
         known = [(x, spot) for spot in spots if (x := cost(spot)) is not None]
         if not mark:
-            known.sort(key=lambda each: each[0])  # on test samples a dearer budget can turn out cheaper
+            known.sort(key=lambda each: each[0])  # on test samples a higher budget can cost less
         places = [(x, 100 * spot.accuracy) for x, spot in known]
         labels = [spot.label for _, spot in known]
         series.append(Series(name, look, places, mark, line=not mark, labels=labels))
     costs = [x for each in series for x, _ in each.points]
     log = 0 < 20 * min(costs) < max(costs)
     across = Axis(title + (", logarithmic" if log else ""), log, zero=not log)
-    described = f"Chart of accuracy against {title}; its figures are in the table of budgets and in that of exits."
-    return scatter(across, Axis("answered right, %", most=100.5), series, described)
+    described = f"Chart of accuracy against {title}; the tables of operating points and of exits have its figures."
+    return scatter(across, Axis("accuracy, %", most=100.5), series, described)
 
 
 def _spot(outcome: Outcome, label: str = "") -> Spot:
     return Spot(outcome.macs, outcome.ms, outcome.accuracy, label)
+
+
+def _point(each: Evaluation) -> Spot:
+    return Spot(each.outcome.macs, each.ms, each.outcome.accuracy, each.name)

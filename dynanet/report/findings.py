@@ -1,8 +1,6 @@
-"""Findings are what a report shows: where the compute went, and how far the answers can be trusted.
+"""Findings: the figures of a report, computed from tables without running a model or drawing.
 
-Everything here is computed from tables, by functions that neither run a model nor draw. "Full" is the model whose
-samples all leave at the last exit: its accuracy, its MACs and, where measured, its time are what the rest is held
-against.
+"Full" is the model whose samples all leave at the last exit: the reference for accuracy, MACs and time.
 """
 
 import math
@@ -17,23 +15,24 @@ from dynanet.calibrate.operating_point import OperatingPoint
 from dynanet.calibrate.risk import GRID_SHARE
 from dynanet.calibrate.table import ExitTable
 from dynanet.core.errors import ConfigError, DataError
-from dynanet.report.operation import ClassShare, ExitShare, Operation, class_shares, exit_shares, operate
-from dynanet.report.samples import Sample, Samples, easiest, hardest, surest_mistakes, usual_spectra
+from dynanet.report.evaluation import ClassShare, Evaluation, ExitShare, class_shares, evaluate, exit_shares
+from dynanet.report.samples import Sample, Samples, class_spectra, confident_mistakes, easiest, hardest
 from dynanet.report.scene import SceneMaps, SceneShare, where_in_scene
 from dynanet.report.statistics import class_mean, kappa, wilson
+from dynanet.report.words import pairs
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where figures come from. What is left empty is shown as not given.
+    """Where figures come from. Empty entries are shown as not given.
 
     Attributes:
         data: the data set and how it was split, seed included.
-        test: what the figures are measured on: "test pixels of the field_cut split".
-        held_out: what the thresholds were fitted on.
+        test: the data that the figures are measured on: "test pixels of the field_cut split".
+        held_out: the data that the thresholds were fitted on.
         held_out_samples: how many; None: not given.
         model: the architecture.
-        arguments: what the architecture was given, by name.
+        arguments: of the architecture, by name.
         device: processor or accelerator, threads.
         versions: by package.
         commit: of the code.
@@ -55,12 +54,30 @@ class Origin:
     timed: str = ""
     more: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def network(self) -> str:
+        """The model with its arguments."""
+        given = pairs(self.arguments)
+        return f"{self.model} ({given})" if self.model and given else self.model or given
+
+    def known(self) -> dict[str, object]:
+        """The entries that every report lists, by name."""
+        return {
+            "data": self.data,
+            "model": self.network,
+            "device": self.device,
+            "versions": ", ".join(f"{name} {version}" for name, version in self.versions.items()),
+            "commit": self.commit,
+            "date": self.date,
+            **self.more,
+        }
+
 
 @dataclass(frozen=True)
 class Point:
     """Another network to compare with: its mean MACs and ms per sample, its accuracy on the same samples.
 
-    `macs` is None for what has no MACs to count: a support vector machine, say.
+    `macs` is None for models without MACs to count, such as a support vector machine.
     """
 
     name: str
@@ -76,19 +93,27 @@ class Timing:
     Attributes:
         how: masked, sparse or exported; engine, batch size, threads: "sparse, ONNX Runtime, batch 64, 1 thread".
         full: of the full model, run the same way.
-        choices: of every choice, in their order; None where not measured.
+        points: of every operating point, in their order; None where not measured.
     """
 
     how: str
     full: float
-    choices: Sequence[float | None]
+    points: Sequence[float | None]
 
 
 @dataclass(frozen=True)
 class Promise:
-    """A risk that was asked for. `tested` samples were tested, others proposed the thresholds; None: not given."""
+    """A requested risk.
 
-    operation: Operation
+    Attributes:
+        evaluation: of its operating point.
+        risk: of the budget.
+        confidence: of the budget.
+        kept: the risk is promised.
+        tested: how many held-out samples tested the thresholds; others proposed them. None: not given.
+    """
+
+    evaluation: Evaluation
     risk: float
     confidence: float
     kept: bool
@@ -97,7 +122,7 @@ class Promise:
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """What a report shows.
+    """The figures of a report.
 
     Attributes:
         title: of the report.
@@ -107,27 +132,27 @@ class Findings:
         full: all samples at the last exit.
         full_ms: per sample, measured as a whole or else the time of the last exit; None: neither.
         full_interval: 95 % interval of its accuracy.
-        full_class_mean: as in `Operation`.
-        full_kappa: as in `Operation`.
-        unbalanced: classes differ so much in size that the mean of the classes says something of its own.
-        operations: one per choice.
-        explained: which of them is looked at in detail.
+        full_class_mean: as in `Evaluation`.
+        full_kappa: as in `Evaluation`.
+        unbalanced: class sizes differ by so much that the mean class accuracy is shown too.
+        evaluations: one per operating point.
+        explained: the index of the one that the report explains in detail.
         line: outcomes along the frontier, on the test samples.
-        random: the same shares drawn by lot.
+        random: random exits with the same shares as `line`.
         alone: every exit but the last alone.
         static: other networks.
         timing: of whole runs; None: not measured.
-        exits: at the explained operation.
-        classes: at the explained operation, the dearest first.
+        exits: at the explained operating point.
+        classes: at the explained operating point, most expensive first.
         absent: names of the classes without a test sample.
-        easy: samples; see `samples`.
+        easy: samples; see `report.samples`.
         hard: samples.
         mistakes: samples.
-        shown: what can be shown of samples; None: nothing.
-        usual_spectra: (C, bands), the mean of every class, NaN where it has no test sample; None: no spectra.
-        promises: of the choices with a risk.
+        shown: pictures, spectra and names of samples; None: nothing.
+        class_spectra: (C, bands), the mean of every class, NaN where it has no test sample; None: no spectra.
+        promises: of the operating points with a risk.
         scene: maps; None: no scene.
-        scene_shares: where in the scene the compute went.
+        scene_shares: compute and accuracy by part of the scene.
     """
 
     title: str
@@ -140,7 +165,7 @@ class Findings:
     full_class_mean: float
     full_kappa: float
     unbalanced: bool
-    operations: tuple[Operation, ...]
+    evaluations: tuple[Evaluation, ...]
     explained: int
     line: tuple[Outcome, ...]
     random: tuple[Outcome, ...]
@@ -154,19 +179,19 @@ class Findings:
     hard: tuple[Sample, ...]
     mistakes: tuple[Sample, ...]
     shown: Samples | None
-    usual_spectra: np.ndarray | None
+    class_spectra: np.ndarray | None
     promises: tuple[Promise, ...]
     scene: SceneMaps | None
     scene_shares: tuple[SceneShare, ...]
 
     @property
-    def operation(self) -> Operation:
-        """The explained one."""
-        return self.operations[self.explained]
+    def evaluation(self) -> Evaluation:
+        """The operating point that the report explains, on the test samples."""
+        return self.evaluations[self.explained]
 
     @property
     def how_timed(self) -> str:
-        """Where times come from; "": nowhere."""
+        """How times were measured; "" if they were not."""
         if self.timing is not None:
             return f"Measured: {self.timing.how}."
         if self.full.ms is None:
@@ -177,11 +202,11 @@ class Findings:
 
 def find(
     test: ExitTable,
-    choices: Sequence[OperatingPoint],
+    points: Sequence[OperatingPoint],
     origin: Origin,
     class_names: Sequence[str],
     *,
-    title: str = "Where the compute went",
+    title: str = "Early exit report",
     line: Sequence[OperatingPoint] = (),
     static: Sequence[Point] = (),
     timing: Timing | None = None,
@@ -189,45 +214,41 @@ def find(
     scene: SceneMaps | None = None,
     explain: int | None = None,
 ) -> Findings:
-    """Everything that a report shows, from the table of test samples.
+    """Compute all figures of a report from the table of test samples.
 
     Args:
         test: with labels; `calibrate.tabulate` over the test loader makes one. The thresholds must come from other
             samples.
-        choices: the budgets, chosen on held-out data: `frontier.choose(budget)`. Those with a risk were chosen with the
-            losses that `choose` takes by itself.
+        points: operating points, chosen on held-out data: `frontier.choose(budget)`. Those with a risk use the default
+            losses of `choose`.
         origin: where the figures come from.
         class_names: by index.
         title: of the report.
-        line: choices along the frontier, `frontier.curve()`, for the line of accuracy against cost.
+        line: operating points along the frontier, `frontier.curve()`, for the line of accuracy against cost.
         static: other networks, measured on the same samples.
-        timing: measured speed of the choices; without it the speeds follow from the table's `ms`, if it has them.
-        shown: what can be shown of the test samples, in the table's order.
-        scene: the maps of an image, at the explained choice.
-        explain: which choice is looked at in detail; None: see `half_way`.
+        timing: measured speed of the operating points; without it speeds follow from the table's `ms`, if it has them.
+        shown: pictures, spectra or names of the test samples, in the table's order.
+        scene: the maps of an image, at the explained operating point.
+        explain: the index of the operating point to explain in detail; None: see `half_way`.
 
     Raises:
-        DataError: a table without labels, labels without a name, figures whose number does not fit.
-        ConfigError: no choices, or `explain` is none of them.
+        DataError: a table without labels, labels without a name, a wrong number of times or samples.
+        ConfigError: no operating points, or `explain` is not the index of one.
     """
     labels = _checked_labels(test, class_names)
-    if timing is not None and len(timing.choices) != len(choices):
-        raise DataError(
-            f"{len(timing.choices)} times for {len(choices)} choices; give one for each, None: not measured"
-        )
+    times = _times(timing, len(points))
     if shown is not None:
         shown.check(test.samples, scene)
     if scene is not None:
         scene.check(len(class_names))
-    explain = half_way(test, choices) if explain is None else explain
-    if not 0 <= explain < len(choices):
-        raise ConfigError(f"explain={explain}, but there are {len(choices)} choices; give an index from 0")
-    times = [None] * len(choices) if timing is None else timing.choices
-    operations = tuple(operate(test, choice, ms) for choice, ms in zip(choices, times, strict=True))
-    exits = operations[explain].exits
+    explain = half_way(test, points) if explain is None else explain
+    if not 0 <= explain < len(points):
+        raise ConfigError(f"explain must be an index from 0 to {len(points) - 1}, got {explain}")
+    evaluations = tuple(evaluate(test, point, ms) for point, ms in zip(points, times, strict=True))
+    exits = evaluations[explain].exits
     counts = np.bincount(labels, minlength=len(class_names))
     *alone, full = anytime_curve(test)
-    points = tuple(outcome(test, choice.thresholds) for choice in line)
+    outcomes = tuple(outcome(test, point.thresholds) for point in line)
     return Findings(
         title=title,
         origin=origin,
@@ -239,10 +260,10 @@ def find(
         full_class_mean=class_mean(labels, test.answers[:, -1]),
         full_kappa=kappa(labels, test.answers[:, -1]),
         unbalanced=bool(counts.max() > 1.5 * counts[counts > 0].min()),
-        operations=operations,
+        evaluations=evaluations,
         explained=explain,
-        line=points,
-        random=tuple(random_exits(test, point.share) for point in points),
+        line=outcomes,
+        random=tuple(random_exits(test, each.share) for each in outcomes),
         alone=tuple(alone),
         static=tuple(static),
         timing=timing,
@@ -251,38 +272,47 @@ def find(
         absent=tuple(name for name, count in zip(class_names, counts, strict=True) if not count),
         easy=easiest(test, exits),
         hard=hardest(test, exits),
-        mistakes=surest_mistakes(test, exits),
+        mistakes=confident_mistakes(test, exits),
         shown=shown,
-        usual_spectra=None if shown is None else usual_spectra(shown, labels, len(class_names)),
-        promises=tuple(_promise(each, origin.held_out_samples) for each in operations if each.risky),
+        class_spectra=None if shown is None else class_spectra(shown, labels, len(class_names)),
+        promises=tuple(_promise(each, origin.held_out_samples) for each in evaluations if each.risky),
         scene=scene,
         scene_shares=() if scene is None else where_in_scene(scene),
     )
 
 
-def half_way(test: ExitTable, choices: Sequence[OperatingPoint]) -> int:
-    """Which choice is explained: without a risk, if there is one, and spending nearest to half of the full MACs.
+def half_way(test: ExitTable, points: Sequence[OperatingPoint]) -> int:
+    """The index of the operating point nearest to half of the full MACs, of those without a risk if there are any.
 
     Raises:
-        ConfigError: no choices.
+        ConfigError: no operating points.
     """
-    if not choices:
-        raise ConfigError("a report needs at least one choice; give frontier.choose(budget)")
-    spent = [outcome(test, choice.thresholds).macs / test.mean_macs[-1] for choice in choices]
-    return min(range(len(choices)), key=lambda i: (choices[i].asked.risk is not None, abs(spent[i] - 0.5)))
+    if not points:
+        raise ConfigError("a report needs at least one operating point; give frontier.choose(budget)")
+    spent = [outcome(test, point.thresholds).macs / test.mean_macs[-1] for point in points]
+    return min(range(len(points)), key=lambda i: (points[i].budget.risk is not None, abs(spent[i] - 0.5)))
+
+
+def _times(timing: Timing | None, points: int) -> Sequence[float | None]:
+    if timing is None:
+        return [None] * points
+    if len(timing.points) != points:
+        raise DataError(f"timing needs one time per operating point ({points}), or None; got {len(timing.points)}")
+    return timing.points
 
 
 def _checked_labels(test: ExitTable, names: Sequence[str]) -> np.ndarray:
     if test.labels is None:
         raise DataError("a report needs the labels of the test samples; make the table with calibrate.tabulate")
-    low, high = int(test.labels.min()), max(int(test.labels.max()), int(test.answers.max()))
+    low = int(test.labels.min())
+    high = max(int(test.labels.max()), int(test.answers.max()))
     if low < 0 or high >= len(names):
-        raise DataError(f"classes from {low} to {high}, but {len(names)} class names; give one for each, from 0 on")
+        raise DataError(f"got {len(names)} class names for classes from {low} to {high}; give one for each, from 0 on")
     return test.labels
 
 
-def _promise(operation: Operation, held_out: int | None) -> Promise:
-    asked = operation.choice.asked
-    assert asked.risk is not None, "callers check"
+def _promise(evaluation: Evaluation, held_out: int | None) -> Promise:
+    budget = evaluation.point.budget
+    assert budget.risk is not None, "callers check"
     tested = None if held_out is None else held_out - math.ceil(GRID_SHARE * held_out)
-    return Promise(operation, asked.risk, asked.confidence, bool(operation.choice.promised), tested)
+    return Promise(evaluation, budget.risk, budget.confidence, bool(evaluation.point.promised), tested)

@@ -1,4 +1,4 @@
-"""The report: one HTML file that loads nothing, needs no script, and can be read in light, dark and on paper."""
+"""The report as one HTML file without scripts or external resources, for screens (light and dark) and print."""
 
 import os
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ from dynanet.report.sections import (
     reading_section,
 )
 
-# Nothing is loaded and no script runs, whatever has found its way into the text.
+# Even if markup from outside got into the text, nothing is loaded and no script runs.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def page(findings: Findings) -> str:
-    """The report as HTML. All text from outside is escaped."""
+    """The report as HTML, with all text from outside escaped."""
     body = [
         answer_section(findings),
         scene_section(findings),
@@ -41,7 +41,7 @@ def page(findings: Findings) -> str:
 
 
 def image_page(findings: ImageFindings) -> str:
-    """The report of a task whose answers lie in the image, as HTML. All text from outside is escaped."""
+    """The report of a task with answers per image position, as HTML, with all text from outside escaped."""
     return _document(findings.title, image_sections(findings))
 
 
@@ -60,10 +60,10 @@ def _document(title: str, body: Sequence[Markup | None]) -> str:
 
 
 def write_report(findings: Findings | ImageFindings, path: str | os.PathLike) -> None:
-    """Write the report, whole or not at all.
+    """Write the report atomically.
 
     Args:
-        findings: what `find` answers, or those of images.
+        findings: of `find`, or of images.
         path: of the HTML file; its folder must exist.
 
     Raises:

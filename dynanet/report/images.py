@@ -1,11 +1,11 @@
-"""The report of a task whose answers lie in the image: its figures, and beside images maps of where compute went."""
+"""The report of a task with answers per image position: figures, and images with maps of compute."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from dynanet.report.blocks import facts, table
+from dynanet.report.blocks import colour_bar, facts, swatch, table
 from dynanet.report.colours import class_colours, css, ramp
 from dynanet.report.findings import Origin, Point
 from dynanet.report.markup import Markup, join, tag
@@ -33,9 +33,9 @@ class Shown:
         picture: (H, W) or (H, W, 3) uint8.
         macs: spent on it.
         units: (H, W), how many units ran for every pixel; None where nothing decided about positions or patches.
-        found: boxes.
-        truth: boxes.
-        labels: (H, W) int, the class found for every pixel; None where none was asked.
+        found: detected boxes.
+        truth: true boxes.
+        labels: (H, W) int, the predicted class of every pixel; None for other tasks.
         known: (H, W) int, the true class; negative: void.
     """
 
@@ -51,7 +51,7 @@ class Shown:
 
 @dataclass(frozen=True, eq=False)
 class ImageFindings:
-    """What the report shows.
+    """The figures of a report of images.
 
     Attributes:
         title: of the report.
@@ -59,11 +59,11 @@ class ImageFindings:
         class_names: by index.
         full_macs: per image, everything computed.
         points: by name, the MACs and the figures of the network at its settings; a figure is a share.
-        by_class: by figure, every class's own; NaN where there was none of it.
+        by_class: by figure, the value of every class; NaN where the class does not occur.
         beside: other facts, by name.
         static: other networks; their `accuracy` is the first figure.
         shown: images.
-        setting: which of the points the classes and images are of.
+        setting: the name of the point that the classes and images are of.
     """
 
     title: str
@@ -85,7 +85,7 @@ def image_sections(f: ImageFindings) -> list[Markup | None]:
         _figures(f),
         _classes(f),
         _images(f),
-        _origin(f),
+        join([tag("h2", "Origin of the figures"), facts(f.origin.known())]),
     ]
 
 
@@ -100,13 +100,9 @@ def _figures(f: ImageFindings) -> Markup:
          *(["–", "–"] if p.macs is None else [f"{p.macs:,.0f}", percent(p.macs / f.full_macs)])]
         for p in f.static
     ]  # fmt: skip
-    titles = ["", *names, "MACs per image", "of its full MACs"]
+    titles = ["", *names, "MACs per image", "of full MACs"]
     return join(
-        [
-            tag("h2", "What it reaches"),
-            table(titles, rows, f"On {f.origin.test}."),
-            facts(f.beside) if f.beside else None,
-        ]
+        [tag("h2", "Results"), table(titles, rows, f"On {f.origin.test}."), facts(f.beside) if f.beside else None]
     )
 
 
@@ -116,8 +112,8 @@ def _classes(f: ImageFindings) -> Markup | None:
     columns = zip(*f.by_class.values(), strict=True)
     rows = [[name, *(_share(v) for v in values)] for name, values in zip(f.class_names, columns, strict=True)]
     setting = f"{f.setting[:1].upper()}{f.setting[1:]}. " if f.setting else ""
-    said = f"{setting}A dash: there was none of it."
-    return join([tag("h2", "By class"), table(["class", *f.by_class], rows, said)])
+    said = f"{setting}A dash: the class does not occur."
+    return join([tag("h2", "Classes"), table(["class", *f.by_class], rows, said)])
 
 
 def _images(f: ImageFindings) -> Markup | None:
@@ -129,38 +125,29 @@ def _images(f: ImageFindings) -> Markup | None:
     for each in f.shown:
         said = f"{each.name}: {percent(each.macs / f.full_macs)} of the full MACs."
         if each.found or each.truth:
-            said += " Outlined: what was found." if each.found else " No box was found."
+            said += " Outlined: detected boxes." if each.found else " No box was detected."
         figures.append(_picture(each.picture, "found", _boxes(each.found, each.picture, colours, f.class_names), said))
         if each.units is not None:
             levels = np.round(each.units / most * (LEVELS - 1)).astype(int)
             outlines = _boxes(each.truth, each.picture, None, f.class_names)
-            told = f"Units per position{'; outlined: the true boxes' if each.truth else ''}."
-            figures.append(_picture(ramp(LEVELS)[levels], "compute", outlines, told))
-        for what, labels in (("found", each.labels), ("true, void empty", each.known)):
+            caption = f"Units per position{'; outlined: the true boxes' if each.truth else ''}."
+            figures.append(_picture(ramp(LEVELS)[levels], "compute", outlines, caption))
+        for what, labels in (("predicted", each.labels), ("true, void empty", each.known)):
             if labels is not None:
                 nothing = _boxes((), each.picture, None, f.class_names)
                 figures.append(_picture(coloured(labels, colours), what, nothing, f"Classes: {what}."))
-    of_one = len(figures) // len(f.shown)  # pictures of one image stay side by side
+    of_one = len(figures) // len(f.shown)  # so that the pictures of an image are side by side
     columns = {1: 3, 2: 4}.get(of_one, of_one)
-    keys = [
-        tag("li", tag("span.swatch", at={"style": f"background:{css(colours[c])}"}), name)
-        for c, name in enumerate(f.class_names)
-    ]
+    keys = [swatch(css(colour), name) for colour, name in zip(colours, f.class_names, strict=True)]
     maps = any(each.units is not None for each in f.shown)
+    ticks = [f"{share * most:g}" for share in (0, 0.5, 1)]
     return join([
-        tag("h2", "Where in the images the compute went" if maps else "Images"),
-        tag("p", "The first test images, not chosen by what they show."),
+        tag("h2", "Maps of compute" if maps else "Images"),
+        tag("p", "The first test images, without selection."),
         tag("ul.key", *keys) if any(s.found or s.truth or s.labels is not None for s in f.shown) else None,
-        _colour_bar(most) if maps else None,
+        tag("figure", colour_bar(ticks, "Units that ran for a position.")) if maps else None,
         tag("div.maps.beside", *figures, at={"style": f"--columns:{columns}"}),
     ])  # fmt: skip
-
-
-def _colour_bar(most: float) -> Markup:
-    stops = ",".join(css(colour) for colour in ramp(9))
-    ticks = [tag("span", f"{share * most:g}", at={"style": f"left:{100 * share:.0f}%"}) for share in (0, 0.5, 1)]
-    bar = tag("div.ramp", at={"style": f"background:linear-gradient(to right,{stops})"})
-    return tag("figure", bar, tag("div.ticks", *ticks), tag("figcaption", "Units that ran for a position."))
 
 
 def _picture(pixels: np.ndarray, what: str, overlay: Markup, said: str) -> Markup:
@@ -181,21 +168,6 @@ def _boxes(boxes: Sequence[Box], picture: np.ndarray, colours: np.ndarray | None
               "stroke-width": 0.006 * max(height, width)}  # fmt: skip
         drawn.append(tag("rect", tag("title", said), at=at))
     return tag("svg", *drawn, at={"viewBox": f"0 0 {width} {height}"})
-
-
-def _origin(f: ImageFindings) -> Markup:
-    o = f.origin
-    known = {
-        "data": o.data,
-        "model": o.model,
-        "arguments": ", ".join(f"{k} = {v}" for k, v in o.arguments.items()) or "the defaults",
-        "device": o.device,
-        "versions": ", ".join(f"{k} {v}" for k, v in o.versions.items()),
-        "commit": o.commit,
-        "date": o.date,
-        **o.more,
-    }
-    return join([tag("h2", "Where the figures come from"), facts(known)])
 
 
 def _share(value: float) -> str:

@@ -1,8 +1,8 @@
-"""The scene: what it looks like, what is known, what was answered, what was wrong, and what was spent where."""
+"""Maps of a scene: colours, ground truth, predictions, errors and compute."""
 
 import numpy as np
 
-from dynanet.report.blocks import length_bar, table
+from dynanet.report.blocks import colour_bar, length_bar, swatch, table
 from dynanet.report.charts import mark
 from dynanet.report.colours import class_colours, css, ink, ramp
 from dynanet.report.findings import Findings
@@ -11,38 +11,46 @@ from dynanet.report.pictures import coloured, data_uri, dimmed, places, stride
 from dynanet.report.words import maybe_percent, percent
 
 LEVELS = 64  # of the map of compute
-RIGHT, WRONG = np.array([150, 190, 215], np.uint8), np.array([204, 60, 0], np.uint8)
+CORRECT = np.array([150, 190, 215], np.uint8)
+WRONG = np.array([204, 60, 0], np.uint8)
 
 
 def scene_section(f: Findings) -> Markup | None:
-    """The maps side by side, with one legend, and the means of their parts."""
+    """The maps side by side, with one legend, and a table of the parts of the scene."""
     scene = f.scene
     if scene is None:
         return None
     step = stride(*scene.truth.shape)
     thin = (slice(None, None, step), slice(None, None, step))
     colours = class_colours(len(f.class_names)) if scene.colours is None else scene.colours
-    truth, predicted, labelled = scene.truth[thin], scene.predicted[thin], scene.labelled[thin]
+    truth = scene.truth[thin]
+    predicted = scene.predicted[thin]
+    labelled = scene.labelled[thin]
     most = max(1.0, float(scene.spent.max()))
     spent = np.round(scene.spent[thin] / most * (LEVELS - 1)).astype(int)
     verdict = np.where(scene.checked[thin], (predicted != truth).astype(int), -1)
     numbers = _numbers(np.where(labelled, predicted, -1), colours)
     hatched = dimmed(coloured(predicted, colours), ~labelled)
-    dim = "Faint and hatched: unlabelled, so nobody can say whether it is right."
-    marks = "The samples below: ○ easiest, □ hardest, △ surest mistakes." if _marked(f) else ""
+    dim = "Faint and hatched: unlabelled, so that it cannot be checked."
+    marks = "The samples below: ○ easiest, □ hardest, △ most confident mistakes." if _marked(f) else ""
+    exits = ", ".join(percent(each.macs / f.full.macs, 0) for each in f.exits)
+    scale = colour_bar(
+        [percent(tick * most, 0) for tick in (0, 0.25, 0.5, 0.75, 1)],
+        f"MACs of every pixel, as a share of the full model's. Exits: {exits}.",
+    )
     maps = [
         _map("True colours", scene.colour[thin], _marks(f, step), tag("figcaption", marks)),
-        _map("Compute spent", coloured(spent, ramp(LEVELS)), None, _colour_bar(f, most)),
+        _map("Compute spent", coloured(spent, ramp(LEVELS)), None, scale),
         _map("Predicted", hatched, numbers, tag("figcaption", dim)),
         _map(
             "Ground truth", coloured(truth, colours), _numbers(truth, colours), tag("figcaption", "Empty: unlabelled.")
         ),
-        _map("Right and wrong", coloured(verdict, np.stack([RIGHT, WRONG])), None, _verdict_key(f)),
+        _map("Errors", coloured(verdict, np.stack([CORRECT, WRONG])), None, _verdict_key(f)),
         tag("div", tag("h3", "Classes"), _classes(f, colours)),
     ]
     size = f"The scene has {scene.truth.shape[1]} × {scene.truth.shape[0]} pixels"
     drawn = f", one in {step} drawn in each direction" if step > 1 else ""
-    about = f"{scene.about + '. ' if scene.about else ''}{size}{drawn}. At the budget “{f.operation.name}”."
+    about = f"{scene.about + '. ' if scene.about else ''}{size}{drawn}. At the operating point “{f.evaluation.name}”."
     return join([tag("h2", "The scene"), tag("p", about), tag("div.maps", *maps), _shares(f)])
 
 
@@ -52,7 +60,7 @@ def _map(title: str, pixels: np.ndarray, overlay: Markup | None, below: Markup) 
 
 
 def _numbers(labels: np.ndarray, colours: np.ndarray) -> Markup:
-    """Class numbers on the large fields: sixteen colours are more than an eye can tell apart."""
+    """Class numbers on the large fields, as many classes are hard to distinguish by colour."""
     height, width = labels.shape
     font = 0.042 * max(height, width)
     texts = []
@@ -68,7 +76,7 @@ def _marked(f: Findings) -> bool:
 
 
 def _marks(f: Findings, step: int) -> Markup | None:
-    """Where the samples of the cards lie; marks are moved inwards at its edges until all of each is seen."""
+    """Marks at the samples of the cards; at the edges they are moved inwards until they are whole."""
     if f.shown is None or f.shown.positions is None or f.scene is None:
         return None
     height, width = f.scene.truth[::step, ::step].shape
@@ -87,23 +95,9 @@ def _marks(f: Findings, step: int) -> Markup | None:
 
 def _verdict_key(f: Findings) -> Markup:
     assert f.scene is not None, "callers check"
-    entries = [(RIGHT, "test pixel, right"), (WRONG, "test pixel, wrong")]
-    items = [tag("li", tag("span.swatch", at={"style": f"background:{css(colour)}"}), said) for colour, said in entries]
-    left_out = "" if f.scene.tested is None else "Empty: unlabelled, or trained or calibrated on."
+    items = [swatch(css(CORRECT), "test pixel, correct"), swatch(css(WRONG), "test pixel, wrong")]
+    left_out = "" if f.scene.tested is None else "Empty: unlabelled, or used for training or calibration."
     return join([tag("ul.key", *items), tag("figcaption", left_out)])
-
-
-def _colour_bar(f: Findings, most: float) -> Markup:
-    stops = ",".join(css(colour) for colour in ramp(9))
-    texts = []
-    for tick in (0, 0.25, 0.5, 0.75, 1):
-        texts.append(tag("span", percent(tick * most, 0), at={"style": f"left:{100 * tick:.0f}%"}))
-    exits = ", ".join(percent(each.macs / f.full.macs, 0) for each in f.exits)
-    return join([
-        tag("div.ramp", at={"style": f"background:linear-gradient(to right,{stops})"}),
-        tag("div.ticks", *texts),
-        tag("figcaption", f"MACs of every pixel, as a share of the full model's. The exits lie at {exits}."),
-    ])  # fmt: skip
 
 
 def _classes(f: Findings, colours: np.ndarray) -> Markup:
@@ -125,6 +119,6 @@ def _shares(f: Findings) -> Markup:
         ]
         for each in f.scene_shares
     ]
-    titles = ["pixels", "how many", "mean cost, of full", "test pixels right", ""]
+    titles = ["pixels", "count", "mean MACs, of full", "accuracy on test pixels", ""]
     said = "A pixel lies at an edge if one of its eight neighbours has another label, or none."
-    return join([tag("h3", "Where in the scene the compute went"), table(titles, rows, said)])
+    return join([tag("h3", "Compute by part of the scene"), table(titles, rows, said)])

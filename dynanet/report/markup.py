@@ -1,19 +1,19 @@
-"""HTML and SVG as nested calls. Text is escaped unless it is `Markup` already, so no name from a data set is code."""
+"""HTML and SVG as nested calls. Text is escaped unless it is `Markup`, so that names from data cannot be markup."""
 
 import html
 import re
 from collections.abc import Iterable, Mapping
 
 _VOID = {"br", "col", "hr", "img", "meta"}
-_UNFIT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")  # no document may hold these
+_UNFIT = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")  # not allowed in HTML
 
 
 class Markup(str):
-    """Text that is HTML: it goes into the page as it is."""
+    """Text that is HTML and is not escaped."""
 
 
 def tag(name: str, *inside: object, at: Mapping[str, object] | None = None) -> Markup:
-    """An element. Numbers are written short, other things as text, None is left out.
+    """An element. Floats are written with two decimals, other objects as text; None is left out.
 
     >>> tag("td.wide", "a < b", at={"title": 'say "a"'})
     '<td class="wide" title="say &quot;a&quot;">a &lt; b</td>'
@@ -30,7 +30,7 @@ def tag(name: str, *inside: object, at: Mapping[str, object] | None = None) -> M
 
 
 def join(parts: Iterable[object]) -> Markup:
-    """Text and elements one after the other."""
+    """Concatenate text, which is escaped, and elements."""
     return Markup("".join(part if isinstance(part, Markup) else _escaped(part) for part in parts if part is not None))
 
 

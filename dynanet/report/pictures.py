@@ -1,4 +1,4 @@
-"""Arrays as PNG pictures inside the page: nothing to load, nothing to install."""
+"""Arrays as PNG data URIs, written without an image library."""
 
 import base64
 import struct
@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 
-LARGEST = 400  # pixels on the longer side; larger pictures are thinned, or the page would grow beyond 2 MB
+LARGEST = 400  # pixels on the longer side; larger pictures are subsampled, to keep the page below 2 MB
 
 
 def data_uri(pixels: np.ndarray) -> str:
@@ -19,12 +19,12 @@ def data_uri(pixels: np.ndarray) -> str:
 
 
 def stride(height: int, width: int, largest: int = LARGEST) -> int:
-    """Every how many-th pixel of a picture is drawn."""
+    """The stride at which a picture is subsampled to at most `largest` pixels on its longer side."""
     return -(-max(height, width) // largest)
 
 
 def coloured(index: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    """(H, W, 4) uint8: pixels in the colour (n, 3) of their index (H, W), transparent where it is negative."""
+    """A picture (H, W, 4) uint8 of indices (H, W) in colours (n, 3), transparent where an index is negative."""
     rgba = np.zeros((*index.shape, 4), np.uint8)
     rgba[index >= 0, :3] = colours[index[index >= 0]]
     rgba[index >= 0, 3] = 255
@@ -32,7 +32,7 @@ def coloured(index: np.ndarray, colours: np.ndarray) -> np.ndarray:
 
 
 def dimmed(rgba: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """The picture faint and hatched at (H, W) bool: what is there cannot be checked."""
+    """The picture (H, W, 4), faint and hatched where the mask (H, W) is set."""
     rgba = rgba.copy()
     rows, columns = np.indices(where.shape)
     hatch = (rows + columns) % 4 == 0
@@ -42,29 +42,29 @@ def dimmed(rgba: np.ndarray, where: np.ndarray) -> np.ndarray:
 
 
 def depth(labels: np.ndarray) -> np.ndarray:
-    """(H, W) int: how many steps a pixel lies from the edge of its field; 0 where the label (H, W) is negative."""
+    """The distance in pixels from the edge of the field of equal labels, (H, W) int; 0 where the label is negative."""
     outside = np.pad(labels, 1, constant_values=-1)
     shifts = [(slice(0, -2), slice(1, -1)), (slice(2, None), slice(1, -1)),
               (slice(1, -1), slice(0, -2)), (slice(1, -1), slice(2, None))]  # fmt: skip
-    alike = [outside[shift] == labels for shift in shifts]
+    equal = [outside[shift] == labels for shift in shifts]
     inside = labels >= 0
     found = inside.astype(int)
     while inside.any():
         around = np.pad(inside, 1)
         inside = np.logical_and.reduce(
-            [inside, *(same & around[shift] for same, shift in zip(alike, shifts, strict=True))]
+            [inside, *(same & around[shift] for same, shift in zip(equal, shifts, strict=True))]
         )
         found += inside
     return found
 
 
 def places(labels: np.ndarray, apart: float, least: int = 3) -> list[tuple[int, int, int]]:
-    """Where the numbers of large fields are written: (row, column, label), the innermost pixels.
+    """Where to write the numbers of large fields: (row, column, label) of their innermost pixels.
 
     Args:
-        labels: (H, W), negative: no field.
-        apart: pixels between two numbers; three times as many between equal ones.
-        least: steps from the edge of the field.
+        labels: (H, W), negative outside fields.
+        apart: least distance between two numbers in pixels; three times that between equal ones.
+        least: least distance from the edge of the field.
     """
     inner = depth(labels)
     found = np.argwhere(inner >= least)
@@ -80,7 +80,7 @@ def places(labels: np.ndarray, apart: float, least: int = 3) -> list[tuple[int, 
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """PNG (ISO 15948): eight bits per channel, every row with the filter that fits pictures of few colours, none."""
+    """Encode as PNG (ISO 15948) with eight bits per channel and without filters, which suits few colours."""
     assert pixels.dtype == np.uint8 and pixels.size, "callers check"
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     height, width, channels = pixels.shape

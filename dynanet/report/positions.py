@@ -1,4 +1,4 @@
-"""Where in an image the compute went, and whether it went where the boxes are."""
+"""Maps of compute over the positions of an image, and their relation to boxes."""
 
 import math
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ from dynanet.core.trace import Trace
 
 
 def places(trace: Trace, size: tuple[int, int]) -> list[str]:
-    """The layers that decided about places of an image of this size: positions, tiles, or tokens that are patches."""
+    """The layers that decided about positions, tiles or patch tokens of an image of this size."""
     found = [call.name for call in trace.calls if _units(call.keep, size) is not None]
     return list(dict.fromkeys(found))
 
 
 def units_per_position(trace: Trace, size: tuple[int, int]) -> Tensor:
-    """How many of the units that positions, tiles or tokens may skip ran for every pixel, summed over the layers.
+    """How many skippable units ran for every pixel, summed over the layers that decide about positions.
 
-    Pixels take the number of the position they lie in; a unit that is computed on several sets of positions counts
-    where its answer was wanted. Tokens are places where they are the patches of the image, row by row, with or without
-    a token of no place in front of them.
+    Every pixel takes the number of the position, tile or patch it lies in; a unit that is computed on several sets of
+    positions counts where its answer was needed. Tokens count if they are the patches of the image, row by row, with or
+    without a class token in front.
 
     Args:
         trace: of one pass, dense or sparse.
@@ -43,12 +43,12 @@ def units_per_position(trace: Trace, size: tuple[int, int]) -> Tensor:
         wide = functional.interpolate(units.float()[:, None], size=size, mode="nearest-exact")[:, 0]
         total = wide if total is None else total + wide
     if total is None:
-        raise StructureError(f"no layer of this trace decided about positions; heard were {trace.keys()}")
+        raise StructureError(f"no layer of this trace decided about positions; those that decided are {trace.keys()}")
     return total
 
 
 def _units(keep: Tensor, size: tuple[int, int]) -> Tensor | None:
-    """(B, down, across), how many units a call ran at every place; None of a call about something else."""
+    """How many units a call ran at every position, (B, down, across); None for other kinds of calls."""
     if keep.dim() == 4:  # (B, down, across, units)
         return keep[..., -1]
     if keep.dim() != 3:
@@ -77,17 +77,17 @@ class BesideBoxes(NamedTuple):
 
 
 def beside_boxes(compute: Tensor, boxes: Sequence[Tensor]) -> BesideBoxes:
-    """Over all pixels of all images together.
+    """Compare compute inside and outside the boxes, over the pixels of all images together.
 
     Args:
-        compute: (B, H, W), of `units_per_position` say.
+        compute: (B, H, W), for example of `units_per_position`.
         boxes: per image (N, 4) left, top, right, bottom in pixels of the map; N may be 0.
 
     Raises:
-        InputError: not boxes for each image.
+        InputError: another number of images in `boxes`.
     """
     if len(boxes) != len(compute):
-        raise InputError(f"a map of {len(compute)} images came with the boxes of {len(boxes)}; give one for each")
+        raise InputError(f"expected the boxes of {len(compute)} images, got those of {len(boxes)}")
     covered = torch.stack([cover(each, tuple(compute.shape[1:])) for each in boxes]).flatten() if len(boxes) else None
     if covered is None:
         return BesideBoxes(float("nan"), float("nan"), float("nan"))
@@ -103,11 +103,13 @@ def beside_boxes(compute: Tensor, boxes: Sequence[Tensor]) -> BesideBoxes:
 
 
 def cover(boxes: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Which pixels have their middle in a box: (N, 4) to bool (H, W)."""
+    """The pixels whose centre lies in one of the boxes (N, 4), bool (H, W)."""
     height, width = size
-    down, across = torch.arange(height) + 0.5, torch.arange(width) + 0.5
+    down = torch.arange(height) + 0.5
+    across = torch.arange(width) + 0.5
     left, top, right, bottom = boxes.cpu().float()[:, :, None].unbind(1)
-    rows, columns = (top <= down) & (down < bottom), (left <= across) & (across < right)
+    rows = (top <= down) & (down < bottom)
+    columns = (left <= across) & (across < right)
     return (rows[:, :, None] & columns[:, None, :]).any(0)
 
 

@@ -1,4 +1,4 @@
-"""Single samples that say something: the easiest, the hardest, and the surest mistakes."""
+"""Samples to show: the easiest, the hardest, and the most confident mistakes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ class Sample:
         exit: where it left, from 0.
         spent: as a share of the full MACs.
         label: its class.
-        answer: the class it was given.
-        full: the class that the full model gives it.
+        answer: the predicted class.
+        full: the class that the full model predicts.
     """
 
     row: int
@@ -36,7 +36,7 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """What can be shown of N test samples, in the table's order. All of it may be left out.
+    """Pictures, spectra, positions and names of N test samples, in the table's order; all optional.
 
     Attributes:
         pictures: (N, H, W) or (N, H, W, 3) uint8.
@@ -44,7 +44,7 @@ class Samples:
         wavelengths_nm: (bands,), in any order; needed with spectra.
         unit: of the spectra.
         positions: (N, 2) row and column in the scene.
-        names: (N,) file names, say.
+        names: (N,), for example file names.
     """
 
     pictures: np.ndarray | None = None
@@ -55,52 +55,52 @@ class Samples:
     names: Sequence[str] | None = None
 
     def check(self, samples: int, scene: SceneMaps | None) -> None:
-        """Compare with the table and the scene.
+        """Check against the table and the scene.
 
         Raises:
-            DataError: another number of samples, spectra without wavelengths, pictures that are no pictures, positions
-                outside the scene.
+            DataError: another number of samples, pictures of another shape or dtype, spectra without wavelengths,
+                positions outside the scene.
         """
         for name in ("pictures", "spectra", "positions", "names"):
             value = getattr(self, name)
             if value is not None and len(value) != samples:
-                raise DataError(f"{len(value)} {name} for {samples} test samples; give one for each, in their order")
+                raise DataError(f"got {len(value)} {name} for {samples} test samples; give one for each")
         if self.pictures is not None and not (
             self.pictures.dtype == np.uint8
             and (self.pictures.ndim == 3 or (self.pictures.ndim == 4 and self.pictures.shape[-1] == 3))
         ):
-            said = f"{self.pictures.dtype} of shape {self.pictures.shape}"
-            raise DataError(f"pictures are {said}; give uint8 of shape (N, H, W) or (N, H, W, 3)")
+            got = f"{self.pictures.dtype} of shape {self.pictures.shape}"
+            raise DataError(f"pictures must be uint8 of shape (N, H, W) or (N, H, W, 3), got {got}")
         if self.spectra is not None:
             bands = self.spectra.shape[1:]
             nm = None if self.wavelengths_nm is None else np.shape(self.wavelengths_nm)
             if len(bands) != 1 or bands[0] < 2 or nm != bands:
-                said = f"spectra of shape {self.spectra.shape} with wavelengths of shape {nm}"
-                raise DataError(f"{said}; give (N, bands), two bands at least, and (bands,)")
+                got = f"{self.spectra.shape} and wavelengths of shape {nm}"
+                raise DataError(f"spectra must be (N, bands), two bands or more, and wavelengths (bands,), got {got}")
         if self.positions is not None and scene is not None:
             height, width = scene.truth.shape
             if (self.positions < 0).any() or (self.positions >= [height, width]).any():
-                raise DataError(f"positions of samples lie outside the scene of {height} x {width} pixels")
+                raise DataError(f"positions of samples must lie inside the scene of {height} x {width} pixels")
 
 
 def easiest(test: ExitTable, exits: np.ndarray) -> tuple[Sample, ...]:
-    """Those that leave first, the surest before the others; few of a class."""
+    """Samples by earliest exit, then highest score; at most `PER_CLASS` of a class."""
     return _few(test, exits, _from_easy_to_hard(test, exits))
 
 
 def hardest(test: ExitTable, exits: np.ndarray) -> tuple[Sample, ...]:
-    """Those that leave last, the least sure before the others; few of a class."""
+    """Samples by latest exit, then lowest score; at most `PER_CLASS` of a class."""
     return _few(test, exits, _from_easy_to_hard(test, exits)[::-1])
 
 
-def surest_mistakes(test: ExitTable, exits: np.ndarray) -> tuple[Sample, ...]:
-    """Wrong answers, those first that left first and were the surest; few of a class."""
+def confident_mistakes(test: ExitTable, exits: np.ndarray) -> tuple[Sample, ...]:
+    """Wrong answers by earliest exit, then highest score; at most `PER_CLASS` of a class."""
     order = _from_easy_to_hard(test, exits)
     return _few(test, exits, order[~test.correct[order, exits[order]]])
 
 
-def usual_spectra(shown: Samples, labels: np.ndarray, classes: int) -> np.ndarray | None:
-    """(C, bands), the mean spectrum of every class, NaN where it has no sample; None: no spectra."""
+def class_spectra(shown: Samples, labels: np.ndarray, classes: int) -> np.ndarray | None:
+    """The mean spectrum of every class, (C, bands), NaN where it has no sample; None without spectra."""
     if shown.spectra is None:
         return None
     means = np.full((classes, shown.spectra.shape[1]), np.nan)
@@ -110,7 +110,7 @@ def usual_spectra(shown: Samples, labels: np.ndarray, classes: int) -> np.ndarra
 
 
 def _from_easy_to_hard(test: ExitTable, exits: np.ndarray) -> np.ndarray:
-    """(N,) rows by exit, then by falling score there; the last exit has none, so the one before it speaks."""
+    """Rows (N,) by exit, then by falling score there; at the last exit by the score of the exit before it."""
     if test.exits == 1:
         return np.arange(test.samples)
     scores = test.scores[np.arange(test.samples), np.minimum(exits, test.exits - 2)]

@@ -1,4 +1,4 @@
-"""A scene is an image in which every pixel is a sample, with maps of what was answered and what was spent."""
+"""A scene: an image in which every pixel is a sample, with maps of predictions and compute."""
 
 from dataclasses import dataclass
 
@@ -13,13 +13,12 @@ class SceneMaps:
 
     Attributes:
         colour: (H, W, 3) uint8, a picture in true colours.
-        predicted: (H, W) int, the class that every pixel was given.
+        predicted: (H, W) int, the predicted class of every pixel.
         spent: (H, W) float, MACs of every pixel as a share of the full model's.
         truth: (H, W) int, the known class; negative: unlabelled.
-        tested: (H, W) bool, the labelled pixels that the model has neither trained nor been calibrated on; None: all
-            labelled ones.
+        tested: (H, W) bool, the labelled pixels used for neither training nor calibration; None: all labelled ones.
         colours: (C, 3) uint8 of the classes; None: `colours.class_colours`.
-        about: the sensor, the place, the size of a pixel; the page adds how many there are.
+        about: the sensor, the place, the size of a pixel; the page adds the number of pixels.
     """
 
     colour: np.ndarray
@@ -32,42 +31,44 @@ class SceneMaps:
 
     @property
     def labelled(self) -> np.ndarray:
-        """(H, W) bool."""
+        """The pixels with a known class, (H, W) bool."""
         return self.truth >= 0
 
     @property
     def checked(self) -> np.ndarray:
-        """(H, W) bool: labelled, and new to the model."""
+        """The labelled test pixels, (H, W) bool."""
         return self.labelled if self.tested is None else self.labelled & self.tested
 
     def check(self, classes: int) -> None:
-        """Compare the maps with each other and with the number of classes.
+        """Check the maps against each other and against the number of classes.
 
         Raises:
-            DataError: maps of different sizes, classes without a name, no share of the MACs, a picture of another kind.
+            DataError: maps of different sizes, classes without a name, compute that is negative or not finite, a
+                picture of another shape or dtype.
         """
         size = self.truth.shape
         if len(size) != 2 or 0 in size:
-            raise DataError(f"the ground truth of a scene has shape {size}; give (height, width)")
+            raise DataError(f"the ground truth of a scene must have shape (height, width), got {size}")
         for name in ("predicted", "spent", "tested"):
             value = getattr(self, name)
             if value is not None and value.shape != size:
-                raise DataError(f"the scene's {name} map has shape {value.shape}, its ground truth {size}")
+                raise DataError(f"the scene's {name} map must have the shape of its truth, {size}; got {value.shape}")
         if self.colour.shape != (*size, 3) or self.colour.dtype != np.uint8:
-            said = f"{self.colour.dtype} of shape {self.colour.shape}"
-            raise DataError(f"the scene's picture is {said}; give uint8 of shape {(*size, 3)}")
-        low, high = int(self.predicted.min()), int(max(self.predicted.max(), self.truth.max()))
+            got = f"{self.colour.dtype} of shape {self.colour.shape}"
+            raise DataError(f"the scene's picture must be uint8 of shape {(*size, 3)}, got {got}")
+        low = int(self.predicted.min())
+        high = int(max(self.predicted.max(), self.truth.max()))
         if low < 0 or high >= classes:
-            raise DataError(f"classes from {low} to {high} in a scene, but {classes} class names from 0 on")
+            raise DataError(f"got {classes} class names for a scene with classes from {low} to {high}")
         if not np.isfinite(self.spent).all() or (self.spent < 0).any():
-            raise DataError("the compute of a scene must be shares of the full model's MACs: finite, none negative")
+            raise DataError("the compute of a scene must be shares of the full model's MACs, finite and not negative")
         if self.colours is not None and (self.colours.shape != (classes, 3) or self.colours.dtype != np.uint8):
-            raise DataError(f"class colours of shape {self.colours.shape} for {classes} classes; give uint8 (C, 3)")
+            raise DataError(f"class colours must be uint8 of shape {(classes, 3)}, got shape {self.colours.shape}")
 
 
 @dataclass(frozen=True)
 class SceneShare:
-    """Some pixels of a scene: how many, their mean share of the full MACs, their accuracy (None: not known)."""
+    """A part of a scene: its number of pixels, mean share of the full MACs, and accuracy (None: not known)."""
 
     name: str
     pixels: int
@@ -76,7 +77,7 @@ class SceneShare:
 
 
 def where_in_scene(scene: SceneMaps) -> tuple[SceneShare, ...]:
-    """Where the compute went: at edges of fields or inside, on what is known or not, on right answers or wrong ones."""
+    """Compute and accuracy by part: edges and insides of fields, unlabelled pixels, correct and wrong answers."""
     right = scene.predicted == scene.truth
     edge = scene.labelled & _at_an_edge(scene.truth)
     groups = {
@@ -84,8 +85,8 @@ def where_in_scene(scene: SceneMaps) -> tuple[SceneShare, ...]:
         "unlabelled": ~scene.labelled,
         "labelled, at the edge of a field": edge,
         "labelled, inside a field": scene.labelled & ~edge,
-        "test, answered right": scene.checked & right,
-        "test, answered wrong": scene.checked & ~right,
+        "test, correct": scene.checked & right,
+        "test, wrong": scene.checked & ~right,
     }
     found = []
     for name, where in groups.items():
@@ -98,7 +99,7 @@ def where_in_scene(scene: SceneMaps) -> tuple[SceneShare, ...]:
 
 
 def _at_an_edge(labels: np.ndarray) -> np.ndarray:
-    """(H, W) bool: one of the eight neighbours has another label."""
+    """The pixels with another label among their eight neighbours, (H, W) bool."""
     around = np.pad(labels, 1, mode="edge")
     height, width = labels.shape
     shifted = [around[r : r + height, c : c + width] for r in range(3) for c in range(3)]

@@ -1,11 +1,11 @@
-"""Figures as a reader wants them: few digits, a unit, a sign where it matters."""
+"""Figures as text: few digits, units and signs."""
 
 import math
 from collections.abc import Mapping
 
 
 def percent(share: float, digits: int = 1) -> str:
-    """A share in hundredths.
+    """A share as a percentage.
 
     >>> percent(0.4472)
     '44.7 %'
@@ -14,7 +14,7 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def short_percent(share: float) -> str:
-    """A share that somebody chose, and so has few digits of its own.
+    """A share that a user chose, with the digits it has.
 
     >>> short_percent(0.05)
     '5 %'
@@ -23,7 +23,7 @@ def short_percent(share: float) -> str:
 
 
 def maybe_percent(share: float | None) -> str:
-    """A share, or a dash where there is none."""
+    """A share as a percentage, or a dash for None."""
     return "–" if share is None else percent(share)
 
 
@@ -38,7 +38,7 @@ def points(difference: float) -> str:
 
 
 def quantity(value: float) -> str:
-    """A count in three figures, with k, M, G or T.
+    """A count in three digits, with k, M, G or T.
 
     >>> quantity(3976000.0)
     '3.98 M'
@@ -52,7 +52,7 @@ def quantity(value: float) -> str:
 
 
 def pairs(values: Mapping[str, object]) -> str:
-    """Names and values, as one would type them.
+    """Names and values, as keyword arguments.
 
     >>> pairs({"widths": [16, 32], "stem_stride": 1, "kind": "se"})
     'widths=[16, 32], stem_stride=1, kind=se'

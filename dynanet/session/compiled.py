@@ -10,7 +10,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.halt import Halt
 from dynanet.core.rows import LEADING, LeadingAnswers, over_tensors, take_rows
-from dynanet.core.serving import PartByPart
 from dynanet.session.plan import Plan, PlannedHalt, PlannedPart
 from dynanet.session.pytree import tensors_of
 from dynanet.session.selector import EnginesByBatch, EngineSelector
@@ -144,15 +143,15 @@ class BatchOnePath:
     time: 4 bytes per float32 parameter of all steps, embeddings excluded.
 
     Args:
-        halt: a `PartByPart`.
+        halt: with a `part_by_part`.
         engines: per step.
     """
 
     def __init__(self, halt: Halt, engines: list[EnginesByBatch]) -> None:
-        assert isinstance(halt, PartByPart)
+        assert halt.part_by_part is not None
         self.engines = engines
         self._halt = halt
-        self._parts = halt.parts
+        self._part_by_part = halt.part_by_part
         self._layers = [module for module in halt.modules() if isinstance(module, Dynamic)]
 
     def serves(self, x: Any) -> bool:
@@ -167,7 +166,7 @@ class BatchOnePath:
     def __call__(self, x: Any) -> Any:
         """The answer for one row."""
         halt = self._halt
-        parts = self._parts(x)
+        parts = self._part_by_part.parts(halt, x)
         last = halt.last
         for k, engine in enumerate(self.engines):
             answer, *rest = engine([parts])

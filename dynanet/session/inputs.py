@@ -1,4 +1,4 @@
-"""The door: what a model cannot take is refused before anything runs."""
+"""Validate inputs before anything runs."""
 
 import math
 from typing import Any
@@ -15,17 +15,21 @@ def check_input(x: Any, example: Any) -> None:
 
     Args:
         x: tensor, or a pytree of tensors, rows first.
-        example: what the model takes.
+        example: another one, of any batch size.
 
     Raises:
         InputError: another structure, dtype, number of axes, channels or size; tensors that do not agree on the batch;
             NaN or infinite values.
     """
     if isinstance(x, Tensor) and isinstance(example, Tensor):
-        given, wanted, shape, expected = [x], [example], None, None
+        given = [x]
+        wanted = [example]
+        same = True
     else:
-        (given, shape), (wanted, expected) = tree_flatten(x), tree_flatten(example)
-    if shape != expected or not all(isinstance(t, Tensor) for t in given):
+        given, structure = tree_flatten(x)
+        wanted, expected = tree_flatten(example)
+        same = structure == expected
+    if not same or not all(isinstance(t, Tensor) for t in given):
         raise InputError(f"the input is {type(x).__name__}; expected {_described(wanted)}")
     for t, e in zip(given, wanted, strict=True):
         if t.dim() != e.dim() or t.shape[1:] != e.shape[1:]:
@@ -35,14 +39,14 @@ def check_input(x: Any, example: Any) -> None:
             )
         if t.dtype != e.dtype:
             raise InputError(f"the input is {t.dtype}; expected {e.dtype}: convert it with x.to({e.dtype})")
-        # One sum finds nearly every input finite; only a sum that is not is looked at twice (it may have overflowed).
+        # One sum shows that nearly every input is finite; others are checked number by number (sums may overflow).
         if t.is_floating_point() and not math.isfinite(t.sum().item()) and not torch.isfinite(t).all():
             rows = (~torch.isfinite(t)).flatten(1).any(1).nonzero().flatten().tolist()
             which = f"{rows[:5]}{f' and {len(rows) - 5} more' if len(rows) > 5 else ''}"
-            raise InputError(f"NaN or infinite values in sample(s) {which} of the input; mend or leave them out")
+            raise InputError(f"NaN or infinite values in sample(s) {which} of the input; repair them or leave them out")
     if len(given) > 1 and len({t.shape[0] for t in given}) > 1:
         counts = [t.shape[0] for t in given]
-        raise InputError(f"{counts} samples in the tensors of the input; give as many in every tensor")
+        raise InputError(f"{counts} samples in the tensors of the input; give the same number in every tensor")
 
 
 def _described(tensors: list[Any]) -> str:
@@ -55,7 +59,7 @@ def _difference(t: Tensor, e: Tensor) -> str:
     if t.dim() != e.dim():
         return f"{t.dim()} axes instead of {e.dim()}"
     if t.shape[1] != e.shape[1] and t.dim() in (3, 5):
-        return f"{t.shape[1]} steps instead of {e.shape[1]}; pad sequences to as many (`pad(..., steps={e.shape[1]})`)"
+        return f"{t.shape[1]} steps instead of {e.shape[1]}; pad sequences with `pad(..., steps={e.shape[1]})`"
     if t.shape[1] != e.shape[1]:
         return f"{t.shape[1]} channels instead of {e.shape[1]}"
     return "another size; resize or cut the input"

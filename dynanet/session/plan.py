@@ -11,7 +11,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from dynanet.core.dynamic import Dynamic, everything, execute, forced
 from dynanet.core.halt import Halt
 from dynanet.core.rows import over_tensors
-from dynanet.core.serving import CalledInParts, PartByPart
+from dynanet.core.serving import CalledInParts
 from dynanet.session.pytree import Layout, tensors_of
 
 _MOST_ROWS = 256  # of a sample, to plan with
@@ -185,12 +185,12 @@ def _arguments(model: nn.Module, example: Any, modules: dict[str, nn.Module]) ->
 
 def _one_row(model: nn.Module, example: Any) -> list[StaticUnit]:
     """The steps of one row by itself, where the model offers that form."""
-    if not isinstance(model, Halt) or not isinstance(model, PartByPart):
+    if not isinstance(model, Halt) or model.part_by_part is None:
         return []
     units = []
-    parts = model.parts(example)
+    parts = model.part_by_part.parts(model, example)
     for k in range(model.steps):
-        function = model.one_row(k)
+        function = model.part_by_part.one_row(model, k)
         if function is None:
             return []
         units.append(StaticUnit(f"step{k}, one row", function, [parts], workspaces=True, divisible=False))

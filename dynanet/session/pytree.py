@@ -1,4 +1,4 @@
-"""Pytrees taken apart: engines take and give flat tensors, models whatever they like."""
+"""Flatten pytrees for engines, which take and return flat tensors."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,10 +8,10 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
 class Layout:
-    """A pytree without its tensors; what else it holds stays in its place.
+    """A pytree without its tensors; other leaves stay in place.
 
     Attributes:
-        tensors: how many there are.
+        tensors: number of tensors.
     """
 
     def __init__(self, tree: Any) -> None:

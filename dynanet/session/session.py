@@ -1,4 +1,4 @@
-"""A Session runs a model for real: engines for what is static, compaction for what is decided."""
+"""A session runs a model sparsely: engines for its static parts, compaction where it decides."""
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,29 +29,29 @@ log = logging.getLogger(__name__)
 class Session(nn.Module):
     """Runs a model sparsely: what a row skips is not computed.
 
-    Maximal static parts of the model become engines, chosen part by part and batch size by batch size by measuring on
-    this machine; the steps of a Halt become one engine each, and survivors are compacted between them into preallocated
-    workspaces. The dynamic layers themselves are the model's own, so answers, traces and prices are those of the model:
+    The largest static parts of the model become engines, each chosen by measuring on this machine at several batch
+    sizes. Every step of a Halt becomes one engine, and remaining rows are compacted between steps into preallocated
+    workspaces. The dynamic layers are the model's own, so answers, traces and prices are those of the model:
     `record(session)` works, and a `CostModel` of the model prices its traces.
 
-    Not for several threads at once: a session owns its workspaces.
+    Not thread-safe: a session owns its workspaces.
 
     Args:
-        model: any model with or without dynamic layers; it is copied, and stays as it is.
+        model: any model with or without dynamic layers; it is copied, and not changed.
         example: an input batch of the size to expect, one sample or more.
         device: "cpu", or "cuda" (eager engines only).
-        engines: "fastest" measures eager against ONNX Runtime; "eager" and "onnxruntime" take one of them.
-        batches: the batch sizes at which engines are compared; another size takes the nearest one's engine.
+        engines: "fastest" compares eager and ONNX Runtime; "eager" and "onnxruntime" use one of them.
+        batches: the batch sizes at which engines are compared; another size uses the nearest one's engine.
         threads: of ONNX Runtime; as torch if None.
-        cache: where exported graphs are kept; see `engines.cache_folder`.
+        cache: folder of exported graphs; see `engines.cache_folder`.
 
     Attributes:
         model: the deployed copy.
-        units: what was measured, by unit: {name: {batch: {engine: ms}}}.
+        units: measured milliseconds, by unit: {name: {batch: {engine: ms}}}.
 
     Raises:
-        InputError: the example is empty, the model cannot take it, or the device is not there.
-        StructureError: engines="onnxruntime", and a part that it cannot run.
+        InputError: the example is empty, the model cannot take it, or the device is missing.
+        StructureError: a part that ONNX Runtime cannot run, with engines="onnxruntime".
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Session(nn.Module):
             raise InputError(f"engines is {engines!r}; expected 'fastest', 'eager' or 'onnxruntime'")
         self.device = torch.device(device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise InputError(f"device is {device!r}, but torch {torch.__version__} sees none here; take 'cpu'")
+            raise InputError(f"device is {device!r}, but torch {torch.__version__} finds none; use 'cpu'")
         self.example = tree_map(lambda t: t[:1].to(self.device), example)
         if not all(t.shape[0] for t in tree_flatten(self.example)[0]):
             raise InputError("a session needs an example with at least one sample; this batch is empty")
@@ -85,7 +85,7 @@ class Session(nn.Module):
                 self._empty = over_tensors(lambda t: t[:0], source(self.example))
             except (RuntimeError, TypeError, IndexError) as error:
                 reason = " ".join(str(error).split())[:200]
-                raise InputError(f"the model cannot take this example ({reason}); give one that it takes") from error
+                raise InputError(f"the model cannot take this example ({reason}); give another one") from error
             plan = plan_units(source, self.example, one_row=selector.onnx)
             single = [selector.engines(unit) for unit in plan.one_row]
             self._one_row = BatchOnePath(source, single) if isinstance(source, Halt) and single else None
@@ -100,11 +100,11 @@ class Session(nn.Module):
         model: nn.Module
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """The deployed model's modules, under the names they have in the model."""
+        """Iterate over the deployed model's modules, under the names they have in the model."""
         return self.model.named_modules(*args, **kwargs)
 
     def engines(self) -> list[EnginesByBatch]:
-        """The engines of every unit, in the order of the model."""
+        """Return the engines of every unit, in the order of the model."""
         found: list[EnginesByBatch] = [] if self._one_row is None else list(self._one_row.engines)
         for module in self.model.modules():
             if isinstance(module, CompiledHalt):
@@ -115,7 +115,7 @@ class Session(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Any) -> Any:
-        """The answers for a batch of any size, 0 included.
+        """Compute the answers for a batch of any size, 0 included.
 
         Raises:
             InputError: another shape or dtype than the example's, NaN or infinite values.
@@ -131,15 +131,15 @@ class Session(nn.Module):
             return self.model(x)
 
     def stream(self, samples: Iterable[Any], batch: int = 64) -> Iterator[Any]:
-        """Answers to what arrives bit by bit, with batches kept full: single samples, or frames of sequences.
+        """Answer single samples, or frames of sequences, as they arrive, with batches kept full.
 
         Samples are answered in their order. Early exits make batches shrink, and small batches are slow per sample; so
-        the rows that go on past a step wait for each other, up to `batch`. An answer can be late by as many arrivals as
-        that takes.
+        rows that continue past a step wait for each other, up to `batch`. Answers are delayed until such a batch is
+        full.
 
         Frames (`SequenceFrame`) of any number of sequences, in any order, are answered as soon as the model's rule
-        allows (`SequenceAnswer`), at the latest at the sequence's end (`EndOfSequence`, or the end of the stream); see
-        `StreamingSession`, which serves them where they come by calls, and goes on after a frame that is refused.
+        allows (`SequenceAnswer`), at the latest at the sequence's end (`EndOfSequence`, or the end of the stream). See
+        `sequences` for a form that is called, and that can continue after an invalid frame.
 
         Args:
             samples: inputs without the batch axis; or `SequenceFrame` and `EndOfSequence`, for a model that reads frame
@@ -147,24 +147,23 @@ class Session(nn.Module):
             batch: rows per step.
 
         Yields:
-            The answer of each sample, without the batch axis; or an `SequenceAnswer` per sequence.
+            The answer of each sample, without the batch axis; or a `SequenceAnswer` per sequence.
 
         Raises:
-            InputError: a sample or frame that the model cannot take, or a model that is no Halt (nothing to merge).
+            InputError: a sample or frame that the model cannot take, or a model that is not a Halt.
         """
         if not isinstance(self.model, Halt):
             raise InputError(
-                f"stream merges what goes on past a step; {type(self.model).__name__} has no steps: call it"
+                f"stream merges rows that continue past a step; {type(self.model).__name__} has no steps: call it"
             )
         _check_batch(batch)
         return self._stream(self.model, iter(samples), batch)
 
     def sequences(self, batch: int = 64) -> StreamingSession:
-        """Serves sequences whose frames arrive one by one, by calls: what `stream` does with `SequenceFrame` and
-        `EndOfSequence`.
+        """Serve sequences whose frames arrive one by one, as `stream` does, by calls.
 
         Args:
-            batch: frames that run together at most.
+            batch: number of frames that run together at most.
 
         Raises:
             InputError: a model that does not read frame by frame.
@@ -182,7 +181,7 @@ class Session(nn.Module):
             samples = chain([first], samples)
             if isinstance(first, SequenceFrame | EndOfSequence):
                 yield from self._frames(samples, self.sequences(batch))
-            elif batch == 1:  # nothing to wait for
+            elif batch == 1:  # no row has to wait
                 for number, sample in enumerate(samples):
                     yield over_tensors(lambda t: t[0], self(self._batched([sample], number)))
             else:
@@ -203,29 +202,31 @@ class Session(nn.Module):
         yield from sequences.end_all()
 
     @torch.no_grad()
-    def _flow(self, samples: Iterable[Any], batch: int, line: "StepQueue", ready: dict[int, Any]) -> Iterator[Any]:
-        arrived = yielded = 0
+    def _flow(self, samples: Iterable[Any], batch: int, queue: StepQueue, ready: dict[int, Any]) -> Iterator[Any]:
+        arrived = 0
+        yielded = 0
         group: list[Any] = []
         for sample in samples:
             group.append(sample)
             if len(group) == batch:
                 with self._torch_threads():
-                    line.arrive(self._batched(group, arrived), range(arrived, arrived + batch))
-                arrived, group = arrived + batch, []
+                    queue.arrive(self._batched(group, arrived), range(arrived, arrived + batch))
+                arrived += batch
+                group = []
             while yielded in ready:
                 yield ready.pop(yielded)
                 yielded += 1
         with self._torch_threads():
             if group:
-                line.arrive(self._batched(group, arrived), range(arrived, arrived + len(group)))
-            line.finish()
+                queue.arrive(self._batched(group, arrived), range(arrived, arrived + len(group)))
+            queue.finish()
         while yielded in ready:
             yield ready.pop(yielded)
             yielded += 1
 
     @contextmanager
     def _torch_threads(self) -> Iterator[None]:
-        """One, where torch does nothing but move rows: more would wait, spinning, on the cores of the runtime."""
+        """Give torch one thread where it only moves rows: more would spin on the cores that the runtime needs."""
         threads = torch.get_num_threads()
         if threads == 1 or not self._only_gathers:
             yield
@@ -240,7 +241,7 @@ class Session(nn.Module):
         try:
             x = tree_map(lambda *t: torch.stack(t), *group)
             check_input(x, self.example)
-        except (ValueError, TypeError, RuntimeError):  # which of them is it?
+        except (ValueError, TypeError, RuntimeError):  # find the sample at fault
             for number, sample in enumerate(group, start=first):
                 try:
                     check_input(over_tensors(lambda t: t[None], sample), self.example)
@@ -252,4 +253,4 @@ class Session(nn.Module):
 
 def _check_batch(batch: int) -> None:
     if not isinstance(batch, int) or batch < 1:
-        raise InputError(f"batch is {batch}; expected how many rows run together, 1 or more")
+        raise InputError(f"batch is {batch!r}; expected a number of rows, at least 1")

@@ -1,4 +1,4 @@
-"""Streams: what arrives bit by bit runs in full batches, be it samples between steps or frames of many sequences."""
+"""Streams: samples between steps, or frames of many sequences, wait for each other and run in full batches."""
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -20,21 +20,29 @@ from dynanet.session.inputs import check_input
 class StepQueue:
     """Rows on their way through a Halt, waiting at each step until a batch is full.
 
-    Rows leave a state as `Halt.rows` says, and states join by concatenating their tensors along the first axis.
+    Rows are taken from a state by `Halt.rows`, and states are joined by concatenating their tensors along the first
+    axis.
+
+    Args:
+        halt: the model.
+        batch: rows per step.
+        ready: receives the answers, by the number of the sample.
     """
 
     def __init__(self, halt: Halt, batch: int, ready: dict[int, Any]) -> None:
-        self.halt, self.batch, self.ready = halt, batch, ready
-        self.last = (halt.steps if halt.limit is None else min(halt.limit, halt.steps)) - 1
+        self.halt = halt
+        self.batch = batch
+        self.ready = ready
+        self.last = halt.last
         self.waiting: list[list[tuple[Any, list[int]]]] = [[] for _ in range(halt.steps)]
 
     def arrive(self, x: Any, numbers: Iterable[int]) -> None:
-        """New rows; steps whose batch is full run."""
+        """Add rows, and run the steps whose batch is full."""
         self.waiting[0].append((self.halt.start(x), list(numbers)))
         self._drain(full_only=True)
 
     def finish(self) -> None:
-        """No more rows will come."""
+        """Run all waiting rows: no more will arrive."""
         self._drain(full_only=False)
 
     def _drain(self, *, full_only: bool) -> None:
@@ -62,28 +70,30 @@ class StepQueue:
                 self.ready[number] = tree_unflatten(answers, structure)
 
     def _merged(self, k: int) -> tuple[Any, list[int]]:
-        """Up to a batch of the rows that wait at step k."""
-        groups, self.waiting[k] = self.waiting[k], []
+        """Up to a batch of the rows that wait at step k, and their numbers."""
+        groups = self.waiting[k]
+        self.waiting[k] = []
         numbers = [n for _, ns in groups for n in ns]
         state = groups[0][0] if len(groups) == 1 else tree_map(_joined, *[s for s, _ in groups])
         if len(numbers) > self.batch:
             device = next(leaf.device for leaf in tree_flatten(state)[0] if isinstance(leaf, Tensor))
             now, later = torch.arange(len(numbers), device=device).split([self.batch, len(numbers) - self.batch])
             self.waiting[k] = [(self._taken(state, len(numbers), later), numbers[self.batch :])]
-            state, numbers = self._taken(state, len(numbers), now), numbers[: self.batch]
+            state = self._taken(state, len(numbers), now)
+            numbers = numbers[: self.batch]
         return state, numbers
 
     def _taken(self, state: Any, rows: int, index: Tensor) -> Any:
-        if isinstance(self.halt, CompiledHalt):  # a copy in any case: its engines and workspaces are written again
+        if isinstance(self.halt, CompiledHalt):  # always a copy: engines and workspaces overwrite their memory
             return over_tensors(lambda t: take_rows(t, index), state)
         return self.halt.rows.take(state, (rows,), index)
 
 
 class SequenceFrame(NamedTuple):
-    """A frame of a sequence has arrived.
+    """A frame of a sequence.
 
     Attributes:
-        sequence: which one; a name that is not known begins a sequence.
+        sequence: its name; an unknown name begins a sequence.
         x: the frame, without a batch axis.
     """
 
@@ -92,19 +102,19 @@ class SequenceFrame(NamedTuple):
 
 
 class EndOfSequence(NamedTuple):
-    """A sequence has no more frames. Its name is forgotten, and may begin another one."""
+    """The end of a sequence. Its name is forgotten, and may begin another one."""
 
     sequence: Hashable
 
 
 class SequenceAnswer(NamedTuple):
-    """A sequence has its answer.
+    """The answer of a sequence.
 
     Attributes:
-        sequence: which one.
+        sequence: its name.
         answer: without a batch axis.
         confidence: the score of the step that answered, in the units of the model's thresholds.
-        frames: how many were read.
+        frames: number of frames read.
     """
 
     sequence: Hashable
@@ -116,21 +126,24 @@ class SequenceAnswer(NamedTuple):
 class StreamingSession:
     """Serves sequences that arrive frame by frame, many at a time; made by `Session.sequences`.
 
-    A sequence is open from its first frame until it is answered: when the rule says stop, after the model's `longest`
-    frames, or when its end is told. Frames that come after the answer are not even looked at. Names of answered
-    sequences are known until their end is told: tell every end, or memory grows.
+    A sequence is open from its first frame until it is answered: when the rule stops it, after the model's `longest`
+    frames, or at `end`. Frames after the answer are ignored. Names of answered sequences are kept until `end`: call it
+    for every sequence, or memory grows.
 
-    Frames wait for each other until `batch` of them wait, or one of every open sequence, or until the next frame of a
-    sequence that waits. So an answer is late by less than one frame of its own sequence; with a batch of 1 it is never
-    late.
+    Frames run when `batch` of them wait, or one of every open sequence, or when the next frame of a waiting sequence
+    arrives. So an answer is delayed by less than one frame of its own sequence; with a batch of 1 it is not delayed.
 
-    What is refused leaves everything as it was: after an `InputError` one may go on.
+    An `InputError` changes nothing: the session can be used further.
     """
 
     def __init__(
         self, halt: FrameByFrame, x: Any, batch: int, device: torch.device, within: Callable[[], AbstractContextManager]
     ) -> None:
-        self._halt, self._example, self._batch, self._device, self._within = halt, halt.frame(x), batch, device, within
+        self._halt = halt
+        self._example = halt.frame(x)
+        self._batch = batch
+        self._device = device
+        self._within = within
         self._open: dict[Hashable, _Progress] = {}
         self._answered: set[Hashable] = set()
         self._waiting: dict[Hashable, Any] = {}
@@ -138,7 +151,7 @@ class StreamingSession:
 
     @torch.no_grad()
     def read(self, sequence: Hashable, x: Any) -> list[SequenceAnswer]:
-        """A frame has arrived; what is answered now, of any sequences.
+        """Add a frame, and return the answers that are now ready, of any sequences.
 
         Raises:
             InputError: a frame of another shape or dtype than the model takes, NaN or infinite values.
@@ -164,14 +177,14 @@ class StreamingSession:
 
     @torch.no_grad()
     def end(self, sequence: Hashable) -> list[SequenceAnswer]:
-        """A sequence has no more frames; what is answered now, this sequence included if it was not before.
+        """End a sequence, and return the answers that are now ready, its own included if it was still open.
 
         Raises:
-            InputError: a sequence that is not known.
+            InputError: an unknown sequence.
         """
         if sequence not in self._open and sequence not in self._answered:
             raise InputError(
-                f"the end of sequence {sequence!r}, of which nothing was read; tell its end after its frames"
+                f"the end of sequence {sequence!r}, of which nothing was read; end a sequence after its frames"
             )
         ready = self._run() if sequence in self._waiting else []
         ready += self._finish([sequence] if sequence in self._open else [])
@@ -180,35 +193,37 @@ class StreamingSession:
 
     @torch.no_grad()
     def end_all(self) -> list[SequenceAnswer]:
-        """No sequence has any more frames."""
+        """End all sequences, and return the remaining answers."""
         ready = self._run()
         ready += self._finish(list(self._open))
         self._answered.clear()
         return ready
 
     def _run(self) -> list[SequenceAnswer]:
-        """The frames that wait are read."""
-        names, frames = list(self._waiting), list(self._waiting.values())
+        """Read the frames that wait."""
+        names = list(self._waiting)
+        frames = list(self._waiting.values())
         self._waiting.clear()
         if not names:
             return []
-        rows, every, longest = [self._open[name] for name in names], self._halt.every, self._halt.longest
+        rows = [self._open[name] for name in names]
         x = tree_map(lambda *t: torch.cat(t).to(self._device), *frames)
         with self._within():
             state = self._halt.read(x, self._places.states(rows))
         self._places.keep(rows, state)
         for row in rows:
             row.frames += 1
-        asked = [i for i, row in enumerate(rows) if row.frames % every == 0 or row.frames == longest]
-        return self._conclude([names[i] for i in asked])
+        every, longest = self._halt.every, self._halt.longest
+        due = [row.frames % every == 0 or row.frames == longest for row in rows]
+        return self._conclude([name for name, now in zip(names, due, strict=True) if now])
 
     def _finish(self, names: Sequence[Hashable]) -> list[SequenceAnswer]:
-        """Sequences end; those that have read on since their last answer give another one."""
+        """End sequences; those that have read frames since their last answer conclude again."""
         ready = self._conclude([name for name in names if self._open[name].concluded < self._open[name].frames])
         return ready + [self._answer(name) for name in names if name in self._open]
 
     def _conclude(self, names: Sequence[Hashable]) -> list[SequenceAnswer]:
-        """New answers of sequences, and out with those that do not go on."""
+        """Compute new answers of sequences, and return those of sequences that stop here."""
         if not names:
             return []
         rows = [self._open[name] for name in names]
@@ -217,7 +232,8 @@ class StreamingSession:
             ends = self._halt.conclude(steps, self._places.states(rows), [row.memory for row in rows])
         sure = ends.score[:, 0].tolist()
         for i, row in enumerate(rows):
-            row.concluded, row.memory = row.frames, ends.memories[i]
+            row.concluded = row.frames
+            row.memory = ends.memories[i]
             row.answer = over_tensors(lambda t, i=i: t[i].clone(), ends.answer), sure[i]
         return [self._answer(name) for name, on in zip(names, ends.should_continue.tolist(), strict=True) if not on]
 
@@ -232,39 +248,46 @@ class _Progress:
     """How far an open sequence is, and where its state lies."""
 
     def __init__(self, place: int) -> None:
-        self.place, self.frames, self.concluded = place, 0, 0
+        self.place = place
+        self.frames = 0
+        self.concluded = 0  # frames at the last answer
         self.answer: tuple[Any, float] = (None, math.nan)
         self.memory: Any = None
 
 
 class _Places:
-    """States of open sequences, in memory that is used again."""
+    """States of open sequences, in memory that is reused."""
 
     def __init__(self, begin: Callable[[int], Any]) -> None:
         # Cloned, as a model may begin with one tensor in two places.
         self._begin = lambda rows: over_tensors(torch.clone, begin(rows))
-        self._count, self._state, self._free = 8, self._begin(8), list(range(8))
+        self._count = 8
+        self._state = self._begin(self._count)
+        self._free = list(range(self._count))
 
     def take(self) -> int:
-        """A place, with the state before the first frame."""
+        """Reserve a place, with the state before the first frame."""
         if not self._free:
-            places = torch.arange(self._count)
-            self._free, self._count = list(range(self._count, 2 * self._count)), 2 * self._count
-            old, self._state = self._state, self._begin(self._count)
-            self._put(places, old)
+            old = self._state
+            self._free = list(range(self._count, 2 * self._count))
+            self._state = self._begin(2 * self._count)
+            self._put(torch.arange(self._count), old)
+            self._count *= 2
         place = self._free.pop()
         self._put(torch.tensor([place]), self._begin(1))
         return place
 
     def give(self, place: int) -> None:
+        """Release a place."""
         self._free.append(place)
 
     def states(self, rows: Sequence[_Progress]) -> Any:
-        """Of the rows, in a batch."""
+        """The states of rows, as a batch."""
         index = torch.tensor([row.place for row in rows])
         return over_tensors(lambda t: t.index_select(0, index.to(t.device)), self._state)
 
     def keep(self, rows: Sequence[_Progress], state: Any) -> None:
+        """Store the states of rows."""
         self._put(torch.tensor([row.place for row in rows]), state)
 
     def _put(self, index: Tensor, state: Any) -> None:

@@ -3,6 +3,7 @@
 What needs Lightning (`fit`, `TrainingModule`, `FitResult`, `Frozen`, `Checkpoints`, `AtomicCheckpointIO`) is imported
 when it is first used.
 """
+# ruff: noqa: F401  (the public names)
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -34,51 +35,6 @@ if TYPE_CHECKING:
     from dynanet.train.freezing import Frozen
     from dynanet.train.lightning import TrainingModule
     from dynanet.train.saving import AtomicCheckpointIO, Checkpoints
-
-__all__ = [
-    "AtomicCheckpointIO",
-    "Batches",
-    "Checkpoints",
-    "CollapseAlarm",
-    "CostReward",
-    "CrossEntropy",
-    "DropReward",
-    "Frozen",
-    "LoadBalance",
-    "MultiExit",
-    "Objective",
-    "Reinforce",
-    "Reward",
-    "RouterZ",
-    "FitResult",
-    "SkipReward",
-    "TargetRate",
-    "TrainingModule",
-    "BudgetPenalty",
-    "adamw",
-    "anneal_temperature",
-    "collapsed",
-    "cosine",
-    "deployed_reward",
-    "exits_reached",
-    "exponential",
-    "fit",
-    "linear",
-    "load_checkpoint",
-    "load_variation",
-    "load_weights",
-    "loads",
-    "newest",
-    "one_cycle",
-    "recalibrate_batchnorm",
-    "rescale_gradients",
-    "sample_gates",
-    "sampled",
-    "save_checkpoint",
-    "sgd",
-    "surrogate",
-    "tighten_budget",
-]
 
 _WITH_LIGHTNING = {
     "AtomicCheckpointIO": "dynanet.train.saving",

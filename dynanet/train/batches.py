@@ -12,7 +12,7 @@ from dynanet.train.seeds import seed_of, seeded
 
 
 class Batches:
-    """Batches of a dataset, endlessly repeatable.
+    """Batches of a dataset that can be resumed at any batch.
 
     Every pass is an epoch with an order of its own. While a batch is made, by the dataset and `collate`, the global
     generators of torch, numpy and Python are seeded from (seed, epoch, batch), so augmentation may draw from them, in
@@ -20,16 +20,16 @@ class Batches:
 
     Under `torch.distributed`, n processes share each epoch: batch k of all of them together is batch k that one
     process would make with n times the batch size (its randomness aside). So that all do the same number of steps, the
-    last batches are filled up from the beginning of the order; alone, no sample comes twice.
+    last batches are filled up from the beginning of the order; in a single process no sample comes twice.
 
     Args:
         dataset: map-style; samples are what `collate` takes.
         batch_size: samples per batch and process.
-        shuffle: an order of its own for every epoch; else the dataset's.
+        shuffle: draw a new order for every epoch; else the dataset's order.
         seed: of the order and of what the samples draw.
         drop_last: leave out a last batch that is not full.
         collate: from a list of samples to a batch.
-        workers: processes that make batches; 0 makes them here.
+        workers: processes that make batches; 0 makes them in this process.
         pin_memory: for faster copies to a GPU.
 
     Raises:
@@ -48,23 +48,29 @@ class Batches:
         workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        self.dataset, self.batch_size, self.shuffle, self.seed = dataset, batch_size, shuffle, seed
-        self.drop_last, self.collate, self.workers, self.pin_memory = drop_last, collate, workers, pin_memory
-        self.samples = len(dataset)
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.drop_last = drop_last
+        self.collate = collate
+        self.workers = workers
+        self.pin_memory = pin_memory
+        self.samples = len(dataset)  # type: ignore[arg-type]  # map-style datasets have a length
         if batch_size < 1 or len(self) < 1:
             raise ConfigError(
                 f"batches of {batch_size} from {self.samples} samples (drop_last={drop_last}) come to none; expected a "
                 f"batch size between 1 and the number of samples"
             )
-        self._next = (0, 0)  # the epoch and batch that come next
-        self._skip = 0  # batches of the next pass that a resumed run has had already
+        self._next = (0, 0)  # (epoch, batch) that comes next
+        self._skip = 0  # batches of the next pass that a resumed run has already trained on
 
     @classmethod
     def of(cls, loader: "Batches | DataLoader", seed: int = 0) -> "Batches":
         """The batches that a DataLoader would make: its dataset, sizes, workers; shuffled if it shuffles.
 
         Raises:
-            ConfigError: its order is neither the dataset's nor plainly random, or it has a stream and no dataset.
+            ConfigError: a sampler other than the default ones, or a dataset that is not map-style.
         """
         if isinstance(loader, Batches):
             return loader
@@ -76,7 +82,7 @@ class Batches:
             )
         if type(loader.sampler) not in (RandomSampler, SequentialSampler):
             raise ConfigError(
-                f"the DataLoader's order is a {type(loader.sampler).__name__}'s, which cannot be resumed; use "
+                f"the DataLoader's sampler is a {type(loader.sampler).__name__}, which cannot be resumed; use "
                 f"shuffle=True or False, or train.Batches of a dataset in the order you want"
             )
         return cls(
@@ -96,25 +102,27 @@ class Batches:
         return self.samples // full if self.drop_last else -(-self.samples // full)
 
     def __iter__(self) -> Iterator[Any]:
-        # A generator: where it starts is read when the first batch is asked for, after a checkpoint was restored.
-        epoch, first, total = self._next[0], self._skip, len(self)
+        # A generator: it reads its start when the first batch is requested, after a checkpoint was restored.
+        epoch = self._next[0]
+        first = self._skip
+        total = len(self)
         self._skip = 0
         plans = self.plan(epoch)[first:]
         loader: DataLoader = DataLoader(
             _Planned(self.dataset, self.collate),
-            sampler=plans,  # type: ignore[arg-type]
+            sampler=plans,
             batch_size=None,
-            collate_fn=_as_made,
+            collate_fn=_unchanged,
             num_workers=self.workers,
             pin_memory=self.pin_memory,
-            generator=torch.Generator().manual_seed(0),  # so that starting a pass draws nothing from the global one
+            generator=_generator(0),  # so that starting a pass draws nothing from the global one
         )
         for batch, made in enumerate(loader, first + 1):
             self._next = (epoch, batch) if batch < total else (epoch + 1, 0)
             yield made
 
     def plan(self, epoch: int) -> "list[EpochPlan]":
-        """Which samples make this process's batches of an epoch."""
+        """The samples and the seed of each of this process's batches of an epoch."""
         order = torch.arange(self.samples)
         if self.shuffle:
             order = torch.randperm(self.samples, generator=_generator(seed_of(self.seed, epoch, "order")))
@@ -129,11 +137,11 @@ class Batches:
         ]
 
     def state_dict(self) -> dict[str, int]:
-        """What comes next."""
+        """The epoch and the batch that come next."""
         return {"epoch": self._next[0], "batch": self._next[1]}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Let the next pass begin there."""
+        """Begin the next pass at the saved epoch and batch."""
         self._next = (state["epoch"], state["batch"])
         self._skip = state["batch"]
 
@@ -145,14 +153,14 @@ class Batches:
 
 
 class EpochPlan(NamedTuple):
-    """One batch before it is made."""
+    """One batch of an epoch: the indices of its samples, and the seed of what they draw."""
 
     indices: list[int]
     seed: int
 
 
 class _Planned(Dataset):
-    """Makes a batch of its plan, in whatever process."""
+    """A dataset whose items are batches, made from their plans in this process or in a worker."""
 
     def __init__(self, dataset: Dataset, collate: Callable[[list[Any]], Any]) -> None:
         self.dataset, self.collate = dataset, collate
@@ -162,12 +170,12 @@ class _Planned(Dataset):
             return self.collate(_samples(self.dataset, plan.indices))
 
 
-def _as_made(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 
 def _samples(dataset: Dataset, indices: Sequence[int]) -> list[Any]:
-    together = getattr(dataset, "__getitems__", None)  # torch's own protocol for datasets that are quicker in one go
+    together = getattr(dataset, "__getitems__", None)  # torch's protocol for datasets that read samples together
     return together(indices) if together is not None else [dataset[i] for i in indices]
 
 

@@ -1,4 +1,4 @@
-"""Fresh statistics for BatchNorm after training, where they were gathered under other decisions than those deployed."""
+"""Re-estimate BatchNorm statistics after training under decisions that differ from the deployed ones."""
 
 from collections.abc import Iterable
 from itertools import islice
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dynanet.core.dynamic import evaluating
 from dynanet.core.errors import DataError
 
 
@@ -15,16 +16,16 @@ from dynanet.core.errors import DataError
 def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any], *, batches: int | None = None) -> nn.Module:
     """Re-estimate every BatchNorm's mean and variance as the plain average over batches.
 
-    Everything else stays in eval mode, so gates decide as they will. In the dense form a norm sees every row; after
-    `execute(model, sparse=True)` it sees only the rows that run its unit, as it will when deployed; where none
-    do, it keeps its statistics. Needed where widths or resolutions share a norm (Yu and Huang 2019, US-Nets,
-    arXiv:1903.05134), and where training was soft. After training in the dense form the sparse one is the wrong choice:
-    weights then fit statistics of all rows, and units that few rows of a batch reach get theirs from a handful
-    (on CIFAR-10 channel skip and a soft tree lost 11 and 14 points of held-out accuracy, the dense form none).
+    Everything else stays in eval mode, so gates decide as when deployed. In the dense form a norm sees every row; after
+    `execute(model, sparse=True)` it sees only the rows that run its unit; where none do, it keeps its statistics.
+    Needed where widths or resolutions share a norm (Yu and Huang 2019, US-Nets, arXiv:1903.05134), and where keeps were
+    soft in training. After training in the dense form, use the dense form here too: the weights fit statistics of all
+    rows, and units that few rows of a batch reach would get theirs from a small sample (on CIFAR-10 channel skip and a
+    soft tree lost 11 and 14 points of held-out accuracy with the sparse form, none with the dense one).
 
     Args:
-        model: its modes and the norms' momenta are left as they were; weights are not touched.
-        loader: batches, or (batch, labels, ...) of which the first is used. Not augmented, not shuffled by need.
+        model: changed in place; only the norms' statistics change.
+        loader: batches, or (batch, labels, ...) of which the first is used. Without augmentation, in any order.
         batches: how many; None for all.
 
     Returns:
@@ -36,22 +37,19 @@ def recalibrate_batchnorm(model: nn.Module, loader: Iterable[Any], *, batches: i
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     if not norms:
         return model
-    modes = {module: module.training for module in model.modules()}
     before = {norm: ({k: v.clone() for k, v in norm.named_buffers()}, norm.momentum) for norm in norms}
     seen = 0
-    model.eval()
     try:
-        for batch in islice(loader, batches):
-            if not seen:
-                for norm in norms:
-                    norm.reset_running_stats()
-                    norm.momentum = None  # None: the cumulative average
-                    norm.train()
-            model(batch[0] if isinstance(batch, tuple | list) else batch)
-            seen += 1
+        with evaluating(model):
+            for batch in islice(loader, batches):
+                if not seen:
+                    for norm in norms:
+                        norm.reset_running_stats()
+                        norm.momentum = None  # None: the cumulative average
+                        norm.train()
+                model(batch[0] if isinstance(batch, tuple | list) else batch)
+                seen += 1
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for norm, (statistics, momentum) in before.items():
             norm.momentum = momentum
             if norm.num_batches_tracked == 0:

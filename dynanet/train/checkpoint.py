@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or not there, that show when they are damaged, and that cannot run code.
+"""Checkpoints that are written atomically, carry a checksum, and cannot run code when loaded.
 
-A checkpoint is what `torch.save` writes (a zip archive), and any tool reads it with `torch.load`. Its SHA-256 travels
-as the archive's comment, so that content and checksum arrive together. Loading is `weights_only=True`, always.
+A checkpoint is what `torch.save` writes (a zip archive), and any tool reads it with `torch.load`. Its SHA-256 is the
+archive's comment, so that content and checksum stay together. Loading is always `weights_only=True`.
 """
 
 import hashlib
@@ -33,8 +33,8 @@ def save_checkpoint(state: Mapping[str, Any], path: str | Path) -> None:
         path: in a folder that exists.
 
     Raises:
-        CheckpointError: the disk is full or not writable (the old file is untouched), or the state holds what could
-            not be loaded again.
+        CheckpointError: the disk is full or not writable (the old file is untouched), or the state holds objects that
+            cannot be loaded with `weights_only=True`.
     """
     buffer = io.BytesIO()
     torch.save(dict(state), buffer)
@@ -65,22 +65,22 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
 
     Raises:
-        CheckpointError: it is missing, damaged, or no checkpoint.
+        CheckpointError: it is missing, damaged, or not a checkpoint.
     """
     content = _content(Path(path))
     if content is None:
-        raise CheckpointError(f"{path} is damaged, or no checkpoint of dynanet; use another one")
+        raise CheckpointError(f"{path} is damaged, or not a checkpoint of dynanet; use another one")
     try:
         state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     except Exception as error:
-        raise CheckpointError(f"{path} holds no plain tensors and is not loaded: {_first_line(error)}") from error
+        raise CheckpointError(f"{path} holds more than tensors and was not loaded: {_first_line(error)}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds a {type(state).__name__}; expected the state of a training run")
     return state
 
 
 def is_whole(path: str | Path) -> bool:
-    """The checkpoint is there, complete, and as it was written."""
+    """Whether the checkpoint exists and matches its checksum."""
     try:
         return _content(Path(path)) is not None
     except CheckpointError:
@@ -88,10 +88,10 @@ def is_whole(path: str | Path) -> bool:
 
 
 def newest(folder: str | Path) -> Path | None:
-    """The last whole checkpoint of a run; None where nothing was saved. A damaged one is passed over with a warning.
+    """The last intact checkpoint of a run; None where nothing was saved. Skips damaged ones with a warning.
 
     Raises:
-        CheckpointError: there are checkpoints, and none is whole.
+        CheckpointError: there are checkpoints, and all are damaged.
     """
     found = sorted(step_files(folder).items(), reverse=True)
     for step, path in found:
@@ -99,30 +99,30 @@ def newest(folder: str | Path) -> Path | None:
             return path
         warnings.warn(f"{path} (step {step}) is damaged; going back to the one before", stacklevel=2)
     if found:
-        raise CheckpointError(f"none of the {len(found)} checkpoints in {folder} is whole; begin anew elsewhere")
+        raise CheckpointError(f"none of the {len(found)} checkpoints in {folder} is intact; train in a new folder")
     return None
 
 
 def step_files(folder: str | Path) -> dict[int, Path]:
-    """A run's checkpoints by step, whole or not."""
+    """A run's checkpoints by step, damaged ones included."""
     matches = ((_STEP.fullmatch(path.name), path) for path in Path(folder).glob("step-*.ckpt"))
     return {int(match[1]): path for match, path in matches if match}
 
 
 def step_file(folder: str | Path, step: int) -> Path:
-    """What the checkpoint after a step is called."""
+    """The path of the checkpoint after a step."""
     return Path(folder) / f"step-{step:08d}.ckpt"
 
 
 def sweep(folder: str | Path) -> None:
-    """Remove what a kill left half-written."""
+    """Remove temporary files of writes that were interrupted."""
     for pattern in (".step-*.ckpt.*.tmp", ".best.ckpt.*.tmp"):
         for path in Path(folder).glob(pattern):
             path.unlink(missing_ok=True)
 
 
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
-    """Put a checkpoint's weights into a model of the same making, and return it.
+    """Load a checkpoint's weights into a model of the same architecture, and return the model.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or of another model.
@@ -136,16 +136,17 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
 
 
 def check_same_model(mine: Mapping[str, Any], theirs: Mapping[str, Any], path: object) -> None:
-    """Names and shapes agree.
+    """Check that two state dicts have the same names and shapes.
 
     Raises:
-        CheckpointError: naming the first that do not.
+        CheckpointError: they differ; the message names the first differences.
     """
     differences = [f"{name} is not in the checkpoint" for name in mine if name not in theirs]
     differences += [f"{name} is not in the model" for name in theirs if name not in mine]
     for name in mine:
         if name in theirs and mine[name].shape != theirs[name].shape:
-            was, now = tuple(theirs[name].shape), tuple(mine[name].shape)
+            was = tuple(theirs[name].shape)
+            now = tuple(mine[name].shape)
             differences.append(f"{name} is {was} in the checkpoint and {now} in the model")
     if differences:
         more = f", and {len(differences) - 3} more" if len(differences) > 3 else ""
@@ -155,35 +156,34 @@ def check_same_model(mine: Mapping[str, Any], theirs: Mapping[str, Any], path: o
 
 
 def decisions(model: nn.Module) -> dict[str, str]:
-    """What of a model's decisions no weight tells, by layer: rules with their k, confidences, and the like."""
+    """Settings of a model's decisions that are not in its weights, by layer: rules with their k, confidences."""
     deciding = ((name, m.decides) for name, m in model.named_modules() if isinstance(m, Gate | Dynamic))
     return {name: how for name, how in deciding if how}
 
 
 def check_same_decisions(model: nn.Module, theirs: Mapping[str, str], path: object) -> None:
-    """The layers decide as those did that were trained. Older checkpoints did not say how.
+    """Check that the layers decide by the rules of the trained model.
 
     Raises:
-        CheckpointError: naming the first that does not.
+        CheckpointError: a layer decides by another rule; the message names the first.
     """
     for name, now in decisions(model).items():
         was = theirs.get(name, now)
         if was != now:
             raise CheckpointError(
-                f"{path} is of another gate: {name or 'the model'} decided by {was} and now does by {now}; build the "
-                f"model that was trained, and change it after its weights are loaded"
+                f"{path} is of another gate: {name or 'the model'} decided by {was} and now decides by {now}; build "
+                f"the model that was trained, and change it after its weights are loaded"
             )
 
 
 def _content(path: Path) -> bytes | None:
-    """The file, if its comment is the checksum of what comes before it."""
+    """The bytes of the file; None if its comment is not the checksum of the rest."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; give a checkpoint that exists") from error
-    body, comment = content[:-_COMMENT], content[-_COMMENT:]
-    whole = comment == _MARK + hashlib.sha256(body).hexdigest().encode()
-    return content if whole else None
+    digest = hashlib.sha256(content[:-_COMMENT]).hexdigest().encode()
+    return content if content[-_COMMENT:] == _MARK + digest else None
 
 
 def _first_line(error: Exception) -> str:

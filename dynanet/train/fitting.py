@@ -1,10 +1,10 @@
-"""A training run: `fit` sets it up so that it survives being killed, and answers with a `FitResult`."""
+"""Train a model in a folder of checkpoints, so that a run that was killed can be resumed."""
 
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,11 @@ class FitResult:
     """A finished run.
 
     Attributes:
-        model: trained, as it was after the last step; `load_weights(model, run.best)` goes back to the best epoch.
+        model: after the last step; `load_weights(model, result.best)` loads the best epoch.
         last: the last checkpoint.
         best: the checkpoint of the best epoch; None without a validation set.
         metrics: the last values of all that was logged.
-        trainer: Lightning's.
+        trainer: Lightning's Trainer.
     """
 
     model: nn.Module
@@ -72,15 +72,15 @@ def fit(
 ) -> FitResult:
     """Train a model, in a folder that holds its checkpoints and logs.
 
-    Killed at any moment, the same call with `resume=True` goes on from the last checkpoint, on the CPU bit for bit.
+    If the run is killed, the same call with `resume=True` continues from the last checkpoint, on the CPU bit for bit.
 
     Args:
         model: any module; trained in place, and in train mode afterwards.
-        train_loader: `Batches`, or a DataLoader over a map-style dataset, which is read as its parts.
+        train_loader: `Batches`, or a DataLoader over a map-style dataset, which `Batches.of` converts.
         val_loader: the same, for the metrics of every epoch.
-        objective: what is minimised.
+        objective: the loss to minimise.
         epochs: passes over the training data.
-        folder: `step-*.ckpt`, `best.ckpt`, `logs/version_*/metrics.csv` (a version for every start), and
+        folder: holds `step-*.ckpt`, `best.ckpt`, `logs/version_*/metrics.csv` (a version for every start), and
             `tensorboard/` if that is installed.
         lr: of the default optimizer, 0.1 if None.
         optimizer: see `TrainingModule`; instead of lr.
@@ -89,11 +89,11 @@ def fit(
         cost: see `TrainingModule`.
         equilibrium: see `TrainingModule`.
         seed: of the order of a DataLoader's data, and of what training draws.
-        resume: go on from the folder's last whole checkpoint, or begin if there is none.
-        checkpoint_every: save every so many steps too, not only after every epoch.
+        resume: continue from the folder's last intact checkpoint, or start if there is none.
+        checkpoint_every: also save every this many steps, not only after every epoch.
         monitor: the metric whose highest value makes the best epoch, where there is a val_loader.
         lower_is_better: for a monitor that is a loss.
-        callbacks: more of Lightning's.
+        callbacks: further Lightning callbacks.
         devices: as in Lightning's Trainer.
         accelerator: as in Lightning's Trainer.
         strategy: as in Lightning's Trainer: "ddp" for one process per device.
@@ -101,20 +101,20 @@ def fit(
         trainer_options: any other of the Trainer's arguments.
 
     Raises:
-        CheckpointError: the folder holds a run already and `resume` is off; none of its checkpoints is whole; they are
+        CheckpointError: the folder holds a run already and `resume` is off; all its checkpoints are damaged; they are
             of another model or run; the disk is full.
-        ConfigError: both lr and optimizer, a loader that cannot be resumed, a monitor that nobody logs.
+        ConfigError: both lr and optimizer, a loader that cannot be resumed, a monitor that is not logged.
         TrainingError: the loss is NaN or infinite.
     """
     if lr is not None and optimizer is not None:
-        raise ConfigError("got both lr and optimizer; the optimizer's learning rate is set where it is made: sgd(lr)")
-    taken = sorted(_OURS & set(trainer_options or {}))
-    if taken:
-        raise ConfigError(f"trainer_options set {taken}, which fit sets itself; use fit's own arguments for these")
-    batches = Batches.of(train_loader, seed)
-    held_out = [Batches.of(val_loader, seed)] if val_loader is not None else []
+        raise ConfigError("got both lr and optimizer; set the learning rate of the optimizer itself: sgd(lr)")
     folder = Path(folder)
-    start = _begin(folder, resume)
+    saving = Checkpoints(folder, every_steps=checkpoint_every, monitor=monitor, lower_is_better=lower_is_better)
+    setup = _Setup(epochs, devices, accelerator, strategy, [*callbacks, saving], folder, progress)
+    _check_options(trainer_options or {})
+    batches = Batches.of(train_loader, seed)
+    held_out = [] if val_loader is None else [Batches.of(val_loader, seed)]
+    start = _prepare(folder, resume)
     training = TrainingModule(
         model,
         objective,
@@ -125,27 +125,8 @@ def fit(
         equilibrium=equilibrium,
         seed=seed,
     )
-    saving = Checkpoints(folder, every_steps=checkpoint_every, monitor=monitor, lower_is_better=lower_is_better)
-    options = {
-        "logger": _loggers(folder),
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "limit_val_batches": None if held_out else 0,  # with an empty list: Lightning warns of a loader that is None
-        "log_every_n_steps": min(10, len(batches)),
-    }
     with _quiet():
-        trainer = Trainer(
-            max_epochs=epochs,
-            devices=devices,
-            accelerator=accelerator,
-            strategy=strategy,
-            callbacks=[*callbacks, saving],
-            plugins=[AtomicCheckpointIO()],
-            default_root_dir=folder,
-            enable_progress_bar=progress,
-            use_distributed_sampler=False,  # Batches shares the data out itself
-            **{**options, **(trainer_options or {})},
-        )
+        trainer = setup.trainer(len(batches), validates=bool(held_out), options=trainer_options or {})
         model.train()
         trainer.fit(training, batches, held_out, ckpt_path=start)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -153,14 +134,44 @@ def fit(
     return FitResult(model, newest(folder), best if best.exists() else None, metrics, trainer)
 
 
-_OURS = {
-    *("max_epochs", "devices", "accelerator", "strategy", "callbacks", "plugins", "default_root_dir"),
-    *("enable_progress_bar", "enable_checkpointing", "use_distributed_sampler"),
-}
+@dataclass(frozen=True)
+class _Setup:
+    """What `fit` passes on to Lightning's Trainer, under the Trainer's names."""
+
+    max_epochs: int
+    devices: int | str | list[int]
+    accelerator: str
+    strategy: Any
+    callbacks: list[Callback]
+    default_root_dir: Path
+    enable_progress_bar: bool
+
+    def trainer(self, steps: int, *, validates: bool, options: Mapping[str, Any]) -> Trainer:
+        """A Trainer for epochs of `steps` batches; `options` override the defaults below."""
+        defaults = {
+            "logger": _loggers(self.default_root_dir),
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "limit_val_batches": None if validates else 0,  # else Lightning warns of an empty list of loaders
+            "log_every_n_steps": min(10, steps),
+        }
+        return Trainer(
+            **vars(self),
+            plugins=[AtomicCheckpointIO()],
+            use_distributed_sampler=False,  # Batches distributes the data itself
+            **{**defaults, **options},
+        )
 
 
-def _begin(folder: Path, resume: bool) -> Path | None:
-    """The checkpoint to go on from; a folder fit to save in."""
+def _check_options(options: Mapping[str, Any]) -> None:
+    reserved = {each.name for each in fields(_Setup)} | {"plugins", "enable_checkpointing", "use_distributed_sampler"}
+    taken = sorted(reserved & options.keys())
+    if taken:
+        raise ConfigError(f"trainer_options set {taken}, which fit sets itself; use fit's own arguments for these")
+
+
+def _prepare(folder: Path, resume: bool) -> Path | None:
+    """Make the folder ready to save in, and return the checkpoint to continue from."""
     folder.mkdir(parents=True, exist_ok=True)
     if not resume and step_files(folder):
         raise CheckpointError(
@@ -179,9 +190,9 @@ def _loggers(folder: Path) -> list[Logger]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Lightning's remarks on hardware it has not found, and its advertisements, kept back; its warnings are not.
+    """Suppress Lightning's remarks on hardware and its advertisements, but not its warnings.
 
-    But for one, which no user can mend: Lightning asks torch a question that torch has deprecated.
+    Except one that users cannot act on: Lightning uses a function that torch has deprecated.
     """
     log = logging.getLogger("lightning.pytorch")
     before = log.level

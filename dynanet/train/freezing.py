@@ -1,4 +1,4 @@
-"""Parts of a model that stand still while the others learn: a trained network under a gate that is being trained."""
+"""Freeze parts of a model during training: a trained network under a gate that is being trained."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from typing_extensions import override
 
 
 class Frozen(Callback):
-    """Modules without gradients and in eval mode during a run: weights and the statistics of norms stay.
+    """Keeps modules without gradients and in eval mode during a run, so that weights and norm statistics stay fixed.
 
     `fit(model, ..., callbacks=[Frozen(model[0], model[1].net)])`. Dropout inside is off too. A dynamic layer inside
-    decides hard. After the run parameters take gradients as they did before.
+    makes hard decisions. After the run parameters require gradients as before.
 
     Args:
         modules: parts of the model.
@@ -23,18 +23,18 @@ class Frozen(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Before the optimizer is made, which then takes the other parameters only."""
+        """Turn gradients off before the optimizer is made, which then takes the other parameters only."""
         for module in self.modules:
             module.requires_grad_(False)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Whatever has put the model in train mode since."""
+        """Put the modules back in eval mode, as Lightning puts the model in train mode."""
         for module in self.modules:
             module.eval()
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """As it was."""
+        """Turn gradients on again where they were on before."""
         for p in self._learning:
             p.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""Training on Lightning: a module for any dynamic model, whatever decides in it."""
+"""A LightningModule that trains any dynamic model."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,24 +25,24 @@ from dynanet.train.seeds import seed_all, seed_of
 
 
 class TrainingModule(LightningModule):
-    """A dynamic model in training, whatever its mechanism.
+    """Trains a dynamic model of any mechanism.
 
-    It records every pass, asks the objective, and logs the loss, the accuracy of the answer and of every exit, every
-    layer's mean keep, and what was spent as a share of the full model. Gates that have collapsed are named, once
-    (`train.collapse`).
+    It records every pass, evaluates the objective, and logs the loss, the accuracy of the answer and of every exit,
+    every layer's mean keep, and the MACs spent as a share of the full model's. It warns once of every gate that
+    collapses (`train.collapse`).
 
-    The randomness of every step (dropout, Gumbel noise) is a function of the seed and the step's place, so a resumed
-    run draws as one that never stopped. Training changes the global generators of torch, numpy and Python.
+    The randomness of every step (dropout, Gumbel noise) is a function of the seed, the epoch and the batch, so a
+    resumed run draws as one that never stopped. Training reseeds the global generators of torch, numpy and Python.
 
     Args:
         model: is put into the dense form, in which every exit answers every row.
-        objective: what is minimised.
+        objective: the loss to minimise.
         optimizer: from the model to an optimizer; `sgd()` if None.
         scheduler: from the optimizer and the steps of the run to a learning rate schedule; `one_cycle()` if None.
         schedules: called before every step with the progress in [0, 1).
-        cost: prices, for logging what was spent; that of a `BudgetPenalty` in the objective if None.
+        cost: prices, for logging the MACs spent; that of a `BudgetPenalty` in the objective if None.
         equilibrium: average the exits' gradients in the weights they share (`train.equilibrium`) instead of adding.
-        seed: of what is drawn in training steps.
+        seed: of the random numbers of training steps.
     """
 
     def __init__(
@@ -58,16 +58,19 @@ class TrainingModule(LightningModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.model, self.objective, self.schedules = execute(model, sparse=False), objective, tuple(schedules)
+        self.model = execute(model, sparse=False)
+        self.objective = objective
+        self.schedules = tuple(schedules)
         self.optimizer_factory = optimizer if optimizer is not None else sgd()
         self.scheduler_factory = scheduler if scheduler is not None else one_cycle()
         priced = (part.cost for _, part in objective.parts if isinstance(part, BudgetPenalty))
         self.cost = cost if cost is not None else next(priced, None)
-        self.equilibrium, self.seed = equilibrium, seed
-        self._counts: dict[Tensor, int] | None = None
+        self.equilibrium = equilibrium
+        self.seed = seed
+        self._counts: dict[Tensor, int] | None = None  # exits that reach each weight, for the equilibrium
         self._alarm = CollapseAlarm()
-        self._run: dict[str, Any] = {}  # what makes this run the one it is
-        self._restored: dict[str, Any] | None = None
+        self._run: dict[str, Any] = {}  # the settings that a resumed run must share
+        self._restored: dict[str, Any] | None = None  # of a checkpoint, until its run is known to be the same
 
     @override
     def forward(self, x: Any) -> Any:
@@ -76,11 +79,12 @@ class TrainingModule(LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        """One optimizer, and a scheduler that moves every step."""
-        optimizer, steps = self.optimizer_factory(self.model), int(self.trainer.estimated_stepping_batches)
+        """One optimizer, and a scheduler that is called after every step."""
+        optimizer = self.optimizer_factory(self.model)
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = self.scheduler_factory(optimizer, steps)
         loader = self.trainer.train_dataloader
         settings = ", ".join(f"{name}={value}" for name, value in optimizer.defaults.items())
-        scheduler = self.scheduler_factory(optimizer, steps)
         self._run = {
             "steps": steps,
             "batches": repr(loader) if isinstance(loader, Batches) else None,
@@ -90,17 +94,17 @@ class TrainingModule(LightningModule):
             "equilibrium": self.equilibrium,
             "seed": self.seed,
         }
-        self._go_on()
+        self._resume()
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @override
     def on_train_start(self) -> None:
-        """Go on where the checkpoint was made, for strategies that restore late."""
-        self._go_on()
+        """Resume, under strategies that restore the checkpoint only now."""
+        self._resume()
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seed this step, and set what is scheduled."""
+        """Seed this step, and apply the schedules."""
         seed_all(seed_of(self.seed, self.current_epoch, batch_idx, self.global_rank, "step"), self.device)
         progress = self.global_step / self.trainer.estimated_stepping_batches
         for setting in self.schedules:
@@ -111,6 +115,7 @@ class TrainingModule(LightningModule):
         """The objective of one batch.
 
         Raises:
+            DataError: a label that is out of range.
             TrainingError: the loss is NaN or infinite.
         """
         x, y = batch
@@ -118,16 +123,17 @@ class TrainingModule(LightningModule):
             answer = self.model(x)
         try:
             loss = self.objective(answer, y, trace)
-        except IndexError as error:  # so torch says that a label is no class
+        except IndexError as error:  # torch's, of a label that is not a class
             raise DataError(
-                f"the objective found no answer for a label ({error}) (labels {int(y.min())} to {int(y.max())}); "
-                f"build the model with as many classes as the data has"
+                f"the objective failed with {error} for labels from {int(y.min())} to {int(y.max())}; build the model "
+                f"with as many classes as the data has"
             ) from error
         self._check_finite(loss)
         if self.equilibrium and self._counts is None:
             self._counts = exits_reached(trace)
         self._alarm.log(trace)
-        if (self.global_step + 1) % max(1, self.trainer.log_every_n_steps) == 0:
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # Lightning sets it without declaring it
+        if (self.global_step + 1) % max(1, every) == 0:
             self.log("train/loss", loss.detach(), prog_bar=True)
             self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
             self.log_dict({f"train/{name}": value for name, value in self._figures(answer, y, trace).items()})
@@ -135,13 +141,13 @@ class TrainingModule(LightningModule):
 
     @override
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Gradient equilibrium, if wanted."""
+        """Rescale gradients where gradient equilibrium is on."""
         if self._counts is not None:
             rescale_gradients(self._counts)
 
     @override
     def on_train_epoch_end(self) -> None:
-        """Name the gates that have collapsed."""
+        """Warn of gates that have collapsed."""
         if self.trainer.is_global_zero:
             self._alarm.warn()
 
@@ -162,34 +168,39 @@ class TrainingModule(LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What Lightning does not know: which batch comes next, and which run this is."""
+        """Add the next batch, the settings of the run and the decision rules to the checkpoint."""
         loader = self.trainer.train_dataloader
         position = loader.state_dict() if isinstance(loader, Batches) else {}
         checkpoint["dynanet"] = {"run": self._run, "batches": position, "decides": decisions(self.model)}
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse another model's."""
+        """Check that the checkpoint is of this model.
+
+        Raises:
+            CheckpointError: it is of another one.
+        """
         path = self.trainer.ckpt_path or "the checkpoint"
         check_same_model(self.state_dict(), checkpoint["state_dict"], path)
         self._restored = checkpoint.get("dynanet")
         check_same_decisions(self.model, (self._restored or {}).get("decides", {}), path)
 
-    def _go_on(self) -> None:
-        """From a restored checkpoint: only in the run that made it, and with the batch that comes next."""
+    def _resume(self) -> None:
+        """Continue at the next batch of the restored checkpoint, if the settings of the run are the same."""
         if self._restored is None:
             return
-        was, now = self._restored["run"], self._run
+        was = self._restored["run"]
+        now = self._run
         changed = [f"{key} was {was.get(key)} and is {now[key]}" for key in now if was.get(key) != now[key]]
         if changed:
-            raise CheckpointError(f"resuming goes on with the same run, but {'; '.join(changed)}; put that back")
+            raise CheckpointError(f"resuming needs the settings of the saved run, but {'; '.join(changed)}")
         if isinstance(self.trainer.train_dataloader, Batches):
             self.trainer.train_dataloader.load_state_dict(self._restored["batches"])
         self._restored = None
 
     def _check_finite(self, loss: Tensor) -> None:
         finite = bool(torch.isfinite(loss))
-        if self.trainer.world_size > 1:  # all stop together, or the others wait for ever
+        if self.trainer.world_size > 1:  # all processes must stop together, or the others wait forever
             finite = self.trainer.strategy.reduce_boolean_decision(finite, all=True)
         if not finite:
             folder = next((c.folder for c in self.trainer.checkpoint_callbacks if isinstance(c, Checkpoints)), None)
@@ -212,7 +223,7 @@ class TrainingModule(LightningModule):
 
 
 def _accuracy(answer: Any, y: Any) -> Tensor | None:
-    """The share of right classes; None if these are no logits (B, C, ...) and classes (B, ...)."""
+    """The share of correct classes; None unless these are logits (B, C, ...) and classes (B, ...)."""
     if not isinstance(answer, Tensor) or not isinstance(y, Tensor) or y.is_floating_point() or answer.dim() < 2:
         return None
     if answer.shape[:1] + answer.shape[2:] != y.shape:

@@ -1,4 +1,4 @@
-"""How weights are moved: factories of optimizers and of learning rates over a run whose length is not known yet."""
+"""Optimizer and scheduler factories, for `fit` to call once the model and the number of steps are known."""
 
 from collections.abc import Callable
 
@@ -13,19 +13,19 @@ SchedulerFactory = Callable[[Optimizer, int], LRScheduler]  # with the number of
 
 
 def sgd(lr: float = 0.1, *, momentum: float = 0.9, weight_decay: float = 1e-4) -> OptimizerFactory:
-    """SGD with Nesterov momentum. Biases and norms are not decayed."""
+    """SGD with Nesterov momentum, without weight decay of biases and norms."""
     return lambda model: SGD(_groups(model, weight_decay), lr=lr, momentum=momentum, nesterov=momentum > 0)
 
 
 def adamw(lr: float = 1e-3, *, weight_decay: float = 0.05) -> OptimizerFactory:
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101). Biases and norms are not decayed."""
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), without weight decay of biases and norms."""
     return lambda model: AdamW(_groups(model, weight_decay), lr=lr)
 
 
 def one_cycle(*, warmup: float = 0.25) -> SchedulerFactory:
     """From lr/25 up to lr over the share `warmup` of training, then down to nearly 0, both by cosines.
 
-    Smith and Topin 2018, arXiv:1708.07120; momentum stays as it is.
+    Smith and Topin 2018, arXiv:1708.07120; momentum stays constant.
     """
     return lambda optimizer, steps: OneCycleLR(
         optimizer, [g["lr"] for g in optimizer.param_groups], steps, pct_start=warmup, cycle_momentum=False
@@ -33,7 +33,7 @@ def one_cycle(*, warmup: float = 0.25) -> SchedulerFactory:
 
 
 def cosine(*, warmup_steps: int = 0) -> SchedulerFactory:
-    """Down to 0 by a cosine (Loshchilov and Hutter 2017, arXiv:1608.03983), after linear warm-up steps if any.
+    """Down to 0 by a cosine (Loshchilov and Hutter 2017, arXiv:1608.03983), after an optional linear warm-up.
 
     Raises:
         ConfigError: when training begins, if the warm-up is as long as the run.
@@ -52,7 +52,8 @@ def cosine(*, warmup_steps: int = 0) -> SchedulerFactory:
 
 def _groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Matrices and kernels decay; biases, norms and other vectors do not."""
-    wanted = [p for p in model.parameters() if p.requires_grad]
-    kernels, vectors = [p for p in wanted if p.dim() > 1], [p for p in wanted if p.dim() <= 1]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    kernels = [p for p in trained if p.dim() > 1]
+    vectors = [p for p in trained if p.dim() <= 1]
     groups = [{"params": kernels, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

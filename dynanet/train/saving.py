@@ -1,4 +1,4 @@
-"""Lightning's side of checkpoints: when they are written, how, and which are kept."""
+"""Checkpoints of Lightning runs: when and how they are written, and which are kept."""
 
 import math
 import shutil
@@ -19,38 +19,38 @@ from dynanet.train.checkpoint import load_checkpoint, newest, save_checkpoint, s
 class AtomicCheckpointIO(CheckpointIO):
     """Lets a Trainer save atomically, with a checksum, and load without running code.
 
-    `Trainer(plugins=[AtomicCheckpointIO()])`. Lightning's own writes to TMPDIR first, and what lies on another file
+    `Trainer(plugins=[AtomicCheckpointIO()])`. Lightning's own plugin writes to TMPDIR first, and a file on another file
     system cannot be renamed atomically.
     """
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write it; raises CheckpointError."""
+        """Write a checkpoint, as `train.save_checkpoint` does."""
         save_checkpoint(checkpoint, path)
 
     @override
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read it onto the CPU, weights only whatever is asked; raises CheckpointError."""
+        """Read a checkpoint onto the CPU, always with weights only."""
         return load_checkpoint(path)
 
     @override
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Delete it."""
+        """Delete a checkpoint if it exists."""
         Path(path).unlink(missing_ok=True)
 
 
 class Checkpoints(Checkpoint):
-    """Saves at the end of every epoch, every so many steps if asked, and keeps the last two and the best.
+    """Saves at the end of every epoch, optionally every few steps, and keeps the last two checkpoints and the best.
 
     `step-00000120.ckpt` is the state after 120 optimizer steps, `best.ckpt` a copy of the epoch's with the best metric.
 
     Args:
-        folder: where to.
-        every_steps: also between epochs' ends; None for not.
-        monitor: the metric that `best.ckpt` goes by; without a validation set there is none, and no best.
-        lower_is_better: how the metric counts.
+        folder: to save in.
+        every_steps: also save every this many steps; None: only at the end of epochs.
+        monitor: the metric that chooses `best.ckpt`; without a validation set none is written.
+        lower_is_better: the best epoch has the lowest metric instead of the highest.
     """
 
     def __init__(
@@ -61,30 +61,36 @@ class Checkpoints(Checkpoint):
         monitor: str = "val/accuracy",
         lower_is_better: bool = False,
     ) -> None:
-        self.folder, self.every_steps = Path(folder), every_steps
-        self.monitor, self.lower_is_better = monitor, lower_is_better
+        self.folder = Path(folder)
+        self.every_steps = every_steps
+        self.monitor = monitor
+        self.lower_is_better = lower_is_better
         self.best: float | None = None
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save if it is time; after an epoch's last batch, `on_train_epoch_end` does."""
-        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0  # gradients in the making are not saved
+        """Save every `every_steps` steps, except after an epoch's last batch, where `on_train_epoch_end` saves."""
+        stepped = (batch_idx + 1) % trainer.accumulate_grad_batches == 0  # accumulated gradients are not saved
         if self.every_steps and stepped and trainer.global_step % self.every_steps == 0 and not trainer.is_last_batch:
             self._save(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save, and remember the best."""
+        """Save, and copy the checkpoint to `best.ckpt` if its metric is the best so far.
+
+        Raises:
+            ConfigError: the monitored metric was not logged.
+        """
         score = trainer.callback_metrics.get(self.monitor)
         better = score is not None and self._is_better(float(score))
-        if better:
+        if score is not None and better:
             self.best = float(score)  # before saving: a resumed run must know it
         self._save(trainer, pl_module)
         if score is None and trainer.val_dataloaders:
-            told = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
-            raise ConfigError(f"{self.monitor!r} was to make the best epoch, and logged are {told}; use one of these")
+            logged = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
+            raise ConfigError(f"monitor is {self.monitor!r}, which is not logged; use one of {logged}")
         if better and trainer.is_global_zero:
             with open(step_file(self.folder, trainer.global_step), "rb") as saved:
                 _write_copy(saved, self.folder / "best.ckpt")
@@ -96,7 +102,7 @@ class Checkpoints(Checkpoint):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The best metric so far."""
+        """Restore the best metric so far."""
         self.best = state_dict["best"]
 
     def _is_better(self, score: float) -> bool:
@@ -116,13 +122,13 @@ class Checkpoints(Checkpoint):
 
 
 def advice(folder: str | Path | None) -> str:
-    """What to do when training has gone wrong, naming the last good checkpoint."""
+    """What to do about a loss or a weight that is not finite, naming the last good checkpoint."""
     last = None
     try:
         last = newest(folder) if folder is not None else None
     except CheckpointError:
         pass
-    back = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
+    back = f"the last good checkpoint is {last}" if last else "no checkpoint was saved yet"
     return f"{back}; lower the learning rate or clip gradients, and check the data for NaN"
 
 

@@ -1,7 +1,7 @@
-"""Schedules: what changes while training goes on, as a pure function of how far it is, so there is nothing to save.
+"""Schedules: settings as pure functions of the training progress, so that a checkpoint need not save them.
 
 anneal = anneal_temperature(model, exponential(5.0, 0.5))
-tighten = tighten_budget(within, share=0.5)
+tighten = tighten_budget(penalty, share=0.5)
 fit(model, batches, ..., schedules=[anneal, tighten])      # or call them in your own loop: anneal(step / steps)
 """
 
@@ -17,7 +17,7 @@ Setting = Callable[[float], None]  # sets something to its value at a progress i
 
 
 def linear(start: float, end: float, *, share: float = 1.0) -> Schedule:
-    """From start to end in a straight line over the first `share` of training; then it stays.
+    """From start to end in a straight line over the first `share` of training, then constant.
 
     >>> linear(1.0, 0.0, share=0.5)(0.25)
     0.5
@@ -27,19 +27,19 @@ def linear(start: float, end: float, *, share: float = 1.0) -> Schedule:
 
 
 def exponential(start: float, end: float, *, share: float = 1.0) -> Schedule:
-    """From start to end by equal factors over the first `share` of training; then it stays. Both positive.
+    """From start to end by equal factors over the first `share` of training, then constant. Both positive.
 
     >>> exponential(4.0, 1.0)(0.5)
     2.0
     """
     _check_share(share)
     if not (start > 0 and end > 0):
-        raise ConfigError(f"an exponential schedule from {start} to {end}; both ends must be above 0")
+        raise ConfigError(f"both ends of an exponential schedule must be above 0, got {start} and {end}")
     return lambda progress: start * (end / start) ** min(progress / share, 1.0)
 
 
 def anneal_temperature(model: nn.Module, schedule: Schedule) -> Setting:
-    """Sets the `temperature` of every rule of the model (Gumbel, straight-through, soft).
+    """Set the `temperature` of every rule of the model (`Gumbel`, `StraightThrough`, `Sigmoid`).
 
     Raises:
         ConfigError: the model has no such rule.
@@ -55,16 +55,17 @@ def anneal_temperature(model: nn.Module, schedule: Schedule) -> Setting:
     return set_temperature
 
 
-def tighten_budget(within: BudgetPenalty, *, share: float = 0.5) -> Setting:
-    """Lowers the limit of `within` from the full model's cost to its budget over the first `share` of training."""
-    schedule = linear(max(within.cost.full, within.budget.macs), within.budget.macs, share=share)
+def tighten_budget(penalty: BudgetPenalty, *, share: float = 0.5) -> Setting:
+    """Lower the limit of a penalty from the full model's cost to its budget over the first `share` of training."""
+    macs = penalty.macs
+    schedule = linear(max(penalty.full, macs), macs, share=share)
 
     def set_limit(progress: float) -> None:
-        within.macs = schedule(progress)
+        penalty.macs = schedule(progress)
 
     return set_limit
 
 
 def _check_share(share: float) -> None:
     if not 0 < share <= 1:
-        raise ConfigError(f"a schedule over a share of {share} of training; give a number above 0 and at most 1")
+        raise ConfigError(f"share must be above 0 and at most 1, got {share}")

@@ -27,10 +27,10 @@ def convnet_aig(
         num_classes: width of the logits.
         depth: 50, 101 or 152.
         in_channels: channels of the input.
-        always: numbers of blocks without a gate, counted from 0.
+        always: blocks without a gate, numbered from 0.
 
     Raises:
-        ConfigError: another depth, or a block that is not there.
+        ConfigError: another depth, or a block number out of range.
     """
     blocks = imagenet_blocks(depth)
     return nn.Sequential(imagenet_stem(in_channels), *_gated(blocks, always), head(2048, num_classes))
@@ -52,10 +52,10 @@ def convnet_aig_cifar(
         depth: 6n + 2; the authors' is 110.
         in_channels: channels of the input.
         widths: channels at each resolution.
-        always: numbers of blocks without a gate, counted from 0.
+        always: blocks without a gate, numbered from 0.
 
     Raises:
-        ConfigError: another depth, or a block that is not there.
+        ConfigError: another depth, or a block number out of range.
 
     Example:
         >>> import torch
@@ -70,10 +70,10 @@ def target_rates(model: nn.Module, rate: float, *, first: int = 0, others: float
     """A target rate for every gated layer of a model, for `train.TargetRate`.
 
     Args:
-        model: whose layers.
-        rate: of all, or of all after the first ones.
-        first: so many of the first gated layers get `others` instead.
-        others: their rate; `rate` if None.
+        model: the model with gated layers.
+        rate: target of the layers after the first ones.
+        first: number of gated layers at the start whose target is `others`.
+        others: target of the first layers; `rate` if None.
     """
     names = list(layers(model))
     return {name: rate if n >= first or others is None else others for n, name in enumerate(names)}
@@ -81,9 +81,7 @@ def target_rates(model: nn.Module, rate: float, *, first: int = 0, others: float
 
 def _gated(blocks: Sequence[Residual], always: Sequence[int]) -> list[nn.Module]:
     if not set(always) <= set(range(len(blocks))):
-        raise ConfigError(
-            f"convnet_aig: always is {tuple(always)}; expected numbers of blocks from 0 to {len(blocks) - 1}"
-        )
+        raise ConfigError(f"always must be numbers of blocks from 0 to {len(blocks) - 1}, got {tuple(always)}")
     return [
         block
         if n in set(always)
@@ -93,7 +91,7 @@ def _gated(blocks: Sequence[Residual], always: Sequence[int]) -> list[nn.Module]
 
 
 def _scorer(channels: int) -> nn.Sequential:
-    """The paper's gate with one score, the difference of its two: it starts at 1.9, that is at a rate of 87 %."""
+    """The paper's gate with one score, the difference of its two; at first 1.9, a rate of 87 %."""
     last = nn.Linear(16, 1)
     nn.init.normal_(last.weight, std=0.001)
     nn.init.constant_(last.bias, 1.9)

@@ -1,8 +1,8 @@
-"""BlockDrop: a small network looks at the image once and says which blocks of a large one to run.
+"""BlockDrop: a small policy network chooses, per image, which blocks of a large network run.
 
 Wu, Nagarajan, Kumar, Rennie, Davis, Grauman, Feris: BlockDrop: Dynamic Inference Paths in Residual Networks, CVPR 2018,
 https://arxiv.org/abs/1711.08393. Trained in two stages from a pretrained ResNet: the policy alone by REINFORCE, one
-more block per epoch (`curriculum`); then both together, with the cross-entropy beside it.
+more block per epoch (`curriculum`); then both together, with the cross-entropy added.
 """
 
 from collections.abc import Sequence
@@ -67,7 +67,7 @@ def load_static(model: PolicySkip, static: nn.Sequential) -> PolicySkip:
         The model, changed in place.
 
     Raises:
-        RuntimeError: torch's, that names the tensors whose shapes differ.
+        RuntimeError: from torch, naming the tensors whose shapes differ.
     """
     stem, *blocks, last = static
     model.before.load_state_dict(stem.state_dict())

@@ -1,14 +1,14 @@
 """A small anchor-free detector of one stage, and its backbone made dynamic in two ways.
 
-At every position of one feature map (stride 8) it says which class lies there, how far the box's four sides are, and
+At every position of one feature map (stride 8) it predicts the class, the distances to the four sides of the box, and
 how central the position is (FCOS: Tian, Shen, Chen, He, ICCV 2019, https://arxiv.org/abs/1904.01355; one level and one
 small head instead of five and two towers). The backbone is a pre-activation ResNet (He et al. 2016,
 https://arxiv.org/abs/1603.05027) of bottleneck units, each x + unit(x):
 
 - `detector_static`: all units run everywhere.
-- `detector_halting`: positions take as many units as they need: SACT (Figurnov et al., CVPR 2017,
+- `detector_halting`: the number of units depends on the position: SACT (Figurnov et al., CVPR 2017,
   https://arxiv.org/abs/1612.02297, which puts it under Faster R-CNN).
-- `detector_skip`: a gate per unit leaves it out for whole images (Veit and Belongie, ECCV 2018,
+- `detector_skip`: a gate per unit skips it for whole images (Veit and Belongie, ECCV 2018,
   https://arxiv.org/abs/1711.11503).
 
 The answer is one tensor (B, classes + 5, h, w): class logits, logarithms of the sides in strides, a centreness logit.
@@ -16,20 +16,52 @@ The answer is one tensor (B, classes + 5, h, w): class logits, logarithms of the
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import log
 
 from torch import Tensor, nn
 
 from dynanet.core.architecture import architecture
-from dynanet.core.errors import ConfigError
+from dynanet.core.errors import ConfigError, check_sizes
 from dynanet.core.gate import Gate
 from dynanet.gates.rules import Gumbel, StraightThrough
 from dynanet.gates.scorers import ContextScorer, PooledScorer
 from dynanet.mechanisms.layer_skip import BranchSkip
 from dynanet.mechanisms.position_halting import PositionHalting
+from dynanet.nets.blocks import conv
 from dynanet.ops.tiles import Tiles
 
 STRIDE = 8  # of the feature map: the stem and two resolutions halve
+
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    """Sizes of a detector.
+
+    Attributes:
+        num_classes: classes, background not counted.
+        in_channels: channels (bands) of the input.
+        widths: channels of the stem and of the two resolutions after it.
+        depths: units at each of the two resolutions.
+        head: channels of the head's convolution.
+
+    Raises:
+        ConfigError: a size below 1, or another number of widths or depths.
+    """
+
+    num_classes: int
+    in_channels: int
+    widths: Sequence[int]
+    depths: Sequence[int]
+    head: int
+
+    def __post_init__(self) -> None:
+        if len(self.widths) != 3 or len(self.depths) != 2:
+            raise ConfigError(
+                f"a detector needs three widths (stem and two resolutions) and two depths, got {tuple(self.widths)} "
+                f"and {tuple(self.depths)}"
+            )
+        check_sizes(**vars(self))
 
 
 @architecture
@@ -43,34 +75,28 @@ def detector_static(
 ) -> nn.Sequential:
     """The detector with every unit running everywhere; images (B, C, H, W) of any size.
 
-    Args:
-        num_classes: how many classes, background not counted.
-        in_channels: channels (bands) of the input.
-        widths: channels of the stem and of the two resolutions after it.
-        depths: units at each of the two resolutions.
-        head: channels of the head's convolution.
+    Sizes are those of `DetectorConfig`.
 
     Returns:
         (B, C, H, W) to (B, num_classes + 5, H / 8, W / 8), rounded up.
 
     Raises:
-        ConfigError: a value out of range.
+        ConfigError: as `DetectorConfig`.
 
     Example:
         >>> import torch
         >>> detector_static(num_classes=3)(torch.zeros(2, 3, 50, 64)).shape
         torch.Size([2, 8, 7, 8])
     """
-    _check(num_classes, in_channels, widths, depths, head)
 
     def stage(first: nn.Module, units: list[nn.Sequential], width: int) -> nn.Module:
         return nn.Sequential(first, *(_Added(unit) for unit in units))
 
-    return _detector(num_classes, in_channels, widths, depths, head, stage)
+    return _detector(DetectorConfig(num_classes, in_channels, widths, depths, head), stage)
 
 
 @architecture
-def detector_halting(
+def detector_halting(  # noqa: D417 (the sizes are documented in DetectorConfig)
     *,
     num_classes: int,
     in_channels: int = 3,
@@ -82,29 +108,25 @@ def detector_halting(
 ) -> nn.Sequential:
     """The detector whose positions halt: train it with `PositionPonderCost`.
 
+    Sizes are those of `DetectorConfig`.
+
     Args:
-        num_classes: as in `detector_static`.
-        in_channels: as in `detector_static`.
-        widths: as in `detector_static`.
-        depths: as in `detector_static`.
-        head: as in `detector_static`.
-        eps: how far below 1 a position's scores may stop.
-        bias: of the halting scores at the start: at -3 a position takes all units of a stage of up to 20.
+        eps: a position halts where its scores sum to 1 - eps.
+        bias: of the halting scores at the start; at -3 a position takes all units of a stage of up to 20.
 
     Raises:
-        ConfigError: a value out of range.
+        ConfigError: as `DetectorConfig`.
     """
-    _check(num_classes, in_channels, widths, depths, head)
 
     def stage(first: nn.Module, units: list[nn.Sequential], width: int) -> nn.Module:
         scores = [ContextScorer(width, bias=bias, norm=True) for _ in units]
         return PositionHalting(units, scores, Tiles(1), eps, first=first, residual=True, dilate=True)
 
-    return _detector(num_classes, in_channels, widths, depths, head, stage)
+    return _detector(DetectorConfig(num_classes, in_channels, widths, depths, head), stage)
 
 
 @architecture
-def detector_skip(
+def detector_skip(  # noqa: D417 (the sizes are documented in DetectorConfig)
     *,
     num_classes: int,
     in_channels: int = 3,
@@ -114,29 +136,25 @@ def detector_skip(
     bias: float = 2.0,
     norm: bool = False,
 ) -> nn.Sequential:
-    """The detector whose units are left out image by image: train it with `BudgetPenalty` or `TargetRate`.
+    """The detector whose units are skipped image by image: train it with `BudgetPenalty` or `TargetRate`.
+
+    Sizes are those of `DetectorConfig`.
 
     Args:
-        num_classes: as in `detector_static`.
-        in_channels: as in `detector_static`.
-        widths: as in `detector_static`.
-        depths: as in `detector_static`.
-        head: as in `detector_static`.
         bias: of the gates' scores at the start; positive: every unit runs at first.
-        norm: gates' scores are normed over the training data and cut without noise, so that every gate goes on telling
-            images apart. Otherwise Gumbel noise, with which gates may end the same for all images.
+        norm: normalise the gates' scores over the training data and threshold them without noise, so that every gate
+            keeps depending on the image. Otherwise Gumbel noise, with which gates may become the same for all images.
 
     Raises:
-        ConfigError: a value out of range.
+        ConfigError: as `DetectorConfig`.
     """
-    _check(num_classes, in_channels, widths, depths, head)
 
     def stage(first: nn.Module, units: list[nn.Sequential], width: int) -> nn.Module:
         rule = StraightThrough if norm else Gumbel
         gates = [Gate(PooledScorer(width, bias=bias, norm=norm), rule()) for _ in units]
         return nn.Sequential(first, *(BranchSkip(unit, gate) for unit, gate in zip(units, gates, strict=True)))
 
-    return _detector(num_classes, in_channels, widths, depths, head, stage)
+    return _detector(DetectorConfig(num_classes, in_channels, widths, depths, head), stage)
 
 
 class _Added(nn.Module):
@@ -153,32 +171,34 @@ class _Added(nn.Module):
 _Stage = Callable[[nn.Module, list[nn.Sequential], int], nn.Module]
 
 
-def _detector(
-    num_classes: int, in_channels: int, widths: Sequence[int], depths: Sequence[int], head: int, stage: _Stage
-) -> nn.Sequential:
-    """Stem, two stages that each halve and then add units, head."""
-    inputs, *rest = widths
-    layers: list[nn.Module] = [_conv(in_channels, inputs, 3, 2), nn.BatchNorm2d(inputs), nn.ReLU(inplace=True)]
-    for width, depth in zip(rest, depths, strict=True):
-        layers += [stage(_conv(inputs, width, 3, 2), [_unit(width) for _ in range(depth)], width)]
+def _detector(config: DetectorConfig, stage: _Stage) -> nn.Sequential:
+    """Stem, two stages that each halve the resolution and then add units, head."""
+    inputs, *rest = config.widths
+    layers: list[nn.Module] = [
+        conv(config.in_channels, inputs, 3, 2), nn.BatchNorm2d(inputs), nn.ReLU(inplace=True),
+    ]  # fmt: skip
+    for width, depth in zip(rest, config.depths, strict=True):
+        layers.append(stage(conv(inputs, width, 3, 2), [_unit(width) for _ in range(depth)], width))
         layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
         inputs = width
-    return nn.Sequential(*layers, _head(inputs, head, num_classes))
+    return nn.Sequential(*layers, _head(inputs, config.head, config.num_classes))
 
 
 def _unit(width: int) -> nn.Sequential:
     """A bottleneck branch in the order of pre-activation: normalise, activate, convolve."""
     inner = max(1, width // 2)
     return nn.Sequential(
-        *(nn.BatchNorm2d(width), nn.ReLU(), _conv(width, inner, 1)),
-        *(nn.BatchNorm2d(inner), nn.ReLU(), _conv(inner, inner, 3)),
-        *(nn.BatchNorm2d(inner), nn.ReLU(), _conv(inner, width, 1)),
+        *(nn.BatchNorm2d(width), nn.ReLU(), conv(width, inner, 1)),
+        *(nn.BatchNorm2d(inner), nn.ReLU(), conv(inner, inner, 3)),
+        *(nn.BatchNorm2d(inner), nn.ReLU(), conv(inner, width, 1)),
     )
 
 
 def _head(width: int, hidden: int, num_classes: int) -> nn.Sequential:
-    """Two convolutions. At first every class is held for a hundredth likely, and a box for four strides wide: the focal
-    loss starts from there (Lin et al. 2017, arXiv:1708.02002, section 4.1).
+    """Two convolutions.
+
+    Biases start so that every class has a probability of 1 % and a box is four strides wide: the focal loss needs such
+    a start (Lin et al. 2017, arXiv:1708.02002, section 4.1).
     """
     last = nn.Conv2d(hidden, num_classes + 5, 3, padding=1)
     nn.init.normal_(last.weight, std=0.01)
@@ -186,23 +206,4 @@ def _head(width: int, hidden: int, num_classes: int) -> nn.Sequential:
     nn.init.zeros_(last.bias)
     nn.init.constant_(last.bias[:num_classes], -log(99))
     nn.init.constant_(last.bias[num_classes : num_classes + 4], log(2))
-    return nn.Sequential(_conv(width, hidden, 3), nn.BatchNorm2d(hidden), nn.ReLU(inplace=True), last)
-
-
-def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    """He initialisation by fan-out."""
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    return conv
-
-
-def _check(num_classes: int, in_channels: int, widths: Sequence[int], depths: Sequence[int], head: int) -> None:
-    if len(widths) != 3 or len(depths) != 2:
-        raise ConfigError(
-            f"a detector of widths {tuple(widths)} and depths {tuple(depths)}; expected three widths (stem and two "
-            f"resolutions) and two depths"
-        )
-    counts = {"num_classes": [num_classes], "in_channels": [in_channels], "head": [head]}
-    for name, values in {**counts, "widths": widths, "depths": depths}.items():
-        if any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in values):
-            raise ConfigError(f"a detector's {name} is {values}; expected whole numbers of at least 1")
+    return nn.Sequential(conv(width, hidden, 3), nn.BatchNorm2d(hidden), nn.ReLU(inplace=True), last)

@@ -1,4 +1,4 @@
-"""DRNet: a small predictor looks at the image and says at which size the network is to see it.
+"""DRNet: a small predictor chooses, per image, the input size of the network.
 
 Zhu, Han, Wu, Zhang, Nie, Lan, Wang: Dynamic Resolution Network, NeurIPS 2021, https://arxiv.org/abs/2106.02898.
 """
@@ -35,18 +35,18 @@ def drnet(
     Args:
         num_classes: width of the logits.
         in_channels: channels of the input.
-        sizes: the sides to pick from, smallest first.
+        sizes: image sides to choose from, ascending.
         depth: of the network, 6n + 2.
         widths: channels at each resolution of the network.
-        predictor_size: side at which the predictor sees the image.
+        predictor_size: side of the predictor's input.
         predictor_widths: channels of its stem and of its blocks, which halve the resolution.
 
     Returns:
-        One layer with a unit per size. Its rule knows what sizes cost, relative to the largest, so that
-        `path_select.price_for` finds other budgets without training again.
+        One layer with a unit per size. Its rule holds the costs of the sizes relative to the largest, so that
+        `path_select.price_for` meets other budgets without further training.
 
     Raises:
-        ConfigError: fewer than two sizes, sizes that do not grow, or a depth that is not 6n + 2.
+        ConfigError: fewer than two sizes, sizes that do not ascend, or a depth that is not 6n + 2.
 
     Example:
         >>> import torch
@@ -69,7 +69,7 @@ def drnet_imagenet(
     predictor_size: int = 128,
     predictor_widths: Sequence[int] = (64, 128, 256, 512),
 ) -> ResolutionSelect:
-    """DRNet on ResNets, for images of 224 x 224 pixels or so; with the authors' sizes.
+    """DRNet on ResNets, for images of about 224 x 224 pixels; the defaults are the authors' sizes.
 
     Args:
         num_classes: as in `drnet`.
@@ -96,10 +96,10 @@ def drnet_imagenet(
 def _picked(
     net: nn.Module, stem: nn.Module, blocks: Sequence[Residual], outputs: int, sizes: Sequence[int], look: int
 ) -> ResolutionSelect:
-    """The network at the size that the predictor scores highest."""
+    """The network at the size with the highest score."""
     if list(sizes) != sorted(set(sizes)):
-        raise ConfigError(f"drnet: sizes are {tuple(sizes)}; expected ascending sides in pixels")
+        raise ConfigError(f"sizes must be ascending sides in pixels, got {tuple(sizes)}")
     scorer = nn.Sequential(Resize(look), stem, *blocks, PooledScorer(outputs, len(sizes), hidden=0, bias=0.0))
-    with torch.device("cpu"):  # costs are looked at, which those on the meta device cannot be
+    with torch.device("cpu"):  # the rule reads its costs, which a meta tensor does not have
         rule = RelaxedTopK(noise=True, hard=True, costs=[(size / sizes[-1]) ** 2 for size in sizes])
     return ResolutionSelect(net, sizes, Gate(scorer, rule, units=len(sizes)))

@@ -1,4 +1,4 @@
-"""A slimmable MobileNet whose gate picks a width for every image after an early stage of fixed width.
+"""A slimmable MobileNet whose gate chooses a width per image, after early stages of fixed width.
 
 Li, Wang, Wang, Liang, Li, Chang: Dynamic Slimmable Network, CVPR 2021, https://arxiv.org/abs/2103.13023, on Howard et
 al.: MobileNets, 2017, https://arxiv.org/abs/1704.04861.
@@ -41,14 +41,14 @@ def ds_net(
         late: channels of the fifth stage at every width; the paper's run from 736 to 1,152.
         depths: separable convolutions per stage.
         strides: of the stem and of every stage's first convolution. (1, 1, 2, 2, 2, 1) suits 32 x 32 pixels.
-        hidden: width of the gate's hidden layer; a quarter of the channels that it sees if None.
+        hidden: width of the gate's hidden layer; a quarter of its input channels if None.
 
     Returns:
         The early stages, then a `Slimmable` with a unit per width. A new model's gate is not trained: train the widths
         first, with `model[1].between = 2` and `model[1].bootstrap()`, then the gate.
 
     Raises:
-        ConfigError: widths that are not ascending or not as many in both stages; another number of stages.
+        ConfigError: widths that do not ascend or differ in number between the stages; another number of stages.
 
     Example:
         >>> import torch
@@ -58,11 +58,11 @@ def ds_net(
     """
     if len(middle) != len(late) or any(a >= b for stage in (middle, late) for a, b in pairwise(stage)):
         raise ConfigError(
-            f"ds_net: middle is {tuple(middle)} and late is {tuple(late)}; expected as many widths in both, ascending"
+            f"middle and late must be ascending and of the same length, got {tuple(middle)} and {tuple(late)}"
         )
     if len(early) != 4 or len(depths) != 5 or len(strides) != 6:
         raise ConfigError(
-            f"ds_net: {len(early)} early channels, {len(depths)} depths and {len(strides)} strides; expected 4, 5 and 6"
+            f"{len(early)} early channels, {len(depths)} depths and {len(strides)} strides; expected 4, 5 and 6"
         )
     widths = len(middle)
     first = _mobilenet([(c,) for c in early], in_channels, depths[:3], strides[:4])
@@ -94,7 +94,7 @@ def slimmable_mobilenet(
         strides: of the stem and of every stage's first convolution.
 
     Returns:
-        `net(x, u)` is width u; `net.at(u)` a plain network of that width, the static one to compare with.
+        `net(x, u)` runs width u; `net.at(u)` is a plain network of that width, the static one to compare with.
 
     Raises:
         ConfigError: ratios that are not ascending or not in (0, 1].
@@ -107,7 +107,7 @@ def _mobilenet(
     channels: Sequence[Sequence[int]], in_channels: int, depths: Sequence[int], strides: Sequence[int]
 ) -> list[nn.Module]:
     """The stem, and a stage for every depth."""
-    check_sizes(in_channels=in_channels, stride=min(strides, default=1), depth=min(depths, default=1))
+    check_sizes(in_channels=in_channels, strides=strides, depths=depths)
     image = (in_channels,) * len(channels[0])
     found: list[nn.Module] = [*_normed(SlimConv2d(image, channels[0], 3, strides[0]))]
     for inputs, outputs, depth, stride in zip(channels, channels[1:], depths, strides[1:], strict=False):

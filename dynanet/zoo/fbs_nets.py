@@ -12,6 +12,7 @@ from torch import nn
 from dynanet.core.architecture import architecture
 from dynanet.core.errors import ConfigError, check_sizes
 from dynanet.mechanisms.channel_skip import ChannelSkip, fbs_gate
+from dynanet.nets.blocks import conv
 from dynanet.nets.resnet import cifar_blocks, cifar_stem, head
 
 WIDTHS = (64, 64, 128, 128, 128, 192, 192, 192)
@@ -35,8 +36,8 @@ def fbs(
         in_channels: channels of the input.
         widths: channels of every convolution.
         strides: of every convolution. The first one is not padded, as in the paper.
-        groups: the channels of a convolution are kept in so many groups; None makes every channel a group, as the
-            paper does. Few groups make the images of a batch choose alike more often.
+        groups: number of groups in which the channels of a convolution are kept; None makes every channel a group, as
+            in the paper. With few groups the images of a batch agree more often.
         density: the share of groups that every image keeps.
 
     Returns:
@@ -53,12 +54,12 @@ def fbs(
     """
     _check(num_classes, in_channels, widths, strides, groups)
     counts = [groups if groups is not None else width for width in widths]
-    convs, norms, gates = [], [], []
+    convs = []
+    norms = []
+    gates = []
     inputs = in_channels
     for i, (width, stride) in enumerate(zip(widths, strides, strict=True)):
-        conv = nn.Conv2d(inputs, width, 3, stride, padding=1 if i else 0, bias=False)
-        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-        convs.append(conv)
+        convs.append(_conv(i, inputs, width, stride))
         norms.append(nn.BatchNorm2d(width))
         gates.append(fbs_gate(inputs, counts[i], density))
         inputs = width
@@ -78,9 +79,9 @@ def fbs_resnet(
 ) -> nn.Sequential:
     """A CIFAR ResNet whose blocks boost and suppress channels: (B, C, H, W) to logits (B, num_classes).
 
-    Every block's two convolutions are one chain. Groups that the second one leaves add nothing to the shortcut. Stem,
-    shortcuts and classifier always run. Saliencies see magnitudes relative to the image's own (`SaliencyScorer`): those
-    of a residual network would grow from block to block.
+    Every block's two convolutions are one chain. Groups that the second one skips add nothing to the shortcut. Stem,
+    shortcuts and classifier always run. Saliencies are relative to the image's own magnitude (`SaliencyScorer`), as
+    magnitudes grow from block to block in a residual network.
 
     Args:
         num_classes: width of the logits.
@@ -119,11 +120,11 @@ def static_vgg(
     strides: Sequence[int] = STRIDES,
     width_multiplier: float = 1.0,
 ) -> nn.Sequential:
-    """The same network without gates: what `fbs` has to be compared with.
+    """The same network without gates: the static network to compare with.
 
     Args:
-        num_classes: width of the logits.
-        in_channels: channels of the input.
+        num_classes: as in `fbs`.
+        in_channels: as in `fbs`.
         widths: as in `fbs`.
         strides: as in `fbs`.
         width_multiplier: scales every width, rounded to whole channels; MACs grow about with its square.
@@ -135,24 +136,30 @@ def static_vgg(
         ConfigError: not one stride per width, or a multiplier that is not above 0.
     """
     if not width_multiplier > 0:
-        raise ConfigError(f"static_vgg: width_multiplier is {width_multiplier}; expected a number above 0")
+        raise ConfigError(f"width_multiplier must be above 0, got {width_multiplier}")
     widths = [max(1, round(width * width_multiplier)) for width in widths]
     _check(num_classes, in_channels, widths, strides, None)
     layers: list[nn.Module] = []
     inputs = in_channels
     for i, (width, stride) in enumerate(zip(widths, strides, strict=True)):
-        conv = nn.Conv2d(inputs, width, 3, stride, padding=1 if i else 0, bias=False)
-        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-        layers += [conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        layers += [_conv(i, inputs, width, stride), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
         inputs = width
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes))
+
+
+def _conv(i: int, inputs: int, outputs: int, stride: int) -> nn.Conv2d:
+    """Convolution i, counted from 0; the first is not padded."""
+    layer = conv(inputs, outputs, 3, stride)
+    if i == 0:
+        layer.padding = (0, 0)
+    return layer
 
 
 def _check(
     num_classes: int, in_channels: int, widths: Sequence[int], strides: Sequence[int], groups: int | None
 ) -> None:
-    check_sizes(num_classes=num_classes, in_channels=in_channels, stride=min(strides, default=1))
+    check_sizes(num_classes=num_classes, in_channels=in_channels, widths=widths, strides=strides)
     if not widths or len(widths) != len(strides):
-        raise ConfigError(f"fbs: {len(widths)} widths and {len(strides)} strides; expected one stride per width")
+        raise ConfigError(f"{len(widths)} widths and {len(strides)} strides; expected one stride per width")
     if groups is not None and (groups < 1 or any(width % groups for width in widths)):
-        raise ConfigError(f"fbs: groups is {groups}; expected a number that divides every width of {tuple(widths)}")
+        raise ConfigError(f"groups must divide every width of {tuple(widths)}, got {groups}")

@@ -1,4 +1,4 @@
-"""GFNet: a glance at the small image, then crops of the large one where a policy says, until the answer is sure.
+"""GFNet: first the downsized image, then crops of the full one that a policy places, until the confidence suffices.
 
 Wang, Lv, Huang, Song, Yang, Huang: Glance and Focus: a Dynamic Approach to Reducing Spatial Redundancy in Image
 Classification, NeurIPS 2020, https://arxiv.org/abs/2010.05300.
@@ -31,16 +31,16 @@ def gfnet(
     Args:
         num_classes: width of every glimpse's logits.
         in_channels: channels of the input.
-        glance_size: side that the whole image is resized to.
+        glance_size: side to which the whole image is resized.
         crop_size: side of the crops, in pixels of the image.
-        glimpses: how many at most, the glance included.
+        glimpses: largest number of steps, the glance included.
         depth: of both encoders, 6n + 2 with the head they share.
         widths: channels at each resolution of both encoders.
-        hidden: memory of the head.
-        policy_hidden: memory of the policy.
+        hidden: state size of the recurrent head.
+        policy_hidden: state size of the policy.
 
     Returns:
-        A GlanceFocus with one step per glimpse. A new one takes all of them; `calibrate.calibrate` finds thresholds.
+        A GlanceFocus with one step per glimpse. A new one runs all of them; `calibrate.calibrate` finds thresholds.
 
     Raises:
         ConfigError: a depth that is not 6n + 2, sizes or a number of glimpses below 1.
@@ -78,7 +78,7 @@ def gfnet_imagenet(
     hidden: int = 1024,
     policy_hidden: int = 256,
 ) -> GlanceFocus:
-    """GFNet on ResNets, for images of 224 x 224 pixels or so.
+    """GFNet on ResNets, for images of about 224 x 224 pixels.
 
     Args:
         num_classes: as in `gfnet`.
@@ -87,8 +87,8 @@ def gfnet_imagenet(
         crop_size: as in `gfnet`.
         glimpses: as in `gfnet`.
         depth: of both encoders: 50, 101 or 152 with the head.
-        hidden: memory of the head; the authors' 1,024.
-        policy_hidden: memory of the policy.
+        hidden: state size of the recurrent head; the authors' is 1,024.
+        policy_hidden: state size of the policy.
 
     Returns:
         As `gfnet`.

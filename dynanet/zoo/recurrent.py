@@ -1,7 +1,7 @@
-"""A recurrent network that answers as soon as it has read enough of a sequence: sounds, tracks, series of sensors.
+"""A recurrent network that stops reading a sequence once it is confident: sounds, tracks, sensor series.
 
 A GRU (Cho et al. 2014, https://arxiv.org/abs/1406.1078) with one head for all steps, and stops by confidence after
-every few frames. Sizes are our own, for small machines. `mechanisms.early_stop` says more.
+every few frames. Sizes are our own, for small machines. See `mechanisms.early_stop`.
 """
 
 from torch import nn
@@ -18,7 +18,7 @@ def recurrent_stop(*, num_classes: int, in_channels: int, longest: int, hidden: 
     Args:
         num_classes: width of the logits.
         in_channels: features of a frame.
-        longest: frames of the longest sequence that will come.
+        longest: frames of the longest sequence.
         hidden: size of the state.
         every: frames between two decisions to stop.
 

@@ -1,6 +1,6 @@
-"""The authors' side of a paper: their configurations, their checkpoints, their way of counting.
+"""The authors' published models: their configurations, checkpoints and way of counting FLOPs.
 
-`load_reference` turns what an author published into our model; `paper_flops` says what the author would have printed.
+`load_reference` builds our model from an authors' checkpoint; `paper_flops` counts as the authors do.
 """
 
 import copy
@@ -41,32 +41,34 @@ def load_reference(
         The model in eval mode; `model.answers(x)` lists the authors' logits at every exit.
 
     Raises:
-        ConfigError: an unknown system, or a configuration that means no network.
+        ConfigError: an unknown system, or a configuration that gives no valid network.
         CheckpointError: missing or unexpected names, or shapes that are not this configuration's.
     """
     builders = {"MSDNet": _msdnet_from, "RANet": _ranet_from}
     if system not in builders:
         raise ConfigError(f"load_reference: unknown system {system!r}; expected 'MSDNet' or 'RANet'")
     model = builders[system](config)
-    own = _network(model)
+    own = reference_state_dict(model)  # shares its memory with the model
     theirs = _without_module(state_dict)
-    names = {theirs: key for key, theirs in _names(model, own).items()}
-    _check_state(system, {name: own[key] for name, key in names.items()}, theirs)
-    model.load_state_dict({names[name]: tensor for name, tensor in theirs.items()}, strict=False)
+    _check_state(system, own, theirs)
+    for name, tensor in theirs.items():
+        own[name].copy_(tensor)
     return model.eval()
 
 
 def reference_state_dict(model: EarlyExit) -> dict[str, Tensor]:
-    """The weights of an MSDNet or RANet under the authors' names and in their order, for their code to load."""
-    own = _network(model)
+    """The weights of an MSDNet or RANet under the authors' names and in their order, for their code to load.
+
+    Without what we add to the authors' network (thresholds). Tensors are the model's own, not copies.
+    """
+    own = {key: tensor for key, tensor in model.state_dict().items() if key.startswith(("stages.", "exits."))}
     return {theirs: own[key] for key, theirs in _names(model, own).items()}
 
 
 def paper_flops(
     model: EarlyExit, input_shape: tuple[int, int, int], convention: Literal["msdnet"] = "msdnet"
 ) -> list[int]:
-    """What the authors' own counter prints for one sample that leaves at exit 0, 1, ... of those that are on; never to
-    be mixed with MACs.
+    """What the authors' own counter prints for one sample that leaves at active exit 0, 1, ...; not comparable to MACs.
 
     "msdnet" (also RANet's and CondenseNet's): multiply-accumulates of convolutions without their bias, weights + bias
     of a linear layer, one per input of a ReLU, kernel size per output of a pooling; norms, concatenation and additions
@@ -75,7 +77,7 @@ def paper_flops(
     Args:
         model: a network with exits; it runs once on a sample of zeros (on the meta device, without computing).
         input_shape: (C, H, W) of one sample.
-        convention: whose counting.
+        convention: whose count.
 
     Raises:
         ConfigError: an unknown convention.
@@ -88,7 +90,7 @@ def paper_flops(
 def macs_per_exit(model: EarlyExit, input_shape: tuple[int, int, int]) -> list[int]:
     """Multiply-accumulates (convolutions, linears) of one sample (C, H, W) that leaves at active exit 0, 1, ...
 
-    What a CostModel measures, without thresholds and traces; a network on the meta device is enough.
+    As a CostModel measures, without thresholds and traces; the network may be on the meta device.
     """
     return [macs for macs, _ in _count_per_exit(model, input_shape)]
 
@@ -105,7 +107,7 @@ def _msdnet_from(config: Mapping[str, Any]) -> EarlyExit:
         blocks=config.get("nBlocks", 1),
         base=config.get("base", 4),
         step=config.get("step", 1),
-        step_mode=config.get("stepmode") or "lin_grow",  # the authors' code grows unless told "even"
+        step_mode=config.get("stepmode") or "lin_grow",  # the default of the authors' code
         channels=config.get("nChannels", 32),
         growth=config.get("growthRate", 6),
         growth_factors=growth_factors[:scales],
@@ -165,11 +167,6 @@ def _factors(config: Mapping[str, Any], name: str, otherwise: str = "1-2-4") -> 
     return factors
 
 
-def _network(model: EarlyExit) -> dict[str, Tensor]:
-    """The weights of stages and exits, without what we add to the authors' network (thresholds)."""
-    return {key: tensor for key, tensor in model.state_dict().items() if key.startswith(("stages.", "exits."))}
-
-
 def _names(model: EarlyExit, own: Mapping[str, Tensor]) -> dict[str, str]:
     """Our keys and the authors' names of them, in the authors' order."""
     if not isinstance(model.stages[0], Stage):
@@ -196,7 +193,7 @@ def _msdnet_key(key: str, own: Mapping[str, Tensor]) -> str:
         name, found = re.subn(pattern, theirs, key)
         if found:
             return name
-    raise CheckpointError(f"{key} is no part of an MSDNet; expected a model made by zoo.msdnet")
+    raise CheckpointError(f"MSDNet has no parameter {key}; expected a model made by zoo.msdnet")
 
 
 _RANET_KEYS = (
@@ -239,11 +236,8 @@ def _check_state(system: str, expected: Mapping[str, Tensor], came: Mapping[str,
         for name, tensor in expected.items()
         if name in came and not (torch.is_tensor(came[name]) and came[name].shape == tensor.shape)
     ]
-    wrong = [
-        f"{len(found)} {what} ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})"
-        for what, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if found
-    ]
+    found = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+    wrong = [f"{len(names)} {what} ({_first(names)})" for what, names in found.items() if names]
     if wrong:
         raise CheckpointError(
             f"this state_dict is not that of a {system} of this configuration: {'; '.join(wrong)}; "
@@ -251,11 +245,16 @@ def _check_state(system: str, expected: Mapping[str, Tensor], came: Mapping[str,
         )
 
 
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 def _count_per_exit(model: EarlyExit, input_shape: tuple[int, int, int]) -> list[tuple[int, int]]:
-    """(MACs, the msdnet convention's extras) up to and including each exit that is on."""
+    """(MACs, the msdnet convention's extras) up to and including each active exit."""
     model = copy.deepcopy(model).eval()  # a copy, because the caller's may be training
     weight = next(model.parameters())
-    state, counts = torch.zeros(1, *input_shape, device=weight.device, dtype=weight.dtype), []
+    state = torch.zeros(1, *input_shape, device=weight.device, dtype=weight.dtype)
+    counts = []
     with torch.no_grad(), CountMacs() as count, _CountExtras() as extras:
         for k, (stage, leave) in enumerate(zip(model.stages, model.exits, strict=True)):
             state = stage(state)

@@ -1,4 +1,4 @@
-"""`dynanet.load`: a saved model, back from its folder."""
+"""`dynanet.load`: loading a saved model from its folder."""
 
 from pathlib import Path
 
@@ -14,13 +14,13 @@ def load(folder: str | Path) -> nn.Module:
     """Load a model that `export.bundle` saved. Nothing in the folder is executed.
 
     Raises:
-        BundleError: a folder that is no bundle, or one that is damaged or altered.
+        BundleError: not a bundle, or one that is damaged or altered.
     """
     return load_bundle(folder, zoo.MODELS)
 
 
 def read(folder: str | Path) -> Bundle:
-    """The model with its classes, inputs and measured cost.
+    """Load a model together with its classes, inputs and measured cost.
 
     Raises:
         BundleError: as `load`.

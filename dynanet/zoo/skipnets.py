@@ -2,7 +2,7 @@
 
 Wang, Yu, Dou, Darrell, Gonzalez: SkipNet: Learning Dynamic Routing in Convolutional Networks, ECCV 2018,
 https://arxiv.org/abs/1711.09485. Trained in two stages: with soft gates (as built here), then with sampled ones and
-REINFORCE (`train.sample_gates(model)`, then `train.Reinforce(train.SkipReward(alpha))` beside the cross-entropy).
+REINFORCE (`train.sample_gates(model)`, then `train.Reinforce(train.SkipReward(alpha))` plus the cross-entropy).
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from typing import Literal
 from torch import nn
 
 from dynanet.core.architecture import architecture
-from dynanet.core.errors import ConfigError
+from dynanet.core.errors import check_choice
 from dynanet.core.gate import Gate
 from dynanet.gates.recurrent import RecurrentGate
 from dynanet.gates.rules import Sigmoid
@@ -38,7 +38,7 @@ def skipnet(
         depth: 6n + 2; the authors' are 38, 74, 110 and 152.
         in_channels: channels of the input.
         widths: channels at each resolution.
-        gate: "recurrent": one LSTM of 10 units for all blocks, at a thousandth of their price; "feedforward": a 3x3
+        gate: "recurrent": one LSTM of 10 units for all blocks, at a thousandth of their cost; "feedforward": a 3x3
             convolution with stride 2 per block (the paper's FFGate-II), which costs an eighth of the block.
         bias: of the scores at the start. Positive: every block runs at first.
 
@@ -53,8 +53,7 @@ def skipnet(
         >>> skipnet(num_classes=10, depth=14).eval()(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 10])
     """
-    if gate not in ("recurrent", "feedforward"):
-        raise ConfigError(f"skipnet: gate is {gate!r}; expected 'recurrent' or 'feedforward'")
+    check_choice("gate", gate, ("recurrent", "feedforward"))
     first, *blocks = cifar_blocks(depth, widths)
     channels = [block.inputs for block in blocks]
     body: list[nn.Module]

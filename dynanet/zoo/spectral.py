@@ -1,7 +1,7 @@
 """The pixel classifier for hyperspectral scenes, as a patch network with exits and as a scene network.
 
-The first exit looks at the pixel's own spectrum; those that need more get their neighbourhood. See `nets.spectral` for
-the layers. Exits as in BranchyNet (arXiv:1709.01686).
+The first exit reads the pixel's own spectrum, later ones its neighbourhood. `nets.spectral` has the layers. Exits as
+in BranchyNet (arXiv:1709.01686).
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def spectral_exit(
         in_channels: bands.
         width: channels of the per-pixel stem.
         hidden: units of the first exit's hidden layer.
-        blocks: per later stage its residual blocks, each (channels, stride).
+        blocks: for every later stage its residual blocks, each (channels, stride).
 
     Returns:
         An EarlyExit; logits are (B, num_classes).
@@ -50,39 +50,41 @@ def spectral_static(
     width: int = 48,
     blocks: Sequence[Sequence[Sequence[int]]] = (((64, 2), (64, 1)), ((64, 1),)),
 ) -> nn.Sequential:
-    """The same backbone with its last exit only: what the exits have to be compared with."""
+    """The same backbone with its last exit only: the static network to compare with.
+
+    Arguments are as in `spectral_exit`.
+    """
     shapes = [[(channels, stride) for channels, stride in stage] for stage in blocks]
     stages, exits = spectral_net(in_channels, num_classes, width, 1, shapes)
     return nn.Sequential(*stages, exits[-1])
 
 
-def scene_form(model: EarlyExit, patch: int = 9) -> SceneExit:
+def scene_form(model: nn.Module, patch: int = 9) -> SceneExit:
     """A trained `spectral_exit`, run over whole images: (B, bands, H, W) to logits (B, H, W, classes).
 
-    The stem runs once over the image, and patches of its features are cut for the pixels that go on. Weights are
+    The stem runs once over the image, and patches of its features are cut for the pixels that continue. Weights are
     shared with the model; thresholds are copied.
 
     Args:
         model: made by `spectral_exit`.
-        patch: the side of the patches it was trained on.
+        patch: side of the patches that it was trained on.
 
     Raises:
         StructureError: another kind of model.
     """
-    first = model.exits[0] if isinstance(model, EarlyExit) else None
-    if not isinstance(first, PixelExit):
-        raise StructureError("a scene form needs a model of spectral_exit, whose first exit looks at single pixels")
+    if not isinstance(model, EarlyExit) or not isinstance(first := model.exits[0], PixelExit):
+        raise StructureError("a scene form needs a model of spectral_exit, whose first exit reads single pixels")
     return SceneExit.of(model, OfPixels(first), patch)
 
 
 @torch.no_grad()
-def scene_macs(model: EarlyExit, image: Tensor, patch: int = 9) -> list[float]:
+def scene_macs(model: nn.Module, image: Tensor, patch: int = 9) -> list[float]:
     """MACs per pixel of a scene that leaves at each exit, the stem run once per pixel.
 
     Args:
         model: made by `spectral_exit`.
-        image: (1, bands, H, W), any small piece of a scene.
-        patch: the side of the patches.
+        image: (1, bands, H, W), any small part of a scene.
+        patch: side of the patches.
     """
     cost = CostModel(scene_form(model, patch), image)
     pixels = image.shape[2] * image.shape[3]
@@ -91,12 +93,12 @@ def scene_macs(model: EarlyExit, image: Tensor, patch: int = 9) -> list[float]:
 
 
 class OfPixels(nn.Module):
-    """A pixel exit, on features (pixels, C) instead of patches."""
+    """A pixel exit that takes features (pixels, C) instead of patches."""
 
     def __init__(self, exit_: PixelExit) -> None:
         super().__init__()
         self.exit = exit_
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits (pixels, classes)."""
+        """Features (pixels, C) to logits (pixels, classes)."""
         return self.exit.of_pixels(features)

@@ -2,7 +2,7 @@
 
 Basic blocks of He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition, CVPR 2016,
 https://arxiv.org/abs/1512.03385, with exits as in Teerapittayanon et al.: BranchyNet, 2016,
-https://arxiv.org/abs/1709.01686. The stem strides, which makes the net half as dear as a ResNet-20: 17 million MACs on
+https://arxiv.org/abs/1709.01686. The stem has stride 2, which halves the cost of a ResNet-20: 17 million MACs on
 32 x 32 pixels against 41 (18.5 with `context` at three exits).
 """
 
@@ -12,8 +12,10 @@ from typing import Literal
 from torch import Tensor, nn
 
 from dynanet.core.architecture import architecture
-from dynanet.core.errors import ConfigError
+from dynanet.core.errors import ConfigError, check_sizes
 from dynanet.mechanisms.early_exit import EarlyExit
+from dynanet.nets.blocks import conv_bn, conv_bn_relu, pooled_classifier
+from dynanet.zoo.exits import check_exits, split_at
 
 
 @architecture
@@ -37,7 +39,7 @@ def staged_resnet(
         stem_stride: stride of the first convolution.
         exits: after which blocks a sample may leave, counted from 0 in ascending order, the last block included.
         context: channels of a convolution in front of the earlier exits, over features averaged down to the last
-            block's resolution, so that these exits read the layout of the image and not only its mean; 0 for none.
+            block's resolution, so that these exits see the layout of the image and not only its mean; 0 for none.
             64 cost 6 % of the first exit's MACs and gave it 8 to 10 points on held-out CIFAR-10 training images
             (10,000 images, 8 epochs, two seeds), the last exit 0.4 to 2.
 
@@ -55,28 +57,14 @@ def staged_resnet(
     """
     _check(widths, depths, num_classes=num_classes, in_channels=in_channels, stem_stride=stem_stride)
     blocks = _blocks(in_channels, widths, depths, stem_stride)
-    leave = range(len(blocks)) if exits == "all" else exits
-    if (
-        not leave
-        or isinstance(leave, str)
-        or sorted(set(leave)) != list(leave)
-        or leave[0] < 0
-        or leave[-1] != len(blocks) - 1
-    ):
-        raise ConfigError(
-            f"staged_resnet: exits is {exits!r}; expected ascending numbers of blocks from 0 to "
-            f"{len(blocks) - 1}, the last included, or 'all'"
-        )
-    if context < 0:
-        raise ConfigError(f"staged_resnet: context is {context}; expected channels, or 0 for no convolution")
+    ends = check_exits(range(len(blocks)) if exits == "all" else exits, len(blocks))
+    check_sizes(0, context=context)
     level = [i for i, depth in enumerate(depths) for _ in range(depth)]  # of every block
-    stages, heads, first = [], [], 0
-    for last in leave:
-        stages.append(nn.Sequential(*blocks[first : last + 1]))
+    heads = []
+    for last in ends:
         shrink = 2 ** (len(widths) - 1 - level[last])
-        heads.append(_exit(widths[level[last]], num_classes, context if last < leave[-1] else 0, shrink))
-        first = last + 1
-    return EarlyExit(stages, heads)
+        heads.append(_exit(widths[level[last]], num_classes, context if last < ends[-1] else 0, shrink))
+    return EarlyExit(split_at(blocks, ends), heads)
 
 
 @architecture
@@ -89,7 +77,7 @@ def static_resnet(
     stem_stride: int = 2,
     width_multiplier: float = 1.0,
 ) -> nn.Sequential:
-    """The same backbone with its last exit only: what an EarlyExit has to be compared with.
+    """The same backbone with its last exit only: the static network to compare with.
 
     Args:
         num_classes: width of the logits.
@@ -97,8 +85,8 @@ def static_resnet(
         widths: as in `staged_resnet`.
         depths: as in `staged_resnet`.
         stem_stride: as in `staged_resnet`.
-        width_multiplier: scales every width, rounded to whole channels; MACs grow about with its square. With it, a
-            static net is brought to the MACs of a dynamic one at its budget.
+        width_multiplier: scales every width, rounded to whole channels; MACs grow about with its square. Use it to
+            match the MACs of a dynamic network at its budget.
 
     Returns:
         (B, C, H, W) -> (B, num_classes).
@@ -107,7 +95,7 @@ def static_resnet(
         ConfigError: a value out of range, or widths and depths of unequal number.
     """
     if not width_multiplier > 0:
-        raise ConfigError(f"static_resnet: width_multiplier is {width_multiplier}; expected a number above 0")
+        raise ConfigError(f"width_multiplier must be above 0, got {width_multiplier}")
     widths = [max(1, round(width * width_multiplier)) for width in widths]
     _check(widths, depths, num_classes=num_classes, in_channels=in_channels, stem_stride=stem_stride)
     blocks = _blocks(in_channels, widths, depths, stem_stride)
@@ -120,13 +108,14 @@ class BasicBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.branch = nn.Sequential(
-            *_conv_bn(inputs, outputs, 3, stride), nn.ReLU(inplace=True), *_conv_bn(outputs, outputs, 3)
+            *conv_bn(inputs, outputs, 3, stride), nn.ReLU(inplace=True), *conv_bn(outputs, outputs, 3)
         )
         same = inputs == outputs and stride == 1
-        self.shortcut = nn.Identity() if same else _conv_bn(inputs, outputs, 1, stride)
+        self.shortcut = nn.Identity() if same else conv_bn(inputs, outputs, 1, stride)
         self.relu = nn.ReLU(inplace=True)
 
-    def forward(self, x: Tensor) -> Tensor:  # noqa: D102
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, H, W) to (B, outputs, H / stride, W / stride), rounded up."""
         return self.relu(self.branch(x) + self.shortcut(x))
 
 
@@ -138,39 +127,28 @@ def _blocks(in_channels: int, widths: Sequence[int], depths: Sequence[int], stem
         for d in range(depth):
             blocks.append(BasicBlock(inputs, width, stride=2 if i > 0 and d == 0 else 1))
             inputs = width
-    stem = nn.Sequential(*_conv_bn(in_channels, widths[0], 3, stem_stride), nn.ReLU(inplace=True))
+    stem = conv_bn_relu(in_channels, widths[0], 3, stem_stride)
     return [nn.Sequential(stem, blocks[0]), *blocks[1:]]
 
 
 def _exit(width: int, num_classes: int, context: int, shrink: int) -> nn.Sequential:
     """Global average and a linear layer; before them, with `context`, a convolution on features `shrink` times smaller.
 
-    It reads averages because it is to see far and cost little.
+    The convolution reads averages because it has to see far at little cost.
     """
     layers: list[nn.Module] = []
     if context:
-        # ceil_mode: any size will do, and nothing at the edge is lost.
-        layers += [nn.AvgPool2d(shrink, ceil_mode=True)] if shrink > 1 else []
-        layers += [*_conv_bn(width, context, 3), nn.ReLU(inplace=True)]
+        if shrink > 1:
+            layers.append(nn.AvgPool2d(shrink, ceil_mode=True))  # any image size, and the border is not cut off
+        layers += conv_bn_relu(width, context, 3)
         width = context
-    linear = nn.Linear(width, num_classes)
-    nn.init.zeros_(linear.bias)
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
-
-
-def _conv_bn(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    """He initialisation by fan-out."""
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs))
+    return nn.Sequential(*layers, *pooled_classifier(width, num_classes))
 
 
 def _check(widths: Sequence[int], depths: Sequence[int], **counts: int) -> None:
-    if len(widths) != len(depths) or not len(widths):
+    if len(widths) != len(depths) or not widths:
         raise ConfigError(
-            f"staged_resnet: {len(widths)} widths {tuple(widths)} and {len(depths)} depths {tuple(depths)}; "
+            f"{len(widths)} widths {tuple(widths)} and {len(depths)} depths {tuple(depths)}; "
             f"expected one of each per resolution"
         )
-    for name, values in {"widths": widths, "depths": depths, **{k: [v] for k, v in counts.items()}}.items():
-        if any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in values):
-            raise ConfigError(f"staged_resnet: {name} is {values}; expected whole numbers of at least 1")
+    check_sizes(widths=widths, depths=depths, **counts)

@@ -1,16 +1,16 @@
-"""BERT-like text encoders with exits after their layers. Sentences have any length; padding is never computed with.
+"""BERT-like text encoders with exits after their layers, for sentences of any length, without computing on padding.
 
 Post-norm layers of Devlin et al.: BERT, 2019, https://arxiv.org/abs/1810.04805, so that pretrained encoders fit in
 (`zoo.pretrained_text_exits`; MiniLM: Wang et al., 2020, https://arxiv.org/abs/2002.10957). Exits as in DeeBERT (Xin et
 al., 2020, https://arxiv.org/abs/2004.12993), read from the mean of a sentence's tokens.
 
-The sparse form packs the tokens of all sentences, and sentences leave with theirs: linear layers see one long list of
-tokens, attention stays within a sentence. In the dense form (training) sentences stand in their rectangle and padding
-is masked.
+The sparse form packs the tokens of all sentences, and a sentence leaves with its tokens: linear layers see one long
+list of tokens, attention stays within a sentence. In the dense form (training) sentences are padded to a rectangle, and
+padding is masked.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,16 @@ from torch import Tensor, nn
 from dynanet.core.architecture import architecture
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic
-from dynanet.core.errors import ConfigError, InputError
+from dynanet.core.errors import ConfigError, InputError, check_sizes
 from dynanet.core.serving import CalledInParts, PartByPart
 from dynanet.core.trace import Frame
 from dynanet.gates.confidence import Confidence
 from dynanet.mechanisms.early_exit import EarlyExit
+from dynanet.nets.blocks import init_normal
 from dynanet.ops.packed import PACKED_ROWS, Packed, pack
 from dynanet.ops.tokens import TOKEN_ROWS, Tokens, attend
+from dynanet.zoo.exits import check_exits, split_at
+from dynanet.zoo.vit_config import check_heads
 
 
 @architecture
@@ -41,22 +44,22 @@ def text_exits(
     padding: int = 0,
     dropout: float = 0.1,
     epsilon: float = 1e-12,
-) -> "TextExits":
+) -> EarlyExit:
     """A text encoder with exits; token ids (B, T) int64, padded at the end, to logits (B, num_classes).
 
-    T may be anything up to `longest`. The default sizes are MiniLM's.
+    T is at most `longest`. The default sizes are MiniLM's.
 
     Args:
         num_classes: width of every exit's logits.
-        vocabulary: ids that there are.
+        vocabulary: number of ids.
         longest: tokens of the longest sentence.
         width: features of a token.
         depth: layers.
-        heads: of attention; must divide `width`.
+        heads: attention heads; they divide `width`.
         hidden: neurons of a layer's feed-forward part.
-        exits: after which layers a sentence may leave, counted from 0 in ascending order, the last one included; all
-            of them if None. The last one only: the static encoder.
-        padding: the id that is no token.
+        exits: layers followed by an exit, counted from 0 in ascending order, the last one included; all layers if
+            None. The last one only gives the static encoder.
+        padding: the id of padding.
         dropout: share of features that training drops.
         epsilon: of the layer norms.
 
@@ -68,51 +71,47 @@ def text_exits(
         >>> model(torch.tensor([[5, 7, 9], [5, 8, 0]])).shape
         torch.Size([2, 2])
     """
-    counts = {
-        "num_classes": num_classes, "vocabulary": vocabulary, "longest": longest, "width": width, "depth": depth,
-        "heads": heads, "hidden": hidden,
-    }  # fmt: skip
-    for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"text_exits: {name} is {value!r}; expected a whole number of at least 1")
-    if width % heads:
-        raise ConfigError(f"text_exits: width {width} with {heads} heads; expected a width that the heads divide")
+    check_sizes(num_classes=num_classes, vocabulary=vocabulary, longest=longest)
+    check_sizes(width=width, depth=depth, heads=heads, hidden=hidden)
+    check_heads(width, heads)
     if not 0 <= dropout < 1 or not 0 <= padding < vocabulary or not epsilon > 0:
         raise ConfigError(
-            f"text_exits: dropout {dropout}, padding {padding} of {vocabulary} ids, epsilon {epsilon}; expected a "
-            f"share below 1, an id that exists, and a small positive number"
+            f"dropout {dropout}, padding {padding} of {vocabulary} ids, epsilon {epsilon}; expected a share below 1, "
+            f"an id below the vocabulary's size, and a positive number"
         )
-    leave = list(range(depth)) if exits is None else list(exits)
-    if leave != sorted(set(leave)) or not leave or leave[0] < 0 or leave[-1] != depth - 1:
-        raise ConfigError(
-            f"text_exits: exits is {exits!r}; expected ascending numbers of layers from 0 to {depth - 1}, the last "
-            f"included"
-        )
+    ends = check_exits(range(depth) if exits is None else exits, depth)
     embed = TextInput(vocabulary, longest, width, padding=padding, dropout=dropout, epsilon=epsilon)
     layers = [TextLayer(width, heads, hidden, dropout=dropout, epsilon=epsilon) for _ in range(depth)]
-    firsts = [0, *(last + 1 for last in leave[:-1])]
-    stages: list[list[nn.Module]] = [list(layers[first : last + 1]) for first, last in zip(firsts, leave, strict=True)]
-    stages[0] = [embed, *stages[0]]
-    return TextExits([nn.Sequential(*stage) for stage in stages], [TextHead(width, num_classes) for _ in leave])
+    return _sentence_wise(EarlyExit(split_at(layers, ends, embed), [TextHead(width, num_classes) for _ in ends]))
 
 
-def with_confidence(model: "TextExits", confidence: Confidence) -> "TextExits":
-    """The same network (same weights, not copied) that leaves by another criterion: `Entropy`, `Patience`, ...
+def with_confidence(model: EarlyExit, confidence: Confidence) -> EarlyExit:
+    """A `text_exits` network with another exit criterion (`Entropy`, `Patience`, ...); weights are shared, not copied.
 
-    DeeBERT and BranchyNet leave by entropy, PABEE (Zhou et al. 2020, arXiv:2006.04152) by patience. Thresholds are
+    DeeBERT and BranchyNet exit by entropy, PABEE (Zhou et al. 2020, arXiv:2006.04152) by patience. Thresholds are
     infinite again, as scores have another scale.
     """
-    other = TextExits(list(model.stages), list(model.exits), confidence)
+    other = _sentence_wise(EarlyExit(list(model.stages), list(model.exits), confidence))
     other.active = model.active
     return other.train(model.training)
+
+
+def _sentence_wise(model: EarlyExit) -> EarlyExit:
+    """Rows are sentences, and a sentence's parts are its tokens."""
+    model.rows = PACKED_ROWS
+    model.part_by_part = TokenByToken()
+    return model
 
 
 def exits_only(model: EarlyExit) -> EarlyExit:
     """Freeze everything but the exits before the last one: the second stage of DeeBERT's and FastBERT's training.
 
-    The first stage trains the last exit (`train.MultiExit` with weights 0, ..., 0, 1). The second trains the others:
-    with labels (DeeBERT), or with the last exit as their teacher (FastBERT, Liu et al. 2020, arXiv:2004.02178:
-    `train.MultiExit(distill=1.0, temperature=1.0)`). Dropout in frozen layers goes on in train mode. Returns the model.
+    The first stage trains the last exit (`train.MultiExit` with weights 0, ..., 0, 1). The second trains the others
+    with labels (DeeBERT), or with the last exit as teacher (FastBERT, Liu et al. 2020, arXiv:2004.02178:
+    `train.MultiExit(distill=1.0, temperature=1.0)`). Dropout in frozen layers stays on in train mode.
+
+    Returns:
+        The model.
     """
     model.requires_grad_(False)
     for head in list(model.exits)[:-1]:
@@ -120,35 +119,36 @@ def exits_only(model: EarlyExit) -> EarlyExit:
     return model
 
 
-class TextExits(EarlyExit, PartByPart):
-    """Exits along a text encoder. Its rows are sentences, and a sentence's parts are its tokens."""
+class TokenByToken(PartByPart):
+    """Runs a single sentence as its tokens, each step as one graph."""
 
-    rows = PACKED_ROWS
-
-    def parts(self, x: Tensor) -> Tensor:
+    def parts(self, halt: EarlyExit, x: Tensor) -> Tensor:
         """Token ids (1, T) to embedded tokens (n, D), before their norm."""
-        return self.stages[0][0].sum(x)
+        return cast(TextInput, cast(nn.Sequential, halt.stages[0])[0]).sum(x)
 
-    def one_row(self, k: int) -> nn.Module | None:
+    def one_row(self, halt: EarlyExit, k: int) -> nn.Module | None:
         """The layers up to active exit k, that exit, and its confidence."""
-        number, first = self.active[k], self.active[k - 1] + 1 if k else 0
-        layers = [m for stage in self.stages[first : number + 1] for m in stage.children()]
+        number = halt.active[k]
+        first = halt.active[k - 1] + 1 if k else 0
+        layers = [layer for stage in halt.stages[first : number + 1] for layer in stage.children()]
         if k == 0:
-            layers[0] = layers[0].norm
-        confidence = self.confidence.at(number) if k + 1 < self.steps else None
+            layers[0] = cast(TextInput, layers[0]).norm
+        confidence = halt.confidence.at(number) if k + 1 < halt.steps else None
         remembers = confidence is not None and type(confidence).remember is not Confidence.remember
-        step = TextStep(layers, self.exits[number], confidence)
+        step = TextStep(layers, cast(TextHead, halt.exits[number]), confidence)
         decisions = [m for m in step.modules() if isinstance(m, Dynamic) and not isinstance(m, TextLayer)]
         plain = all(isinstance(layer, TextLayer | nn.LayerNorm) for layer in layers) and not decisions
         return step if plain and not remembers else None
 
 
 class TextStep(nn.Module):
-    """Layers, an exit and its confidence for one sentence, which nobody can leave half-way."""
+    """Layers, an exit and its confidence for one sentence."""
 
-    def __init__(self, layers: Sequence[nn.Module], head: nn.Module, confidence: Confidence | None) -> None:
+    def __init__(self, layers: Sequence[nn.Module], head: "TextHead", confidence: Confidence | None) -> None:
         super().__init__()
-        self.layers, self.head, self.confidence = nn.ModuleList(layers), head, confidence
+        self.layers = nn.ModuleList(layers)
+        self.head = head
+        self.confidence = confidence
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Tokens (n, D) to (logits (n, classes), score (n, 1), tokens), or to the logits alone; see `PartByPart`."""
@@ -163,26 +163,28 @@ class TextStep(nn.Module):
 class TextInput(Dynamic):
     """Token ids to their embeddings: a rectangle of `Tokens` in the dense form, `Packed` in the sparse one.
 
-    It decides nothing; which form it is tells it what to make. `positions` holds BERT's token type too, as sentences
-    here are of one type.
+    It makes no decisions, and is a Dynamic to know its form. `positions` include BERT's token type, as all sentences
+    here have one type.
     """
 
     def __init__(
         self, vocabulary: int, longest: int, width: int, *, padding: int, dropout: float, epsilon: float
     ) -> None:
         super().__init__()
-        self.padding, self.longest = padding, longest
-        self.words, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(longest, width)
-        self.norm, self.dropout = nn.LayerNorm(width, eps=epsilon), nn.Dropout(dropout)
-        nn.init.normal_(self.words.weight, std=0.02)
-        nn.init.normal_(self.positions.weight, std=0.02)
+        self.padding = padding
+        self.longest = longest
+        self.words = nn.Embedding(vocabulary, width)
+        self.positions = nn.Embedding(longest, width)
+        self.norm = nn.LayerNorm(width, eps=epsilon)
+        self.dropout = nn.Dropout(dropout)
+        init_normal(self.words, self.positions)
 
     def forward(self, ids: Tensor) -> Tokens | Packed:
-        """(B, T) int64.
+        """Token ids (B, T) int64 to features (B, T, D), as `Tokens` or `Packed`.
 
         Raises:
-            InputError: another shape or dtype, more than `longest` columns, ids that do not exist, sentences without
-                a token, or padding in front of a token.
+            InputError: another shape or dtype, more than `longest` columns, ids outside the vocabulary, sentences
+                without tokens, or padding in front of a token.
         """
         if self.gathers and ids.shape[:1] == (1,):
             x = self.norm(self.sum(ids))
@@ -197,9 +199,9 @@ class TextInput(Dynamic):
         return Tokens(x, there.to(x.dtype))
 
     def sum(self, ids: Tensor) -> Tensor:
-        """The vectors of words and positions of one sentence (1, T), added: (n, D).
+        """The sums of word and position embeddings of one sentence: ids (1, T) to (n, D).
 
-        In few calls of torch: beside one sentence, each of them counts.
+        In few calls of torch, as each of them counts at batch size 1.
 
         Raises:
             InputError: as `forward`.
@@ -208,11 +210,11 @@ class TextInput(Dynamic):
         row = ids[0].tolist()
         n = row.index(self.padding) if self.padding in row else len(row)
         if not n or row.count(self.padding) != len(row) - n or min(row) < 0 or max(row) >= self.words.num_embeddings:
-            self._there(ids)  # says what is wrong
+            self._there(ids)  # raises the error
         return self._words(ids[0, :n]).add_(self.positions.weight[:n])
 
     def _words(self, ids: Tensor) -> Tensor:
-        # Not through the modules: a session would make engines that hold a copy of the table.
+        # Not through the modules: a session would make engines of them, with a copy of the table.
         return nn.functional.embedding(ids, self.words.weight)
 
     def _positions(self, columns: Tensor) -> Tensor:
@@ -226,7 +228,7 @@ class TextInput(Dynamic):
             )
 
     def _there(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Where a token is, bool (B, T), and how many there are in each sentence, (B,), if all is well with them."""
+        """Mask of the tokens (B, T), bool, and their number in each sentence (B,), after checking them."""
         self._check_shape(ids)
         there = ids != self.padding
         counts = there.sum(1)
@@ -235,10 +237,10 @@ class TextInput(Dynamic):
         least, most = (int(n) for n in ids.aminmax())
         if least < 0 or most >= self.words.num_embeddings:
             raise InputError(
-                f"token ids from {least} to {most} for {self.words.num_embeddings} words; this is another encoder's "
-                f"tokenizer"
+                f"token ids from {least} to {most} for {self.words.num_embeddings} words; use the tokenizer of this "
+                f"encoder"
             )
-        # None is missing in between where as many are there as its last one's place says.
+        # Without padding in between, the position of the last token is the number of tokens.
         ends = (there * torch.arange(1, 1 + ids.shape[1], device=ids.device)).amax(1)
         broken = (ends != counts) | (counts == 0)
         if bool(broken.any()):
@@ -250,10 +252,10 @@ class TextInput(Dynamic):
 
 
 class TextLayer(Dynamic):
-    """One layer of BERT, for the tokens that are there: attention within each sentence, then a hidden layer per token.
+    """One layer of BERT for all tokens but padding: attention within each sentence, then a hidden layer per token.
 
-    Rows are tokens. Nothing is decided here, but decisions can be forced: tokens that are left out pass by as they are.
-    The price of a sentence of n tokens is a n + b n^2.
+    Rows are tokens. The layer makes no decisions, but decisions can be forced: skipped tokens stay unchanged. The price
+    of a sentence of n tokens is a n + b n^2.
     """
 
     degree = 2
@@ -263,11 +265,10 @@ class TextLayer(Dynamic):
         self.heads = heads
         self.query_key_value = nn.Linear(width, 3 * width)
         self.rest = TextRest(width, hidden, dropout=dropout, epsilon=epsilon)
-        nn.init.normal_(self.query_key_value.weight, std=0.02)
-        nn.init.zeros_(self.query_key_value.bias)
+        init_normal(self.query_key_value)
 
     def forward(self, tokens: Tokens | Packed) -> Tokens | Packed:
-        """To the same layout."""
+        """Features (B, T, D), or packed (N, D), to the same layout."""
         if isinstance(tokens, Packed):
             return tokens._replace(x=self._packed(tokens))
         assert tokens.alive is not None
@@ -276,12 +277,12 @@ class TextLayer(Dynamic):
         return tokens._replace(x=x)
 
     def whole(self, tokens: Tokens) -> Tensor:
-        """For all tokens, whatever anybody decides; shaped as their x."""
+        """All tokens, without decisions; features to the same shape."""
         query, key, value = self.query_key_value(tokens.x).chunk(3, -1)
         return self.rest(attend(query, key, value, tokens, self.heads), tokens.x)
 
     def price(self, keep: Tensor, unit_macs: Tensor) -> Tensor:
-        """a n + b n^2 with n the tokens of a sentence; both measured."""
+        """The price a n + b n^2 of sentences of n tokens, with measured a and b."""
         n = keep.to(unit_macs).flatten(1).sum(1)
         return n * unit_macs[0, 0] + n * n * unit_macs[0, 1]
 
@@ -305,19 +306,21 @@ class TextLayer(Dynamic):
 
 
 class TextRest(nn.Module):
-    """What follows a layer's attention, token by token: projection, feed-forward part, both added and normed."""
+    """What follows attention in a layer, token by token: projection and feed-forward part, with residuals and norms."""
 
     def __init__(self, width: int, hidden: int, *, dropout: float, epsilon: float) -> None:
         super().__init__()
-        self.project, self.up, self.down = nn.Linear(width, width), nn.Linear(width, hidden), nn.Linear(hidden, width)
-        self.norm_a, self.norm_b = nn.LayerNorm(width, eps=epsilon), nn.LayerNorm(width, eps=epsilon)
-        self.activation, self.dropout = nn.GELU(), nn.Dropout(dropout)
-        for linear in (self.project, self.up, self.down):
-            nn.init.normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
+        self.project = nn.Linear(width, width)
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+        self.norm_a = nn.LayerNorm(width, eps=epsilon)
+        self.norm_b = nn.LayerNorm(width, eps=epsilon)
+        self.activation = nn.GELU()
+        self.dropout = nn.Dropout(dropout)
+        init_normal(self.project, self.up, self.down)
 
     def forward(self, attended: Tensor, x: Tensor) -> Tensor:
-        """(..., D) twice to (..., D)."""
+        """Attention results and layer inputs (..., D) to layer outputs (..., D)."""
         x = self.norm_a(x + self.dropout(self.project(attended)))
         return self.norm_b(x + self.dropout(self.down(self.activation(self.up(x)))))
 

@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
 
-from dynanet.calibrate.anytime import anytime_curve, random_exits, single_exit
+from dynanet.calibrate.anytime import anytime_curve, random_exits
 from dynanet.calibrate.budgeted import outcome
-from dynanet.core.errors import BudgetError
 
 
 def test_the_anytime_curve_is_what_thresholds_for_one_exit_give(draw):
@@ -16,18 +15,10 @@ def test_the_anytime_curve_is_what_thresholds_for_one_exit_give(draw):
         np.testing.assert_array_equal(point.share, alone.share)
 
 
-def test_exits_by_lot_agree_with_drawing_lots(draw):
+def test_random_exits_agree_with_drawn_ones(draw):
     table, share = draw(1, 4000), np.array([0.1, 0.2, 0.3, 0.15, 0.25])
     exits = np.random.default_rng(0).choice(5, size=(200, 4000), p=share)
     drawn = table.correct[np.arange(4000), exits].mean()
     expected = random_exits(table, share)
     assert expected.accuracy == pytest.approx(drawn, abs=0.003)
     assert expected.macs == pytest.approx(table.macs[exits].mean(), rel=0.003)
-
-
-def test_the_single_exit_is_the_best_that_fits(draw):
-    table = draw(2, 1000)
-    assert single_exit(table, table.macs[2] * 1.01) == 2
-    assert single_exit(table, table.macs[0]) == 0
-    with pytest.raises(BudgetError):
-        single_exit(table, table.macs[0] * 0.99)

@@ -107,7 +107,7 @@ def test_a_frontier_comes_back_from_its_folder(tmp_path, plain, held_out):
     written = json.loads((tmp_path / "frontier" / "frontier.json").read_text(), parse_constant=refuse)
     for point, choice in zip(written["curve"], frontier.curve(), strict=True):
         assert [float(t) for t in point["thresholds"]] == choice.thresholds.tolist()
-        assert point["macs"] == choice.macs and point["asked"]["macs"] == choice.asked.macs
+        assert point["macs"] == choice.macs and point["budget"]["macs"] == choice.budget.macs
 
 
 def test_a_frontier_of_another_model_is_refused(tmp_path, plain, nested, held_out):

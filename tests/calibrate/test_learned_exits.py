@@ -158,19 +158,19 @@ def test_what_cannot_be_learned_from_is_refused(deep):
     for fit in (lambda t: fit_gates(t, 0.1), lambda t: fit_scores(t, Budget(macs=cost.full))):
         with pytest.raises(DataError, match="keep_logits=True"):
             fit(bare)
-    with pytest.raises(DataError, match="one exit"):
+    with pytest.raises(DataError, match="two exits, got one"):
         rescore(table.first(1), MaxProbability())
     unlabelled = ExitTable(table.scores, table.answers, table.correct, table.macs, logits=table.logits)
-    with pytest.raises(DataError, match="no labels"):
+    with pytest.raises(DataError, match="fitted to labels"):
         fit_gates(unlabelled, 0.1)
-    with pytest.raises(BudgetError, match="below the cheapest"):
+    with pytest.raises(BudgetError, match="the cheapest exit; got"):
         fit_scores(table, Budget(macs=10))
     with pytest.raises(BudgetError, match="Budget\\(macs=...\\)"):
         cost_weight(table, Budget(risk=0.1))
     for wrong in ({"weight": -1.0}, {"weight": 0.1, "decay": float("nan")}):
         with pytest.raises(ConfigError):
             fit_gates(table, **wrong)
-    with pytest.raises(StructureError, match="for exit .*, only 1;"):
+    with pytest.raises(StructureError, match="no confidence for exit .*, only 1;"):
         rescore(table, PerExit([LearnedGate()]))
 
     class Mute(EarlyExit):

@@ -2,13 +2,11 @@ import numpy as np
 import pytest
 
 from dynanet.calibrate.risk import (
-    accuracy_gap,
     betting_passes,
     binomial_cdf,
     binomial_passes,
     certified,
     common_levels,
-    errors,
     least_samples,
     lost_answers,
 )
@@ -100,13 +98,11 @@ def test_losses_that_are_lower_by_early_answers_better_than_late_ones_are_promis
     assert certified(gap.clip(0), 0.04, DELTA) == 0  # 6 % lost, if what is won does not count
 
 
-def test_losses_of_a_table_say_what_they_name(draw):
+def test_lost_answers_are_those_that_only_the_last_exit_has_right(draw):
     table = draw(0, 500)
-    whole = table.accuracy[-1]
-    assert (lost_answers(table)[:, -1] == 0).all() and (accuracy_gap(table)[:, -1] == 0).all()
-    np.testing.assert_allclose(errors(table).mean(0), 1 - table.accuracy)
-    np.testing.assert_allclose(accuracy_gap(table).mean(0), whole - table.accuracy)
-    assert (lost_answers(table) >= accuracy_gap(table)).all()
+    gap = table.correct[:, -1:].astype(float) - table.correct
+    assert (lost_answers(table)[:, -1] == 0).all()
+    np.testing.assert_array_equal(lost_answers(table), gap.clip(0))
 
 
 def test_the_family_runs_from_never_to_always(draw):

@@ -44,7 +44,7 @@ def test_a_table_says_what_really_happens_at_every_exit(name, request, held_out)
             np.testing.assert_allclose(table.scores[:, k], sure.numpy(), rtol=1e-4, atol=1e-5)
 
 
-def test_the_dearest_path_is_held_against_a_cap(nested, held_out):
+def test_the_most_expensive_path_is_held_against_a_cap(nested, held_out):
     cost = CostModel(nested, EXAMPLE)
     table = tabulate(nested, held_out, cost)
     assert table.worst[-1] == cost.worst

@@ -88,12 +88,12 @@ def test_what_is_refused():
     for labels, said in (
         (y[:, 1:], "one label per pixel"),
         (torch.full_like(y, VOID), "all labels of the held-out data are 9"),
-        (torch.full_like(y, 3), "labels from 3 to 3"),
-        (y[:, 0, 0], "answer something else"),
+        (torch.full_like(y, 3), "got 3 to 3"),
+        (y[:, 0, 0], "logits of shape .samples, classes."),
     ):
         with pytest.raises(DataError, match=said):
             calibrate(model, [(x, labels)], cost, ignore=VOID)
-    with pytest.raises(DataError, match="labels from . to 9"):
+    with pytest.raises(DataError, match="got . to 9"):
         calibrate(model, [(x, y)], cost)
     frontier = calibrate(model, [(x, y)], cost, ignore=VOID)
     with pytest.raises(BudgetError, match="depend on each other"):
@@ -102,7 +102,7 @@ def test_what_is_refused():
         frontier.at(Budget(macs=0.5 * cost.always))
     with pytest.raises(StructureError, match="no layer that halts"):
         calibrate(model.backbone, [(x, y)], cost)
-    with pytest.raises(DataError, match="groups of shape"):
+    with pytest.raises(DataError, match="groups of a table"):
         ExitTable(np.zeros((2, 1)), np.zeros((2, 2)), np.ones((2, 2)), np.ones(2), groups=np.zeros(3))
 
 

@@ -50,8 +50,8 @@ def test_json_is_all_that_is_printed(call, run, tmp_path):
         return json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
     assert told("train", tmp_path / "new", *DIGITS)["val/accuracy"] >= 0
-    choices = told("calibrate", run, "--shares", "0.75", "--risk", "1e-9")["choices"]
-    assert choices[0]["asked"] == "75 % of the MACs" and choices[0]["macs"] > 0
+    choices = told("calibrate", run, "--shares", "0.75", "--risk", "1e-9")["operating_points"]
+    assert choices[0]["requested"] == "75 % of the MACs" and choices[0]["macs"] > 0
     assert choices[1]["thresholds"] == ["inf"] and choices[1]["promised"] is False
     results = told("evaluate", run)
     assert len(results["accuracy_per_exit"]) == 2 and results == json.loads((run / "results.json").read_text())
@@ -145,7 +145,7 @@ def test_it_runs_as_a_module():
 def test_a_risk_that_cannot_be_promised_never_exits_early_and_says_why(call, run):
     code, out, _ = call("calibrate", run, "--shares", "0.75", "--risk", "0.0001")
     assert code == 0 and "never exits early" in out and "360 held-out samples are too few" in out
-    assert (Run(run).choices()[-1].thresholds == np.inf).all()
+    assert (Run(run).operating_points[-1].thresholds == np.inf).all()
     assert call("evaluate", run)[0] == 0
 
 
@@ -182,4 +182,4 @@ def test_export_is_the_same_as_the_function(run, tmp_path, call):
     call("export-bundle", run, tmp_path / "bundle")
     ours = dynanet.load(tmp_path / "bundle")
     x = torch.randn(3, 1, 8, 8)
-    torch.testing.assert_close(ours(x), Run(run).model()(x))
+    torch.testing.assert_close(ours(x), Run(run).model(x))

@@ -23,7 +23,7 @@ def test_from_training_to_the_report_without_calibration(call, refused, tmp_path
     assert code == 0 and point["name"] == AS_TRAINED and set(point["by_class"]["accuracy"]) == set("0123456789"), err
     assert 0.3 * results["full_macs"] < point["macs"] < 0.8 * results["full_macs"], "half of the tokens go, twice"
     run = Run(folder)
-    right = sum(int((run.model()(x).argmax(1) == y).sum()) for x, y in run.problem.test)
+    right = sum(int((run.model(x).argmax(1) == y).sum()) for x, y in run.data.test)
     assert point["accuracy"] == pytest.approx(right / 360)
     assert np.mean(list(point["by_class"]["accuracy"].values())) == pytest.approx(point["accuracy"], abs=0.02)
     code, _, err = call("report", folder)
@@ -33,4 +33,4 @@ def test_from_training_to_the_report_without_calibration(call, refused, tmp_path
     assert code == 0 and "of the FLOP ratio" in out, err
     assert "ONNX Runtime cannot run the full network" in out.splitlines()[0], "EViT ranks tokens: eager is the rival"
     for command, *more in (["calibrate"], ["export-bundle", tmp_path / "b", "--share", "0.5"]):
-        assert "no layer that halts: there are no thresholds to calibrate" in refused(command, folder, *more)
+        assert "no layer that halts, so it has no thresholds to calibrate" in refused(command, folder, *more)

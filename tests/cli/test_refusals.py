@@ -27,11 +27,11 @@ from tests.cli.digits import DIGITS, contents
         (["train", "new", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["train", "new", "--recipe.epochs", "0"], "epochs is 0"),
         (["train", "new", "--data.seed", "-1"], "data.seed is -1; expected 0 or more"),
-        (["train", "new", *DIGITS, "--data.split", "foo"], "data.split says nothing about digits"),
-        (["train", "new", *DIGITS, "--data.place", "/nope"], "data.place says nothing about digits"),
-        (["train", "new", "--data.size", "9"], "data.size says nothing about indian_pines"),
+        (["train", "new", *DIGITS, "--data.split", "foo"], "data.split is not supported for digits"),
+        (["train", "new", *DIGITS, "--data.place", "/nope"], "data.place is not supported for digits"),
+        (["train", "new", "--data.size", "9"], "data.size is not supported for indian_pines"),
         (["train", "new", "--recipe.lr", "-1"], "lr is -1"),
-        (["train", "new", *DIGITS, "--model.name", "resnet50"], "no model 'resnet50'; the zoo has "),
+        (["train", "new", *DIGITS, "--model.name", "resnet50"], "model.name is 'resnet50'; expected a model"),
         (["train", "new", *DIGITS, "--model.arguments.num_classes", "3"], "num_classes = 3, but the data has 10"),
         (["train", "new", *DIGITS, "--model.arguments.colour", "red"], "'colour'; it takes widths, "),
         (["train", "new", *DIGITS, "--model.arguments.widths", "[0, 8]"], "widths"),
@@ -43,8 +43,8 @@ from tests.cli.digits import DIGITS, contents
         (["train", "new", "--data.split", "random"], "random"),
         (["train", "a file/new", *DIGITS], "a file"),
         (["train", "a file", *DIGITS], "a file"),
-        (["train", "no run", *DIGITS], "holds something that is no run"),
-        (["demo", "--out", "no run"], "holds something that is no run"),
+        (["train", "no run", *DIGITS], "is not empty and not a run"),
+        (["demo", "--out", "no run"], "is not empty and not a run"),
         (["calibrate", "nowhere"], "a run folder has a config.yaml"),
         (["report", "no run"], "a run folder has a config.yaml"),
         (["predict", "nowhere", "x.npy"], "nowhere"),
@@ -92,10 +92,10 @@ def test_an_empty_data_folder(refused, tmp_path):
     "arguments, says",
     [
         (["calibrate", "--shares", "0.01"], "share of 0.01 is below the cheapest path: this model can spend 0."),
-        (["calibrate", "--shares", "0.75", "1.5"], "share of 1.5 is above the dearest path"),
+        (["calibrate", "--shares", "0.75", "1.5"], "share of 1.5 is above the most expensive path"),
         (["calibrate", "--shares", "-1"], "-1"),
-        (["calibrate", "--risk", "2"], "risk=2 is no probability"),
-        (["calibrate", "--confidence", "1"], "confidence=1 is no probability"),
+        (["calibrate", "--risk", "2"], "risk must be a probability between 0 and 1, got 2"),
+        (["calibrate", "--confidence", "1"], "confidence must be a probability between 0 and 1, got 1"),
         (["bench", "--share", "0.01"], "below the cheapest path"),
         (["bench", "--share", "0.75", "--batches", "5000"], "360 samples for a batch of 5000"),
         (["bench", "--share", "0.75", "--rounds", "0"], "rounds is 0; expected 1 or more"),
@@ -116,7 +116,7 @@ def test_what_a_run_does_not_do(arguments, says, refused, run, monkeypatch):
 
 
 def test_first_things_first(refused, run, tmp_path):
-    for left in ("frontier", "choices.json"):
+    for left in ("frontier", "operating_points.json"):
         path = run / left
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     before = contents(run)
@@ -146,7 +146,7 @@ def test_a_network_of_one_exit(call, refused, tmp_path):
     code, out, _ = call("train", tmp_path / "static", *arguments, "{widths: [4], depths: [1]}")
     assert code == 0 and "by exit" not in out and f"next: dynanet evaluate {tmp_path / 'static'}" in out
     said = refused("calibrate", tmp_path / "static")
-    assert "no layer that halts: there are no thresholds to calibrate; run: dynanet evaluate" in said
+    assert "no layer that halts, so it has no thresholds to calibrate; run: dynanet evaluate" in said
     np.save(tmp_path / "x.npy", np.zeros((2, 1, 8, 8)))
     answers = json.loads(call("predict", tmp_path / "static", tmp_path / "x.npy", "--json")[1])["answers"]
     assert [row["exit"] for row in answers] == [1, 1] and answers[0]["macs"] > 0
@@ -178,7 +178,7 @@ def test_inputs_that_are_not_there(refused, digits_run, tmp_path):
     assert "x.png" in refused("predict", digits_run, tmp_path / "x.png")
     np.save(tmp_path / "x.npy", np.zeros((1, 1, 8, 8)))
     nowhere = tmp_path / "nowhere" / "answers.csv"
-    assert "is no folder" in refused("predict", digits_run, tmp_path / "x.npy", "--out", nowhere)
+    assert "is not a folder" in refused("predict", digits_run, tmp_path / "x.npy", "--out", nowhere)
 
 
 def test_a_damaged_bundle(refused, run, tmp_path):
@@ -198,7 +198,7 @@ def test_a_bundle_of_a_stranger_runs_no_code(refused, tmp_path):
 
 def test_a_demo_replaces_demos_only(refused, run):
     before = contents(run)
-    assert "holds a run that is no demo's" in refused("demo", "--out", run)
+    assert "holds a run of another experiment than the demo's" in refused("demo", "--out", run)
     assert contents(run) == before
 
 
@@ -211,7 +211,7 @@ def test_a_device_is_no_place_for_answers(refused, run, tmp_path):
 
 def test_a_full_disk(refused, run, monkeypatch):
     def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device", str(run / "choices.json"))
+        raise OSError(errno.ENOSPC, "No space left on device", str(run / "operating_points.json"))
 
     before = contents(run)
     monkeypatch.setattr("os.fsync", full)

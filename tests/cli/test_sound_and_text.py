@@ -52,11 +52,11 @@ def answered(call, *arguments):
 def test_sounds_from_nothing_to_answers(place, call, refused, tmp_path):
     run, bundle = tmp_path / "run", tmp_path / "half"
     assert answered(call, "train", run, "--data.name", "spoken_digits", "--data.place", place / "fsdd", *GRU, *SMALL)
-    choices = answered(call, "calibrate", run, "--shares", "[0.75]", "--risk", "null")["choices"]
-    assert [each["asked"] for each in choices] == ["75 % of the MACs"]
+    choices = answered(call, "calibrate", run, "--shares", "[0.75]", "--risk", "null")["operating_points"]
+    assert [each["requested"] for each in choices] == ["75 % of the MACs"]
     results = answered(call, "evaluate", run)
     assert results["test_samples"] == 6 and results["accuracy_per_exit"][-1] > 0.9
-    assert results["choices"][0]["test_macs_share"] < 0.9, "shares are of the mean: recordings have several lengths"
+    assert results["operating_points"][0]["test_macs_share"] < 0.9, "of the mean: lengths differ"
     answered(call, "export-bundle", run, bundle, "--share", "0.75")
     for model in (run, bundle):
         rows = answered(call, "predict", model, place / "fsdd")["answers"]
@@ -100,7 +100,7 @@ def test_sentences_from_nothing_to_answers(place, call, refused, tmp_path):
     code, out, err = call("predict", run, texts, "--json")
     rows = json.loads(out)["answers"]
     assert code == 0 and [row["class"] for row in rows][::2] == ["1", "0"]
-    assert "text(s) [2] have more than 6 words, which is the limit here" in err
+    assert "text(s) [2] have more than 6 words and were truncated" in err
     assert rows[2]["macs"] > rows[0]["macs"], "padding costs nothing"
     assert "report.html" in answered(call, "report", run)["report"]
     (row,) = answered(call, "bench", run, "--share", "0.8", "--batches", "[4]", "--threads", "[1]", "--rounds", "1")[
@@ -120,11 +120,14 @@ def test_sentences_from_nothing_to_answers(place, call, refused, tmp_path):
     [
         (["--data.name", "spoken_digits"], "--data.place FOLDER"),
         (["--data.name", "spoken_digits", "--data.place", "nowhere"], "no recordings of the train part"),
-        (["--data.name", "spoken_digits", "--data.place", "x", "--data.size", "3"], "size says nothing about spoken_d"),
+        (
+            ["--data.name", "spoken_digits", "--data.place", "x", "--data.size", "3"],
+            "size is not supported for spoken_d",
+        ),
         (["--data.name", "time_series", "--data.place", "nowhere"], "nowhere_TRAIN.ts"),
         (
             ["--data.name", "time_series", "--data.place", "x", "--data.size", "3"],
-            "size says nothing about time_series",
+            "size is not supported for time_series",
         ),
         (["--data.name", "sentences", "--data.place", "nowhere"], "nowhere.train"),
     ],

@@ -46,5 +46,5 @@ def test_the_split_never_changes():
 
 
 def test_an_unknown_split():
-    with pytest.raises(DataError, match="no split 'dev0'; choose one of train, val, test"):
+    with pytest.raises(DataError, match="split must be one of train, val, test, got 'dev0'"):
         load_digits("dev0")

@@ -112,7 +112,7 @@ def test_wrong_places(tmp_path):
     write_parquet(tmp_path / "b" / "train.parquet", files(2), [0, 1])
     refused("several folders .*: a, b; give one", tmp_path)
     write_parquet(tmp_path / "c" / "train-00000-of-00002.parquet", files(2), [0, 1])
-    refused("has 1 files whose names speak of 2", tmp_path / "c")
+    refused("has 1 files and their names say 2", tmp_path / "c")
 
 
 def test_wrong_columns(tmp_path):
@@ -177,7 +177,7 @@ def test_the_hub_is_asked_for_one_split(tmp_path, monkeypatch):
 
     monkeypatch.setattr(hub, "snapshot_download", unreachable)
     refused("cannot fetch hf://datasets/owner/name from the hub .*no network", "hf://datasets/owner/name")
-    refused("names no dataset", "hf://datasets/owner")
+    refused("does not name a dataset", "hf://datasets/owner")
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"no CIFAR-10 at {SHARED}")

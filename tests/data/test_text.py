@@ -48,7 +48,7 @@ def test_words_have_numbers_by_frequency():
     assert vocabulary.encode("far how is", longest=2).tolist() == [2, 3]
     assert vocabulary.encode("").tolist() == [UNKNOWN]
     assert len(Vocabulary(TEXTS, least=3)) == 2 + 1
-    with pytest.raises(ConfigError, match="least is 0"):
+    with pytest.raises(ConfigError, match="least must be at least 1, got 0"):
         Vocabulary(TEXTS, least=0)
 
 
@@ -66,7 +66,7 @@ def test_padding_holds_no_word(texts):
 
 def test_long_sentences_are_cut_and_the_limit_is_named():
     vocabulary = Vocabulary(TEXTS)
-    with pytest.warns(TruncationWarning, match=r"text\(s\) \[0, 2\] have more than 2 words, which is the limit here"):
+    with pytest.warns(TruncationWarning, match=r"text\(s\) \[0, 2\] have more than 2 words and were truncated"):
         data = Sentences(["how far is", "it", "far far far"], torch.zeros(3), vocabulary, longest=2)
     assert [len(ids) for ids in data.ids] == [2, 1, 2]
     assert data.collate([data[1], data[0]], width=5)[0].tolist() == [[5, 0, 0, 0, 0], [3, 2, 0, 0, 0]]

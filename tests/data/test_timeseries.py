@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynanet.core.errors import DataError
-from dynanet.data.ragged import SequenceSet, check, pad
+from dynanet.data.ragged import SequenceSet, check_sequence, pad
 from dynanet.data.timeseries import load_time_series
 
 SHARED = Path(os.environ.get("DYNANET_DATA", Path(__file__).parents[3] / "shared" / "data")) / "timeseries"
@@ -95,7 +95,7 @@ def test_what_is_no_sequence():
     with pytest.raises(DataError, match=r"sequence 1 has the shape \(0, 2\)"):
         pad([torch.zeros(3, 2), torch.zeros(0, 2)])
     with pytest.raises(DataError, match="first at step 2"):
-        check(torch.tensor([[0.0], [1], [torch.inf]]), "this")
+        check_sequence(torch.tensor([[0.0], [1], [torch.inf]]), "this")
     with pytest.raises(DataError, match="1 sequences and 2 labels"):
         SequenceSet([torch.zeros(3, 2)], torch.tensor([0, 1]), ["a"])
     with pytest.raises(DataError, match=r"\[1, 2\] features"):

@@ -1,4 +1,4 @@
-"""An experiment is a plain configuration; a problem is its data, opened."""
+"""An experiment is a plain configuration that opens its data and builds its model."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dynanet.core.errors import ConfigError, DataError
-from dynanet.experiment.config import Data, Experiment, Model, Recipe, build, open_problem
+from dynanet.experiment import Data, Experiment, Model, Recipe
 from dynanet.mechanisms.early_exit import EarlyExit
 
 TINY = {"widths": [4, 8], "depths": [1, 1]}
@@ -15,7 +15,7 @@ TINY = {"widths": [4, 8], "depths": [1, 1]}
 
 @pytest.fixture(scope="module")
 def digits():
-    return open_problem(Data("digits"), batch=64, seed=3)
+    return Data("digits").open(batch=64, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_recipes_that_make_no_sense(wrong):
 
 
 def test_digits(digits):
-    assert (digits.channels, digits.size, len(digits.classes)) == (1, (8, 8), 10)
+    assert (digits.inputs.channels, digits.inputs.size, len(digits.classes)) == (1, (8, 8), 10)
     parts = [torch.cat([x for x, _ in batches]) for batches in (digits.held_out, digits.test)]
     assert [len(part) for part in parts] == [360, 360]
     x = torch.cat([x for x, _ in digits.train])
@@ -95,26 +95,26 @@ def test_digits(digits):
 
 
 def test_the_held_out_part_is_never_augmented(photos):
-    problem = open_problem(Data("folder", str(photos)), batch=4)
-    for batches in (problem.held_out, problem.test):
+    data = Data("folder", str(photos)).open(batch=4)
+    for batches in (data.held_out, data.test):
         first, again = (torch.cat([x for x, _ in batches]) for _ in range(2))
         assert torch.equal(first, again)
-    first, again = (torch.cat([x for x, _ in problem.train]) for _ in range(2))
+    first, again = (torch.cat([x for x, _ in data.train]) for _ in range(2))
     assert not torch.equal(first, again)
 
 
 def test_what_is_held_out_of_a_folder(photos, tmp_path):
-    problem = open_problem(Data("folder", str(photos)), batch=4)
-    assert (problem.held_out.samples, problem.train.samples, problem.test.samples) == (4, 20, 6)
-    assert problem.title.endswith("with its validation split") and problem.classes == ("cats", "dogs")
-    asked = open_problem(Data("folder", str(photos), held_out=6), batch=4)
+    data = Data("folder", str(photos)).open(batch=4)
+    assert (data.held_out.samples, data.train.samples, data.test.samples) == (4, 20, 6)
+    assert data.title.endswith("with its validation split") and data.classes == ("cats", "dogs")
+    asked = Data("folder", str(photos), held_out=6).open(batch=4)
     assert (asked.held_out.samples, asked.train.samples) == (6, 14) and "6 training images held out" in asked.title
     for split in ("train", "test"):
         (tmp_path / split).symlink_to(photos / split)
-    tenth = open_problem(Data("folder", str(tmp_path)), batch=4)
+    tenth = Data("folder", str(tmp_path)).open(batch=4)
     assert (tenth.held_out.samples, tenth.train.samples) == (2, 18)
-    small = open_problem(Data("folder", str(tmp_path), size=8), batch=4)
-    assert small.size == (8, 8)
+    small = Data("folder", str(tmp_path), size=8).open(batch=4)
+    assert small.inputs.size == (8, 8)
 
 
 @pytest.mark.parametrize(
@@ -129,18 +129,18 @@ def test_what_is_held_out_of_a_folder(photos, tmp_path):
 )
 def test_data_that_cannot_be_opened(data, batch, error, says):
     with pytest.raises(error, match=says):
-        open_problem(data, batch)
+        data.open(batch).setup()
 
 
 def test_more_held_out_than_there_is(photos):
     with pytest.raises(ConfigError, match="cannot hold out 5000 of 20 images"):
-        open_problem(Data("folder", str(photos), held_out=5000), batch=4)
+        Data("folder", str(photos), held_out=5000).open(batch=4).setup()
 
 
 def test_models_get_classes_and_channels_from_the_data(digits):
-    model = build(Model("staged_resnet", TINY), digits)
+    model = Model("staged_resnet", TINY).build(digits)
     assert isinstance(model, EarlyExit) and model(digits.example(2)).shape == (2, 10)
-    assert build(Model("staged_resnet", {**TINY, "num_classes": 10}), digits).steps == 2
+    assert Model("staged_resnet", {**TINY, "num_classes": 10}).build(digits).steps == 2
     for arguments, says in [
         ({"num_classes": 3}, "num_classes = 3, but the data has 10"),
         ({"in_channels": 3}, "in_channels = 3, but the data has 1"),
@@ -149,6 +149,6 @@ def test_models_get_classes_and_channels_from_the_data(digits):
         ({"widths": 3}, "staged_resnet"),
     ]:
         with pytest.raises(ConfigError, match=says):
-            build(Model("staged_resnet", arguments), digits)
-    with pytest.raises(ConfigError, match="no model 'resnet50'; the zoo has .*msdnet, "):
-        build(Model("resnet50"), digits)
+            Model("staged_resnet", arguments).build(digits)
+    with pytest.raises(ConfigError, match="model.name is 'resnet50'; expected a model of the zoo: .*msdnet, "):
+        Model("resnet50").build(digits)

@@ -14,9 +14,8 @@ from dynanet.core.budget import Budget
 from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import record
 from dynanet.core.errors import BudgetError, CheckpointError, ConfigError, InputError, TrainingError
-from dynanet.experiment.config import Data, Experiment, Model, Recipe
-from dynanet.experiment.report import point, report
-from dynanet.experiment.run import RequestedBudgets, Run, in_words
+from dynanet.experiment import Data, Experiment, Model, Recipe, RequestedBudgets, Run, static_point, write_report
+from dynanet.experiment.budgets import in_words
 from dynanet.train.checkpoint import step_files
 
 TINY = Model("staged_resnet", {"widths": [4, 8], "depths": [1, 1], "context": 4})
@@ -42,7 +41,7 @@ def names(folder: Path) -> set[str]:
 
 def test_what_training_and_calibrating_leave(run):
     left = names(run.folder)
-    assert {"config.yaml", "model", "best.ckpt", "logs", "frontier", "choices.json"} <= left
+    assert {"config.yaml", "model", "best.ckpt", "logs", "frontier", "operating_points.json"} <= left
     assert not {"results.json", "bench.csv", "report.html"} & left
     assert len(step_files(run.folder)) == 2
     assert run.experiment.model.arguments == TINY.arguments
@@ -52,10 +51,10 @@ def test_it_learns_and_the_figures_are_those_of_the_model_really_run(run):
     results = run.evaluate()
     assert results["accuracy_per_exit"][-1] > 0.6 > 0.1 and results["test_samples"] == 360
     assert json.loads((run.folder / "results.json").read_text()) == results
-    choice, row = run.choices()[0], results["choices"][0]
-    model = apply(run.model(), choice)
-    cost = CostModel(model, run.problem.example())
-    x, y = (torch.cat(parts) for parts in zip(*run.problem.test, strict=True))
+    choice, row = run.operating_points[0], results["operating_points"][0]
+    model = apply(run.model, choice)
+    cost = CostModel(model, run.data.example())
+    x, y = (torch.cat(parts) for parts in zip(*run.data.test, strict=True))
     with torch.no_grad(), record(model) as trace:
         right = (model(x).argmax(1) == y).double().mean().item()
     assert row["test_accuracy"] == pytest.approx(right)
@@ -66,25 +65,25 @@ def test_it_learns_and_the_figures_are_those_of_the_model_really_run(run):
 
 def test_choices_are_made_again_from_the_table(run):
     made = run.calibrate(RequestedBudgets(shares=(0.7, 0.9), risk=0.2, confidence=0.8))
-    again = Run(run.folder).choices()
-    assert [choice.asked for choice in again] == [choice.asked for choice in made] and len(made) == 3
+    again = Run(run.folder).operating_points
+    assert [choice.budget for choice in again] == [choice.budget for choice in made] and len(made) == 3
     for one, other in zip(made, again, strict=True):
         np.testing.assert_array_equal(one.thresholds, other.thresholds)
-    assert made[2].asked == Budget(risk=0.2, confidence=0.8)
+    assert made[2].budget == Budget(risk=0.2, confidence=0.8)
     assert len(run.calibrate(RequestedBudgets(shares=(), risk=None))) == 0
 
 
 def test_the_usual_shares_are_those_a_path_allows(run):
-    cheapest = run.frontier().table.mean_macs[0] / run.full_macs()
+    cheapest = run.frontier.table.mean_macs[0] / run.full_macs
     assert 0.5 < cheapest < 0.75
-    assert [choice.asked.macs for choice in run.calibrate(RequestedBudgets(risk=None))] == [0.75 * run.full_macs()]
+    assert [choice.budget.macs for choice in run.calibrate(RequestedBudgets(risk=None))] == [0.75 * run.full_macs]
 
 
 def test_budgets_in_words(run):
     assert in_words(Budget(macs=500.0), 1000.0) == "50 % of the MACs"
     assert in_words(Budget(macs=125.0), 1000.0) == "12.5 % of the MACs"
     assert in_words(Budget(risk=0.05, confidence=0.9), 1000.0) == "risk 5 %, confidence 90 %"
-    assert run.evaluate()["choices"][0]["asked"] == "75 % of the MACs"
+    assert run.evaluate()["operating_points"][0]["requested"] == "75 % of the MACs"
 
 
 @pytest.mark.parametrize("share", [-1.0, 0.0, 0.1, 1.2, float("nan"), float("inf")])
@@ -96,7 +95,7 @@ def test_shares_that_no_path_has(share, run, tmp_path):
     ):
         with pytest.raises(BudgetError, match=r"of its full MACs; ask within that"):
             ask()
-    assert not (tmp_path / "bundle").exists() and len(run.choices()) == 2
+    assert not (tmp_path / "bundle").exists() and len(run.operating_points) == 2
     shutil.rmtree(run.folder / "frontier")
     with pytest.raises(BudgetError):
         run.calibrate(RequestedBudgets(shares=(share,)))
@@ -105,7 +104,7 @@ def test_shares_that_no_path_has(share, run, tmp_path):
 
 def test_the_dearest_share_is_the_whole_model(run):
     (choice,) = run.calibrate(RequestedBudgets(shares=(1.0,), risk=None))
-    assert choice.accuracy >= run.frontier().table.accuracy[-1]
+    assert choice.accuracy >= run.frontier.table.accuracy[-1]
 
 
 def test_an_exported_model_is_the_chosen_one(run, tmp_path):
@@ -114,10 +113,10 @@ def test_an_exported_model_is_the_chosen_one(run, tmp_path):
     assert "handwritten" in card or "digits" in card
     from dynanet.zoo.saved import read
 
-    bundle, choice = read(tmp_path / "bundle"), run.choices()[0]
+    bundle, choice = read(tmp_path / "bundle"), run.operating_points[0]
     assert bundle.model.thresholds.tolist() == pytest.approx(choice.thresholds.tolist())
     assert bundle.classes == [str(i) for i in range(10)] and bundle.inputs.size == (8, 8)
-    assert bundle.mean_macs == pytest.approx(run.evaluate()["choices"][0]["test_macs"])
+    assert bundle.mean_macs == pytest.approx(run.evaluate()["operating_points"][0]["test_macs"])
 
 
 def test_a_run_is_not_trained_over(run):
@@ -131,7 +130,7 @@ def test_a_run_is_not_trained_over(run):
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(ConfigError, match="something that is no run"):
+    with pytest.raises(ConfigError, match="is not empty and not a run"):
         Run(tmp_path, DIGITS).train()
     assert names(tmp_path) == {"thesis.tex"}
 
@@ -154,7 +153,7 @@ def test_training_is_the_same_again(tmp_path):
     runs = [Run(tmp_path / name, DIGITS) for name in ("one", "two")]
     for run in runs:
         run.train(progress=False)
-    one, two = (run.model().state_dict() for run in runs)
+    one, two = (run.model.state_dict() for run in runs)
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -165,12 +164,12 @@ def test_lines_of_progress_for_those_who_do_not_watch(tmp_path, capsys):
 
 
 def test_digits_are_no_scene(run):
-    with pytest.raises(InputError, match="is no scene"):
+    with pytest.raises(InputError, match="is not a scene"):
         run.scene()
 
 
 def test_the_report_is_one_file(run, tmp_path):
-    path = report(run, tmp_path / "there.html")
+    path = write_report(run, tmp_path / "there.html")
     text = path.read_text()
     assert "scikit-learn digits" in text and "http://" not in text.replace("http://www.w3.org", "")
     assert names(tmp_path) == {"there.html", "digits"}
@@ -180,14 +179,14 @@ def test_a_report_shows_static_networks_beside(run, tmp_path):
     small = Model("static_resnet", {"widths": [8], "depths": [1]})
     static = Run(tmp_path / "beside", replace(DIGITS, model=small))
     static.train(progress=False)
-    other = point(static)
-    model, test = static.model(), static.problem.test
+    other = static_point(static)
+    model, test = static.model, static.data.test
     right = sum(int((model(x).argmax(1) == y).sum()) for x, y in test)
     assert other.name == "beside" and other.accuracy == right / test.samples and other.ms > 0
-    assert other.macs == CostModel(model, static.problem.example()).full
-    assert "beside" in report(run, tmp_path / "report.html", static=[other]).read_text()
+    assert other.macs == CostModel(model, static.data.example()).full
+    assert "beside" in write_report(run, tmp_path / "report.html", static=[other]).read_text()
     with pytest.raises(ConfigError, match="is the run of a EarlyExit; expected one of a network with one answer"):
-        point(run)
+        static_point(run)
 
 
 def test_a_whole_scene_is_classified_as_its_patches_are(tmp_path):
@@ -201,10 +200,10 @@ def test_a_whole_scene_is_classified_as_its_patches_are(tmp_path):
     assert maps.colour.shape == (145, 145, 3) and maps.colour.dtype == np.uint8
     assert figures["macs_share"] == pytest.approx(maps.spent.mean()) and 0.1 < figures["macs_share"] < 1
     assert figures["seconds"] > 0 and figures["speed_up"] == figures["full_seconds"] / figures["seconds"]
-    pines, model = run.problem.scene, apply(run.model(), choice)
+    pines, model = run.data.scene, apply(run.model, choice)
     at = pines.positions("test")
     with torch.no_grad(), record(model) as trace:
-        answers = torch.cat([model(x) for x, _ in run.problem.test]).argmax(1)
+        answers = torch.cat([model(x) for x, _ in run.data.test]).argmax(1)
     agree = (maps.predicted[at[:, 0], at[:, 1]] == answers.numpy()).mean()
     assert agree > 0.9  # not all: patches of the test part do not see pixels of the others
     assert len(np.unique(maps.spent.round(6))) == 3  # a pixel leaves at one of three exits

@@ -49,8 +49,8 @@ def strange_files() -> Iterator[Case]:
         yield Case(f"{name} renamed", "holds", lambda at, n=name: (at / n).rename(at / f"{n}.bak"))
         yield Case(f"{name} a symlink", "link", lambda at, n=name: edits.outside(at, n, os.symlink))
         yield Case(f"{name} a hard link", "link", lambda at, n=name: edits.outside(at, n, os.link))
-        yield Case(f"{name} a folder", "no file", lambda at, n=name: edits.instead(at / n, Path.mkdir))
-        yield Case(f"{name} a pipe", "no file", lambda at, n=name: edits.instead(at / n, os.mkfifo))
+        yield Case(f"{name} a folder", "not a file", lambda at, n=name: edits.instead(at / n, Path.mkdir))
+        yield Case(f"{name} a pipe", "not a file", lambda at, n=name: edits.instead(at / n, os.mkfifo))
         yield Case(
             f"{name} a dangling link", "link", lambda at, n=name: edits.instead(at / n, lambda p: p.symlink_to("x"))
         )
@@ -186,11 +186,11 @@ def configs() -> Iterator[Case]:
         ("arguments", {"num_classes": 3, "depth": 10**6}, "far larger"),
         ("arguments", {"num_classes": 3, "depth": 0}, "belongs to another"),
         ("arguments", {"num_classes": 3, "width": 0}, CONFIG),
-        ("arguments", {"num_classes": 3, "width": -3}, "no model has these"),
-        ("arguments", {"num_classes": 3, "width": 3.5}, "no model has these"),
-        ("arguments", {"num_classes": 3, "width": "3"}, "no model has these"),
-        ("arguments", {"num_classes": 3, "width": None}, "no model has these"),
-        ("arguments", {"num_classes": 3, "width": [3]}, "no model has these"),
+        ("arguments", {"num_classes": 3, "width": -3}, "cannot build a model with these"),
+        ("arguments", {"num_classes": 3, "width": 3.5}, "cannot build a model with these"),
+        ("arguments", {"num_classes": 3, "width": "3"}, "cannot build a model with these"),
+        ("arguments", {"num_classes": 3, "width": None}, "cannot build a model with these"),
+        ("arguments", {"num_classes": 3, "width": [3]}, "cannot build a model with these"),
         ("arguments", {"num_classes": None}, "3 classes are named"),
         ("arguments", {"num_classes": 4}, "3 classes are named"),
         ("limits", [1], "limits is"),

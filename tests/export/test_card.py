@@ -26,21 +26,19 @@ def test_facts_are_in_words():
 
 
 def test_limits_are_named_and_no_line_says_that_there_are_none():
-    assert lines({"at most so many steps": {"exits": 2, "": 3}})[1:] == [
-        "- at most so many steps: 2 (exits), 3 (the model itself)"
-    ]
-    assert lines({"at most so many steps": {}})[1:] == []
+    assert lines({"step limit": {"exits": 2, "": 3}})[1:] == ["- step limit: 2 (exits), 3 (the model itself)"]
+    assert lines({"step limit": {}})[1:] == []
 
 
 @pytest.mark.parametrize(
     ("inputs", "said"),
     [
-        (Inputs(channels=1), "1 channel, any size, as it is, not normalised"),
+        (Inputs(channels=1), "1 channel, any size, not normalised"),
         (Inputs(3, None, (0.5, 0.25, 1.0)), "3 channels, any size, minus 0.5, 0.25, 1"),
         (
             Inputs(200, (7, 9), (0.5,) * 200, (2.0,) * 200),
-            "200 channels, 7 x 9 pixels, minus numbers of each channel's own (in config.json), "
-            "divided by numbers of each channel's own (in config.json)",
+            "200 channels, 7 x 9 pixels, minus one number per channel (in config.json), "
+            "divided by one number per channel (in config.json)",
         ),
     ],
 )

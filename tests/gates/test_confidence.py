@@ -204,7 +204,7 @@ def test_another_confidence_at_every_exit():
     assert torch.equal(both.at(1)(logits), Margin()(logits))
     assert MaxProbability().at(5)(logits).shape == (3, 1)
     for k in (-1, 2):
-        with pytest.raises(StructureError, match="for exit .*, only 2;"):
+        with pytest.raises(StructureError, match="no confidence for exit .*, only 2;"):
             both.at(k)
     with pytest.raises(StructureError, match=r"confidence\.at\(k\)"):
         both(logits)

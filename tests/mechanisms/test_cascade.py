@@ -98,6 +98,6 @@ def test_what_is_no_cascade_is_refused():
         Cascade([])
     with pytest.raises(ConfigError, match="ensemble is 'mean'"):
         Cascade(networks(), ensemble="mean")
-    with pytest.raises(StructureError, match="for exit .*, only 1;"):
+    with pytest.raises(StructureError, match="no confidence for exit .*, only 1;"):
         Cascade(networks(), PerExit([LearnedScore(CLASSES)]))
     assert Cascade(networks((4,)))(torch.randn(2, D)).shape == (2, CLASSES)

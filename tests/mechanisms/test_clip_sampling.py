@@ -168,13 +168,13 @@ def test_videos_are_cut_into_clips():
     assert cut(x.x, 7).lengths.tolist() == [1, 1]
     with pytest.raises(InputError, match="a video of 4 frames has no clip of 5"):
         cut(x, 5)
-    with pytest.raises(ConfigError, match="frames is 0"):
+    with pytest.raises(ConfigError, match="frames must be at least 1, got 0"):
         cut(x, 0)
 
 
 def test_what_does_not_fit_together_is_refused():
     for clips, classes in ((0, 3), (2, 0)):
-        with pytest.raises(ConfigError, match="is 0; give a whole number"):
+        with pytest.raises(ConfigError, match="must be at least 1, got 0"):
             ClipSampling(nn.Identity(), nn.Identity(), clips, classes)
     x = torch.randn(2, 6, 12)
     with pytest.raises(StructureError, match=r"scorer returned a tensor of shape \(12, 2\)"):

@@ -199,7 +199,7 @@ def test_exits_are_not_chosen_for_what_cannot_be_known():
 
 
 def test_a_confidence_that_lacks_an_exit_is_refused_at_construction():
-    with pytest.raises(StructureError, match="for exit .*, only 3;"):
+    with pytest.raises(StructureError, match="no confidence for exit .*, only 3;"):
         network(PerExit([MaxProbability()] * 3))
     assert network(PerExit([Entropy()] * 4)).steps == EXITS
 

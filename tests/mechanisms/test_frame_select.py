@@ -266,9 +266,9 @@ def test_what_does_not_fit_together_is_refused():
     for skips in ((0, 1), (2, 1), (1, 1), (1.5,)):
         with pytest.raises(ConfigError, match="ascending whole numbers of frames"):
             make(skips=skips)
-    with pytest.raises(ConfigError, match="size of 0"):
+    with pytest.raises(ConfigError, match="size must be at least 1"):
         make(sizes=(0, 2, 4))
-    with pytest.raises(ConfigError, match="hidden is 0"):
+    with pytest.raises(ConfigError, match="hidden must be at least 1, got 0"):
         make(hidden=0)
     with pytest.raises(StructureError, match="3 sizes and 2 networks; give one"):
         make(nets=2)

@@ -295,8 +295,8 @@ def test_nan_stays_in_its_row(x):
 def test_what_it_refuses(x):
     for wrong, says in (
         ({"glimpses": 0}, "0 glimpses"),
-        ({"crop_size": 0}, "size of 0"),
-        ({"glance_size": (3,)}, "size of"),
+        ({"crop_size": 0}, "size must be at least 1"),
+        ({"glance_size": (3,)}, "size must be a side or"),
     ):
         with pytest.raises(ConfigError, match=says):
             glances(**wrong)

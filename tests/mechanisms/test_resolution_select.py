@@ -222,7 +222,7 @@ def test_other_budgets_without_training_again(x):
 def test_what_does_not_fit_together_is_refused(x):
     with pytest.raises(ConfigError, match="give two or more"):
         ResolutionSelect(network(), [5], gate(units=1))
-    with pytest.raises(ConfigError, match="size of 0"):
+    with pytest.raises(ConfigError, match="size must be at least 1"):
         ResolutionSelect(network(), [0, 5], gate(units=2))
     with pytest.raises(StructureError, match="scores 2 sizes and there are 3"):
         ResolutionSelect(network(), SIZES, gate(units=2))

@@ -76,5 +76,5 @@ def test_what_it_costs(code, per_batch):
     ],
 )
 def test_bad_sizes(wrong):
-    with pytest.raises(ConfigError, match="give"):
+    with pytest.raises(ConfigError, match="must be at least"):
         wrong()

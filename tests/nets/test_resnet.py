@@ -53,7 +53,7 @@ def test_branch_and_shortcut_agree_on_any_size(size):
 
 @pytest.mark.parametrize("depth", [2, 9, 100, 20.0])
 def test_depths_that_are_none(depth):
-    with pytest.raises(ConfigError, match="6n"):
+    with pytest.raises(ConfigError, match=r"depth must be 6n \+ 2"):
         cifar_blocks(depth)
 
 
@@ -62,5 +62,5 @@ def test_other_figures_that_are_none():
         imagenet_resnet(depth=18)
     with pytest.raises(ConfigError, match="widths"):
         cifar_blocks(8, (8, 4, 16))
-    with pytest.raises(ConfigError, match="num_classes is 0"):
+    with pytest.raises(ConfigError, match="num_classes must be at least 1, got 0"):
         head(4, 0)

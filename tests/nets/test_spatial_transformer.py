@@ -136,7 +136,7 @@ def test_rows_alone_and_none_of_them(x):
 
 @pytest.mark.parametrize("size", [0, -3, 2.5, (3,), (3, 4, 5), (3, 0), True, "ab"])
 def test_sizes_that_are_none_are_refused(size):
-    with pytest.raises(ConfigError, match="expected a side"):
+    with pytest.raises(ConfigError, match="size must be"):
         Resize(size)
 
 

@@ -36,5 +36,5 @@ def test_what_it_costs():
 
 @pytest.mark.parametrize("settings", [{"channels": 0}, {"reduction": 0}], ids=str)
 def test_bad_sizes(settings):
-    with pytest.raises(ConfigError, match="squeeze-excite got"):
+    with pytest.raises(ConfigError, match="(channels|reduction) must be at least 1, got 0"):
         SqueezeExcite(**{"channels": 8, **settings})

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from dynanet.ops.recurrent import hidden_of, zero_state
+from dynanet.ops.recurrent import hidden_of, next_step, zero_state
 
 CELLS = [(nn.GRUCell(3, 5), False), (nn.RNNCell(3, 5), False), (nn.LSTMCell(3, 5), True)]
 
@@ -19,3 +19,9 @@ def test_hidden_is_the_output_of_the_cell(cell):
     hidden = hidden_of(state)
     assert hidden.shape == (4, 5)
     assert hidden is (state[0] if isinstance(cell, nn.LSTMCell) else state)
+
+
+def test_the_next_step_is_the_first_that_is_set():
+    mask = torch.tensor([[0, 1, 0, 0, 1], [0, 0, 0, 0, 0], [1, 0, 1, 0, 0]]).bool()
+    assert next_step(mask).tolist() == [[1, 1, 4, 4, 4], [5, 5, 5, 5, 5], [0, 2, 2, 5, 5]]
+    assert next_step(mask[:0]).shape == (0, 5)

@@ -33,7 +33,7 @@ def draw() -> Callable[..., ExitTable]:
 
 
 @pytest.fixture(scope="session")
-def choices(draw: Callable[..., ExitTable]) -> list[OperatingPoint]:
+def operating_points(draw: Callable[..., ExitTable]) -> list[OperatingPoint]:
     """Two budgets and a risk, chosen on held-out samples."""
     held_out = draw(1)
     return [choose(held_out, budget) for budget in (Budget(macs=4e6), Budget(macs=2e6), Budget(risk=0.1))]

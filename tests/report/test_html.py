@@ -61,7 +61,7 @@ def scene(size: tuple[int, int] = (24, 30), seed: int = 0) -> SceneMaps:
     )
 
 
-def whole(draw, choices, names=NAMES, **given):
+def whole(draw, operating_points, names=NAMES, **given):
     rng = np.random.default_rng(0)
     shown = Samples(
         spectra=rng.random((400, 12)),
@@ -76,17 +76,17 @@ def whole(draw, choices, names=NAMES, **given):
         "shown": shown,
         "scene": scene(),
     }
-    return find(draw(2), choices, ORIGIN, names, **all_of_it | given)
+    return find(draw(2), operating_points, ORIGIN, names, **all_of_it | given)
 
 
-def test_the_page_says_every_figure_that_was_asked_for(draw, choices):
-    f = whole(draw, choices)
+def test_the_page_says_every_figure_that_was_asked_for(draw, operating_points):
+    f = whole(draw, operating_points)
     said = Reader(page(f)).said
-    for operation in f.operations:
-        assert operation.name in said
-        assert f"{100 * operation.outcome.accuracy:.1f} %" in said
-        assert f"{100 * operation.outcome.macs / 8e6:.1f} % of full" in said
-        assert f"{100 * operation.random:.1f} %" in said
+    for evaluation in f.evaluations:
+        assert evaluation.name in said
+        assert f"{100 * evaluation.outcome.accuracy:.1f} %" in said
+        assert f"{100 * evaluation.outcome.macs / 8e6:.1f} % of full" in said
+        assert f"{100 * evaluation.random:.1f} %" in said
     assert f"{100 * f.full.accuracy:.1f} %" in said
     assert f"{0.04 / 0.03:.2f} times as fast" in said
     for known in (
@@ -113,7 +113,7 @@ def test_the_page_says_every_figure_that_was_asked_for(draw, choices):
         "Predicted",
         "Ground truth",
         "True colours",
-        "What these numbers are not",
+        "Limits of these figures",
         "How to read",
     ):
         assert title in said
@@ -121,8 +121,8 @@ def test_the_page_says_every_figure_that_was_asked_for(draw, choices):
         assert "row {}, column {}".format(*f.shown.positions[sample.row]) in said
 
 
-def test_the_page_loads_nothing_and_runs_nothing(draw, choices):
-    text = page(whole(draw, choices))
+def test_the_page_loads_nothing_and_runs_nothing(draw, operating_points):
+    text = page(whole(draw, operating_points))
     read = Reader(text)
     assert not {tag for tag, _ in read.elements} & {"script", "link", "iframe", "object", "embed", "base", "form"}
     for _, attributes in read.elements:
@@ -140,9 +140,9 @@ def charts(text: str) -> list[str]:
     return re.findall('<div class="chart">.*?</svg></div>', text, re.DOTALL)
 
 
-def test_static_networks_stand_beside_the_exits_in_both_charts(draw, choices):
+def test_static_networks_stand_beside_the_exits_in_both_charts(draw, operating_points):
     static = [Point("small CNN", 3e6, 0.7, 0.02), Point("SVM", None, 0.65, 0.01), Point("large CNN", 7e6, 0.85)]
-    text = page(whole(draw, choices, static=static))
+    text = page(whole(draw, operating_points, static=static))
     against_macs, against_ms = charts(text)
     for chart, named, not_named in (
         (against_macs, "small CNN|large CNN", "SVM"),
@@ -156,18 +156,18 @@ def test_static_networks_stand_beside_the_exits_in_both_charts(draw, choices):
     assert all(point.name in Reader(text).said for point in static)
 
 
-def test_of_static_networks_nothing_is_said_where_there_are_none(draw, choices):
-    text = page(whole(draw, choices, static=()))
+def test_of_static_networks_nothing_is_said_where_there_are_none(draw, operating_points):
+    text = page(whole(draw, operating_points, static=()))
     assert len(charts(text)) == 2
     assert "static" not in Reader(text).said and 'class="static"' not in text
 
 
-def test_the_line_below_the_title_says_nothing_twice_and_no_python(draw, choices):
+def test_the_line_below_the_title_says_nothing_twice_and_no_python(draw, operating_points):
     origin = replace(
         ORIGIN, model="staged", arguments={"widths": [16, 32], "stem_stride": 1}, timed="batch 64, 1 thread"
     )
-    text = page(whole(draw, choices, title=ORIGIN.data, timing=None)) + page(
-        find(draw(2), choices, origin, NAMES, title="A title")
+    text = page(whole(draw, operating_points, title=ORIGIN.data, timing=None)) + page(
+        find(draw(2), operating_points, origin, NAMES, title="A title")
     )
     same, other = re.findall('</h1><p class="soft">(.*?)</p>', text)
     assert ORIGIN.data not in same and ORIGIN.device in same
@@ -179,14 +179,14 @@ def test_the_line_below_the_title_says_nothing_twice_and_no_python(draw, choices
     ("about", "said"),
     [("", "The scene has 30 × 24 pixels. At"), ("A field", "A field. The scene has 30 × 24 pixels. At")],
 )
-def test_the_size_of_a_scene_is_said_once(draw, choices, about, said):
-    text = Reader(page(whole(draw, choices, scene=replace(scene(), about=about)))).said
+def test_the_size_of_a_scene_is_said_once(draw, operating_points, about, said):
+    text = Reader(page(whole(draw, operating_points, scene=replace(scene(), about=about)))).said
     assert said in text and text.count("30 × 24") == 1
 
 
-def test_marks_stay_inside_the_picture(draw, choices):
+def test_marks_stay_inside_the_picture(draw, operating_points):
     corners = np.array([[0, 0], [0, 29], [23, 0], [23, 29]])[np.arange(400) % 4]
-    text = page(whole(draw, choices, shown=Samples(positions=corners)))
+    text = page(whole(draw, operating_points, shown=Samples(positions=corners)))
     at = 'viewBox="0 0 30 24"'
     overlay = text[text.index(at) : text.index("</svg>", text.index(at))]
     line = 0.9 * 0.014 * 30 / 2
@@ -202,35 +202,35 @@ def test_marks_stay_inside_the_picture(draw, choices):
 
 
 @pytest.mark.parametrize("part", ["scene", "shown", "line", "static", "timing"])
-def test_whatever_is_missing_the_rest_is_there(draw, choices, part):
+def test_whatever_is_missing_the_rest_is_there(draw, operating_points, part):
     empty = () if part in ("line", "static") else None
-    said = Reader(page(whole(draw, choices, **{part: empty}))).said
-    assert "At each budget" in said and "nan" not in said.lower().split()
+    said = Reader(page(whole(draw, operating_points, **{part: empty}))).said
+    assert "Operating points" in said and "nan" not in said.lower().split()
 
 
-def test_the_barest_report(draw, choices):
-    f = find(draw(2, ms=False), choices[:1], Origin(data="made up", test="test"), NAMES)
+def test_the_barest_report(draw, operating_points):
+    f = find(draw(2, ms=False), operating_points[:1], Origin(data="made up", test="test"), NAMES)
     said = Reader(page(f)).said
     assert "Time was not measured" in said and "ms per sample" not in said
-    assert "The scene" not in said and "What is promised" not in said
+    assert "The scene" not in said and "Promised risks" not in said
     assert said.count("not given") >= 4
 
 
-def test_pictures_of_samples_are_shown(draw, choices):
+def test_pictures_of_samples_are_shown(draw, operating_points):
     pictures = np.random.default_rng(0).integers(0, 256, (400, 32, 32, 3), dtype=np.uint8)
     names = [f"images/{i:04d}.png" for i in range(400)]
-    f = whole(draw, choices, scene=None, shown=Samples(pictures=pictures, names=names))
+    f = whole(draw, operating_points, scene=None, shown=Samples(pictures=pictures, names=names))
     read = Reader(page(f))
     cards = len(f.easy) + len(f.hard) + len(f.mistakes)
     assert sum(tag == "img" for tag, _ in read.elements) == cards
     assert f"images/{f.hard[0].row:04d}.png" in read.said
 
 
-def test_hostile_names_stay_text(draw, choices):
+def test_hostile_names_stay_text(draw, operating_points):
     origin = Origin(data=HOSTILE[0], test=HOSTILE[1], device=HOSTILE[2], more={HOSTILE[0]: HOSTILE[1]})
     static = [Point(name, 1e6 * (i + 1), 0.5) for i, name in enumerate(HOSTILE)]
     shown = Samples(names=[HOSTILE[i % 3] for i in range(400)])
-    f = find(draw(2), choices, origin, HOSTILE, title=HOSTILE[0], static=static, shown=shown, scene=scene())
+    f = find(draw(2), operating_points, origin, HOSTILE, title=HOSTILE[0], static=static, shown=shown, scene=scene())
     text = page(f)
     read = Reader(text)
     assert not {tag for tag, _ in read.elements} & {"script"}
@@ -244,22 +244,22 @@ def test_everything_may_leave_at_once_or_never(draw):
     held_out = draw(1)
     at_once, never = choose(held_out, Budget(macs=1e6)), choose(held_out, Budget(cap_macs=8e6))
     test = draw(2)
-    for choice in (at_once, never):
-        f = find(test, [choice], ORIGIN, NAMES)
+    for point in (at_once, never):
+        f = find(test, [point], ORIGIN, NAMES)
         assert max(each.share for each in f.exits) == 1
         Reader(page(f))
     refused = choose(held_out.take(np.arange(20)), Budget(risk=0.01))
     assert "Not promised." in Reader(page(find(test, [refused], ORIGIN, NAMES))).said
 
 
-def test_a_large_scene_stays_below_two_megabytes(draw, choices):
-    text = page(whole(draw, choices, scene=scene((800, 800)), shown=None))  # noise: no picture takes more
+def test_a_large_scene_stays_below_two_megabytes(draw, operating_points):
+    text = page(whole(draw, operating_points, scene=scene((800, 800)), shown=None))  # noise: no picture takes more
     assert "one in 2 drawn" in Reader(text).said
     assert len(text.encode()) < 2_000_000
 
 
-def test_one_file_is_written_whole_or_not_at_all(draw, choices, tmp_path, monkeypatch):
-    f = whole(draw, choices)
+def test_one_file_is_written_whole_or_not_at_all(draw, operating_points, tmp_path, monkeypatch):
+    f = whole(draw, operating_points)
     write_report(f, tmp_path / "report.html")
     assert [each.name for each in tmp_path.iterdir()] == ["report.html"]
     before = (tmp_path / "report.html").read_bytes()
@@ -270,6 +270,6 @@ def test_one_file_is_written_whole_or_not_at_all(draw, choices, tmp_path, monkey
 
     monkeypatch.setattr("os.fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        write_report(find(draw(3), choices, ORIGIN, NAMES), tmp_path / "report.html")
+        write_report(find(draw(3), operating_points, ORIGIN, NAMES), tmp_path / "report.html")
     assert [each.name for each in tmp_path.iterdir()] == ["report.html"]
     assert (tmp_path / "report.html").read_bytes() == before

@@ -74,7 +74,7 @@ def test_where_there_is_nothing_to_compare():
     assert math.isnan(beside_boxes(torch.rand(1, 4, 4), none).inside)
     assert math.isnan(beside_boxes(torch.rand(1, 4, 4), everywhere).outside)
     assert all(math.isnan(v) for v in beside_boxes(torch.zeros(0, 4, 4), []))
-    with pytest.raises(InputError, match="boxes of 0"):
+    with pytest.raises(InputError, match="got those of 0"):
         beside_boxes(flat, [])
 
 

@@ -20,8 +20,8 @@ def test_means_are_those_of_the_parts():
     shares = {each.name: each for each in where_in_scene(two_fields())}
     assert shares["whole scene"].pixels == 60
     assert shares["unlabelled"].pixels == 12 and shares["unlabelled"].spent == 1.0
-    assert shares["test, answered right"].pixels == 20 and shares["test, answered right"].spent == 0.25
-    assert shares["test, answered wrong"].pixels == 4 and shares["test, answered wrong"].spent == 1.0
+    assert shares["test, correct"].pixels == 20 and shares["test, correct"].spent == 0.25
+    assert shares["test, wrong"].pixels == 4 and shares["test, wrong"].spent == 1.0
     edge, inside = shares["labelled, at the edge of a field"], shares["labelled, inside a field"]
     assert edge.pixels == 12 and inside.pixels == 36  # the edge of the scene is no edge of a field
     assert edge.right == pytest.approx(5 / 6) and inside.right == pytest.approx(15 / 18)  # of the left field alone
@@ -37,13 +37,13 @@ def test_nothing_counts_as_tested_that_is_not_labelled():
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"predicted": np.zeros((5, 10), int)}, "predicted map has shape"),
+        ({"predicted": np.zeros((5, 10), int)}, "predicted map must have the shape"),
         ({"predicted": np.full((6, 10), 2)}, "classes from 2 to 2"),
         ({"spent": np.full((6, 10), np.nan)}, "finite"),
-        ({"spent": np.full((6, 10), -0.1)}, "none negative"),
-        ({"colour": np.zeros((6, 10, 3))}, "give uint8"),
+        ({"spent": np.full((6, 10), -0.1)}, "not negative"),
+        ({"colour": np.zeros((6, 10, 3))}, "must be uint8 of shape .6, 10, 3."),
         ({"truth": np.zeros(6, int)}, "height, width"),
-        ({"colours": np.zeros((3, 3), np.uint8)}, "for 2 classes"),
+        ({"colours": np.zeros((3, 3), np.uint8)}, "uint8 of shape .2, 3."),
     ],
 )
 def test_maps_that_do_not_fit_are_refused(changed, said):

@@ -54,7 +54,7 @@ def test_another_shape_or_kind(x, says):
         ({"image": IMAGE, "place": (torch.zeros(1, 2), torch.zeros(1))}, "expected torch.int64"),
         (
             {"image": IMAGE, "place": (torch.zeros(4, 2), torch.zeros(1, dtype=torch.int64))},
-            r"\[1, 4, 1\] samples .* as many in every tensor",
+            r"\[1, 4, 1\] samples .* the same number in every tensor",
         ),
     ],
 )

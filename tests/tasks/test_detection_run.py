@@ -9,12 +9,10 @@ import torch
 
 from dynanet.cli.commands import main
 from dynanet.core.errors import ConfigError, DataError, InputError
-from dynanet.experiment.config import Data, Experiment, Model, Recipe, build, open_problem
+from dynanet.experiment import Data, Experiment, Model, Recipe, RequestedBudgets, Run, static_point, write_report
 from dynanet.experiment.prediction import predict
-from dynanet.experiment.report import point, report
-from dynanet.experiment.run import RequestedBudgets, Run
+from dynanet.tasks import Detection, TrainingOptions
 from dynanet.tasks.detection.loss import DetectionLoss
-from dynanet.tasks.task import Detection, TrainingOptions
 
 pytest.importorskip("pycocotools")
 TINY = {"widths": [4, 8, 8], "depths": [1, 2], "head": 8}
@@ -57,16 +55,16 @@ def run(squares, tmp_path_factory):
 
 
 def test_the_data_as_it_was_asked_for(run, squares):
-    problem = run.problem
-    assert problem.classes == ("g", "r") and problem.size == (32, 45) and problem.channels == 3
-    assert (problem.train.samples, problem.held_out.samples, problem.test.samples) == (8, 4, 6)
-    assert "4 training images held out" in problem.title and isinstance(problem.task, Detection)
-    whole = open_problem(Data("voc", str(squares)), batch=4)
-    assert whole.size == (40, 56) and whole.held_out.samples == 1
+    data = run.data
+    assert data.classes == ("g", "r") and data.inputs.size == (32, 45) and data.inputs.channels == 3
+    assert (data.train.samples, data.held_out.samples, data.test.samples) == (8, 4, 6)
+    assert "4 training images held out" in data.title and isinstance(data.task, Detection)
+    whole = Data("voc", str(squares)).open(batch=4)
+    assert whole.inputs.size == (40, 56) and whole.held_out.samples == 1
     with pytest.raises(ConfigError, match="held_out is 12"):
-        open_problem(Data("voc", str(squares), held_out=12), batch=4)
+        Data("voc", str(squares), held_out=12).open(batch=4).setup()
     with pytest.raises(DataError, match="cannot read the folder"):
-        open_problem(Data("voc", str(squares / "nowhere")), batch=4)
+        Data("voc", str(squares / "nowhere")).open(batch=4).setup()
 
 
 def test_measured_and_reported(run, capsys):
@@ -76,16 +74,16 @@ def test_measured_and_reported(run, capsys):
     (row,) = json.loads((run.folder / "results.json").read_text())["points"]
     assert 0 < row["macs"] <= run.evaluate()["full_macs"] * 1.01
     assert set(row["by_class"]["map"]) == {"g", "r"}
-    beside = point(run)
+    beside = static_point(run)
     assert beside.name == "squares" and beside.macs == row["macs"] and beside.accuracy == row["map"]
-    path = report(run, static=[beside])
+    path = write_report(run, static=[beside])
     text = path.read_text()
     assert text.count("<img") == 12 and "correlation with the boxes" in text and "squares" in text
     assert "<script" not in text and "image 6" in text
 
 
 def test_there_is_nothing_to_calibrate(run):
-    for refused in (lambda: run.calibrate(RequestedBudgets()), run.frontier):
+    for refused in (lambda: run.calibrate(RequestedBudgets()), lambda: run.frontier):
         with pytest.raises(ConfigError, match="no thresholds to calibrate; run: dynanet evaluate"):
             refused()
 
@@ -96,17 +94,17 @@ def test_boxes_are_no_classes_to_predict(run, squares):
 
 
 def test_what_detection_has_no_use_for(run):
-    task = run.problem.task
-    halting, static = run.model(), build(Model("detector_static", TINY), run.problem)
+    task = run.data.task
+    halting, static = run.model, Model("detector_static", TINY).build(run.data)
     assert repr(task.objective(halting, TrainingOptions(ponder=0.5))) == (
         "1 * DetectionLoss(8, alpha=0.25, gamma=2, reach=1.5) + 0.5 * PositionPonderCost()"
     )
     assert isinstance(task.objective(static, TrainingOptions()), DetectionLoss)
     with pytest.raises(ConfigError, match="no position of this model halts"):
         task.objective(static, TrainingOptions(ponder=0.5))
-    skipping = build(Model("detector_skip", TINY), run.problem)
+    skipping = Model("detector_skip", TINY).build(run.data)
     rated = repr(task.objective(skipping, TrainingOptions(rate=0.5)))
-    assert rated.endswith("+ 4 * TargetRate({'3.1': 0.5, '6.1': 0.5, '6.2': 0.5})"), rated
+    assert rated.endswith("+ 4 * TargetRate(rate={'3.1': 0.5, '6.1': 0.5, '6.2': 0.5})"), rated
     assert isinstance(task.objective(skipping, TrainingOptions()), DetectionLoss)
     with pytest.raises(ConfigError, match="no layer of this model is skipped"):
         task.objective(halting, TrainingOptions(rate=0.5))
@@ -119,7 +117,7 @@ def test_what_detection_has_no_use_for(run):
 def test_no_box_to_find(run):
     from dynanet.core.cost import CostModel
 
-    model = run.model()
+    model = run.model
     nothing = [(torch.zeros(2, 3, 32, 45), torch.zeros(2, 0, 5))]
     with pytest.raises(DataError, match="no box in any of 2 images"):
-        run.problem.task.score(model, nothing, CostModel(model, run.problem.example()))
+        run.data.task.score(model, nothing, CostModel(model, run.data.example()))

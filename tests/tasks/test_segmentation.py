@@ -2,17 +2,17 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from dynanet import CostModel, execute, record
+from dynanet import CostModel, record
 from dynanet.core.errors import ConfigError, DataError
 from dynanet.core.trace import Trace
-from dynanet.mechanisms.pixel_cascade import PixelCascade, PixelCascadeLoss, left_at, roaming_thresholds
+from dynanet.mechanisms.pixel_cascade import PixelCascade, PixelCascadeLoss, roaming_thresholds
 from dynanet.mechanisms.point_refine import PointHead, PointLoss, PointRefine
-from dynanet.tasks.task import PixelCrossEntropy, Segmentation, TrainingOptions, with_random_exits
+from dynanet.tasks import PixelCrossEntropy, Segmentation, TrainingOptions
+from dynanet.tasks.task import finish_training, schedules
 
 VOID = 7
 TASK = Segmentation(3, VOID)
@@ -115,6 +115,7 @@ def test_objectives():
 
 def test_thresholds_roam_in_the_second_part_and_are_put_back():
     model = cascade()
+    assert len(schedules(model)) == 1 and not schedules(nn.Conv2d(3, 3, 1))
     roam = roaming_thresholds(model, probabilities=(0.8, 0.99), begin=0.5)
     roam(0.49)
     assert (model.thresholds == torch.inf).all()
@@ -127,22 +128,7 @@ def test_thresholds_roam_in_the_second_part_and_are_put_back():
     finite = drawn[drawn.isfinite()].sigmoid()
     assert 0.15 < drawn.isinf().float().mean() < 0.35
     assert finite.min() >= 0.8 - 1e-6 and finite.max() <= 0.99 + 1e-6 and finite.std() > 0.02
-    TASK.finish(model)
+    finish_training(model)
     assert (model.thresholds == torch.inf).all()
     with pytest.raises(ConfigError, match="two between 0 and 1"):
         roaming_thresholds(model, probabilities=(0.5, 1.0))
-
-
-def test_lots_keep_the_rates():
-    model = cascade().eval()
-    share = np.array([0.5, 0.3, 0.2])
-    drawn, thresholds = with_random_exits(model, share)
-    drawn.thresholds.copy_(torch.from_numpy(thresholds))
-    with torch.no_grad(), record(execute(drawn, sparse=True)) as trace:
-        drawn(torch.randn(4, 3, 50, 50))
-    found = torch.bincount(left_at(trace).flatten(), minlength=3) / 10_000
-    assert found.numpy() == pytest.approx(share, abs=0.03)
-    _, nobody = with_random_exits(model, np.array([0.0, 0.0, 1.0]))
-    assert (nobody == np.inf).all()
-    _, everybody = with_random_exits(model, np.array([1.0, 0.0, 0.0]))
-    assert everybody[0] == 0

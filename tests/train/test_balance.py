@@ -111,7 +111,9 @@ def test_terms_add_to_others_and_tell_their_settings():
     torch.manual_seed(0)
     model, y = moe(), torch.tensor([0, 1, 2])
     objective = CrossEntropy() + 0.01 * LoadBalance() + 0.001 * RouterZ(["x"])
-    assert repr(objective) == "1 * CrossEntropy(0) + 0.01 * LoadBalance(None) + 0.001 * RouterZ(('x',))"
+    assert repr(objective) == (
+        "1 * CrossEntropy(label_smoothing=0.0) + 0.01 * LoadBalance(layers=None) + 0.001 * RouterZ(layers=('x',))"
+    )
     with record(model) as trace:
         answer = model(torch.randn(3, D))
     loss = (CrossEntropy() + 0.01 * LoadBalance())(answer, y, trace)

@@ -93,7 +93,7 @@ class Stream(IterableDataset):
     [
         (DataLoader(Stream(), 2), "map-style dataset; got DataLoader"),
         ([1, 2], "got list"),
-        (DataLoader(data(), sampler=WeightedRandomSampler([1.0] * 22, 22)), "WeightedRandomSampler's, which cannot be"),
+        (DataLoader(data(), sampler=WeightedRandomSampler([1.0] * 22, 22)), "WeightedRandomSampler, which cannot be"),
     ],
 )
 def test_what_cannot_be_resumed_is_refused(loader, message):

@@ -152,12 +152,12 @@ def test_another_gate_is_refused(tmp_path):
 
     saved(gated(Gumbel()))
     train.load_weights(gated(StraightThrough()), path)  # in eval mode the same
-    with pytest.raises(CheckpointError, match="gate decided by scores above 0 and now does by scores above 3"):
+    with pytest.raises(CheckpointError, match="gate decided by scores above 0 and now decides by scores above 3"):
         train.load_weights(gated(StraightThrough(3.0)), path)
-    with pytest.raises(CheckpointError, match="and now does by the 1 best scores"):
+    with pytest.raises(CheckpointError, match="and now decides by the 1 best scores"):
         train.load_weights(gated(TopK(1)), path)
     saved(toy())
     other = toy()
     other.confidence = Patience()
-    with pytest.raises(CheckpointError, match="the model decided by MaxProbability and now does by Patience"):
+    with pytest.raises(CheckpointError, match="the model decided by MaxProbability and now decides by Patience"):
         train.load_weights(other, path)

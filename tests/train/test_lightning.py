@@ -17,7 +17,7 @@ from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import record
 from dynanet.core.errors import CheckpointError, ConfigError, TrainingError
 from dynanet.core.gate import Gate
-from dynanet.gates.rules import Bernoulli, Gumbel
+from dynanet.gates.rules import Bernoulli, Gumbel, Sigmoid
 from dynanet.mechanisms.layer_skip import LayerSkip
 from dynanet.train.checkpoint import step_files
 from tests.train.train_toys import data, run, toy
@@ -139,7 +139,9 @@ def test_what_contradicts_itself_is_refused_before_anything_is_written(tmp_path)
 
 
 def test_a_metric_that_nobody_logs_is_said_after_the_first_epoch_is_saved(tmp_path):
-    with pytest.raises(ConfigError, match=r"'val/f1' was to make the best epoch, .* \['val/accuracy', .*'val/loss'"):
+    with pytest.raises(
+        ConfigError, match=r"monitor is 'val/f1', which is not logged; .* \['val/accuracy', .*'val/loss'"
+    ):
         run(tmp_path, monitor="val/f1")
     assert sorted(step_files(tmp_path)) == [5]
     run(tmp_path, monitor="val/loss", lower_is_better=True, resume=True)
@@ -179,7 +181,7 @@ def test_equilibrium_in_a_run_is_that_of_a_loop(tmp_path):
     models = [toy().double() for _ in range(2)]
     for model in models:
         model.stages[0][3].p = 0.0
-        model.stages[1].gate.rule = nn.Identity()
+        model.stages[1].gate.rule = Sigmoid()
     x, y = (torch.stack(list(column)) for column in zip(*data(20), strict=True))
     samples = TensorDataset(x.double(), y)
     train.fit(

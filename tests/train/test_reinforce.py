@@ -165,7 +165,9 @@ def _answer_y_trace(model, x, y):
 
 def test_repr_tells_the_settings():
     objective = train.CrossEntropy() + Reinforce(SkipReward(0.1), entropy=0.01)
-    assert repr(objective) == "1 * CrossEntropy(0) + 1 * Reinforce(SkipReward(0.1), entropy=0.01)"
+    assert repr(objective) == (
+        "1 * CrossEntropy(label_smoothing=0.0) + 1 * Reinforce(reward=SkipReward(alpha=0.1), entropy=0.01)"
+    )
 
 
 # Training: gates that learn where the work is

@@ -75,11 +75,11 @@ def test_it_keeps_the_laws(name):
 @pytest.mark.parametrize(
     ("build", "wrong", "says"),
     [
-        (branchy_lenet, {"num_classes": 0}, "num_classes is 0"),
-        (branchy_alexnet, {"size": 15}, "at least 16"),
-        (branchy_alexnet, {"in_channels": True}, "in_channels is True"),
-        (branchy_resnet, {"size": 22}, "at least 23"),
-        (branchy_resnet, {"blocks": 0}, "blocks is 0"),
+        (branchy_lenet, {"num_classes": 0}, "num_classes must be at least 1, got 0"),
+        (branchy_alexnet, {"size": 15}, "size must be at least 16, got 15"),
+        (branchy_alexnet, {"in_channels": True}, "in_channels must be .* got True"),
+        (branchy_resnet, {"size": 22}, "size must be at least 23, got 22"),
+        (branchy_resnet, {"blocks": 0}, "blocks must be at least 1, got 0"),
     ],
 )
 def test_what_means_no_network_is_refused(build, wrong, says):

@@ -53,9 +53,12 @@ def test_layers_are_dropped_in_training_only_and_deep_ones_more():
         assert torch.equal(model.eval()(ids), model(ids))
 
 
-@pytest.mark.parametrize("wrong", [{"heads": 3}, {"exits": (0, 1)}, {"depth": 0}, {"layer_dropout": 1.0}])
-def test_sizes_that_mean_nothing(wrong):
-    with pytest.raises(ConfigError, match="causal_transformer"):
+@pytest.mark.parametrize("wrong, said", [
+    ({"heads": 3}, "width must be a multiple of heads = 3"), ({"exits": (0, 1)}, "exits must be ascending"),
+    ({"depth": 0}, "depth must be at least 1, got 0"), ({"layer_dropout": 1.0}, "layer_dropout must be .* 1.0"),
+])  # fmt: skip
+def test_sizes_that_mean_nothing(wrong, said):
+    with pytest.raises(ConfigError, match=said):
         small(**wrong)
 
 

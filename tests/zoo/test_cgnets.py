@@ -37,10 +37,10 @@ def test_tiles_decide_where_there_is_no_stride():
 
 
 @pytest.mark.parametrize("arguments, says", [
-    ({"share": 0.0}, "share is 0.0"),
-    ({"share": 1.0}, "share is 1.0"),
+    ({"share": 0.0}, "share must be .* got 0.0"),
+    ({"share": 1.0}, "share must be .* got 1.0"),
     ({"groups": 3}, "divide every width"),
-    ({"tile": 0}, "tiles of 0"),
+    ({"tile": 0}, "tile must be at least 1, got 0"),
     ({"depths": (1,)}, "one depth per width"),
 ])  # fmt: skip
 def test_what_means_no_network_is_refused(arguments, says):

@@ -69,5 +69,5 @@ def test_it_comes_back_from_its_folder(tmp_path, seeded, seeded_input):
 
 @pytest.mark.parametrize("sizes", [(13, 10), (7, 7), (7,), (0, 7)])
 def test_sizes_that_do_not_grow_are_refused(sizes):
-    with pytest.raises(ConfigError, match="expected ascending|two or more|size of 0"):
+    with pytest.raises(ConfigError, match="must be ascending|two or more|size must be at least 1"):
         drnet(**{**SMALL, "sizes": sizes})

@@ -83,7 +83,7 @@ def test_groups_are_as_asked_or_single_channels(groups, units):
 @pytest.mark.parametrize("arguments, says", [
     ({"density": 0.0}, "density of 0.0"),
     ({"density": 1.2}, "density of 1.2"),
-    ({"groups": 5}, "divides every width"),
+    ({"groups": 5}, "groups must divide every width"),
     ({"strides": (1,)}, "one stride per width"),
 ])  # fmt: skip
 def test_what_means_no_network_is_refused(arguments, says):

@@ -85,13 +85,13 @@ def test_it_can_be_saved(tmp_path):
 
 def test_what_is_refused():
     for wrong, said in (
-        ({"widths": (4, 6, 8)}, "expected four"),
+        ({"widths": (4, 6, 8)}, "widths must be four"),
         ({"widths": (8, 6, 8, 8)}, "none smaller"),
         ({"cells": (1,)}, "one of each per stage"),
-        ({"num_classes": 0}, "num_classes is"),
-        ({"cells": (0, 1)}, "at least 1"),
+        ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
+        ({"cells": (0, 1)}, r"cells must be at least 1, got \(0, 1\)"),
     ):
         with pytest.raises(ConfigError, match=said):
             layer_cascade(**TINY | wrong)
-    with pytest.raises(ConfigError, match="layer_cascade_static"):
+    with pytest.raises(ConfigError, match="in_channels must be at least 1, got -1"):
         layer_cascade_static(**TINY | {"in_channels": -1})

@@ -111,10 +111,10 @@ def test_plain_blocks_can_skip_neurons():
     ("settings", "what"),
     [
         ({"active": 9}, "9 active experts of 8"),
-        ({"width": 30}, "multiple of 4"),
-        ({"depth": 0}, "depth"),
+        ({"width": 30}, "width must be a multiple of 4, got 30"),
+        ({"depth": 0}, "depth must be at least 1, got 0"),
         ({"shared": 2}, "shared"),
-        ({"num_classes": 0}, "num_classes"),
+        ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
         ({"balance_rate": -1.0}, "balance_rate"),
     ],
 )

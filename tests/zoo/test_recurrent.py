@@ -26,5 +26,5 @@ def test_lengths_and_what_is_refused():
     assert model(pad([torch.randn(n, 3) for n in (6, 1, 3)])).shape == (3, 4)
     with pytest.raises(InputError, match="sequences of 7 frames for a layer made for 6 at most"):
         model(torch.randn(1, 7, 3))
-    with pytest.raises(ConfigError, match="every is 0"):
+    with pytest.raises(ConfigError, match="every must be at least 1, got 0"):
         zoo.recurrent_stop(num_classes=4, in_channels=3, longest=6, every=0)

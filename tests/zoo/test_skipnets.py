@@ -75,5 +75,5 @@ def test_it_really_skips(seeded, seeded_input):
 
 
 def test_another_gate_is_refused():
-    with pytest.raises(ConfigError, match="'recurrent' or 'feedforward'"):
+    with pytest.raises(ConfigError, match="gate must be one of 'recurrent', 'feedforward'"):
         skipnet(num_classes=10, gate="lstm")

@@ -94,15 +94,15 @@ def test_he_initialisation():
     [
         ({"widths": (32, 64)}, "2 widths .* 3 depths"),
         ({"widths": (), "depths": ()}, "0 widths"),
-        ({"depths": (1, 0, 1)}, "depths is"),
-        ({"stem_stride": 0}, "stem_stride is"),
-        ({"num_classes": 0}, "num_classes is"),
+        ({"depths": (1, 0, 1)}, r"depths must be at least 1, got \(1, 0, 1\)"),
+        ({"stem_stride": 0}, "stem_stride must be at least 1, got 0"),
+        ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
         ({"exits": (0, 1)}, "the last included"),
         ({"exits": (3, 1)}, "ascending"),
-        ({"exits": ()}, "exits is"),
-        ({"exits": "last"}, "exits is 'last'"),
-        ({"exits": (-1, 3)}, "exits is"),
-        ({"context": -1}, "context is -1"),
+        ({"exits": ()}, "exits must be ascending"),
+        ({"exits": "last"}, "exits must be ascending .* got 'last'"),
+        ({"exits": (-1, 3)}, "exits must be ascending"),
+        ({"context": -1}, "context must be at least 0, got -1"),
     ],
 )
 def test_what_means_no_network_is_refused(arguments, says):
@@ -111,5 +111,5 @@ def test_what_means_no_network_is_refused(arguments, says):
 
 
 def test_a_width_multiplier_of_zero_is_refused():
-    with pytest.raises(ConfigError, match="width_multiplier is 0"):
+    with pytest.raises(ConfigError, match="width_multiplier must be above 0, got 0"):
         static_resnet(num_classes=10, width_multiplier=0)

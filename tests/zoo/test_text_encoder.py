@@ -134,7 +134,7 @@ def test_what_is_remembered_from_exit_to_exit_takes_the_usual_way():
     model, ids = with_confidence(encoder(depth=2), Patience()), sentences(5)
     model.thresholds.fill_(0.0)
     session = Session(model, ids, batches=(4,))
-    assert model.one_row(0) is None and model.one_row(1) is not None
+    assert model.part_by_part.one_row(model, 0) is None and model.part_by_part.one_row(model, 1) is not None
     for one in ids.split(1):
         torch.testing.assert_close(session(one), model(one), rtol=1e-3, atol=1e-3)
 
@@ -177,9 +177,9 @@ def test_another_criterion_shares_the_weights():
         (torch.ones(2, LONGEST + 1, dtype=torch.int64), "at most 9"),
         (torch.tensor([[1, 2], [0, 0]]), r"sentence\(s\) \[1\]"),
         (torch.tensor([[1, 0, 2]]), "pad at the end"),
-        (torch.tensor([[1, WORDS]]), "another encoder's"),
+        (torch.tensor([[1, WORDS]]), "tokenizer of this encoder"),
         (torch.tensor([[0, 0]]), "no token"),
-        (torch.tensor([[-1, 2]]), "another encoder's"),
+        (torch.tensor([[-1, 2]]), "tokenizer of this encoder"),
         (torch.tensor([1, 2]), "sentences"),
         (torch.tensor([1]), "sentences"),
         (torch.tensor(1), "sentences"),
@@ -191,9 +191,13 @@ def test_input_that_cannot_be_read(sparse, ids, said):
         execute(encoder().eval(), sparse=sparse)(ids)
 
 
-@pytest.mark.parametrize("wrong", [{"heads": 5}, {"exits": (0, 1)}, {"depth": 0}, {"dropout": 1.0}, {"padding": WORDS}])
-def test_sizes_that_mean_nothing(wrong):
-    with pytest.raises(ConfigError, match="text_exits"):
+@pytest.mark.parametrize("wrong, said", [
+    ({"heads": 5}, "width must be a multiple of heads = 5"), ({"exits": (0, 1)}, "exits must be ascending"),
+    ({"depth": 0}, "depth must be at least 1, got 0"), ({"dropout": 1.0}, "dropout 1.0"),
+    ({"padding": WORDS}, f"padding {WORDS} of {WORDS} ids"),
+])  # fmt: skip
+def test_sizes_that_mean_nothing(wrong, said):
+    with pytest.raises(ConfigError, match=said):
         encoder(**wrong)
 
 

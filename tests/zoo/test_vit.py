@@ -80,14 +80,14 @@ def test_another_size_is_refused():
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"heads": 3}, "8 with 3 heads"),
-        ({"patch": 3}, "power of two"),
-        ({"patch": 16}, "divides the size"),
+        ({"heads": 3}, "width must be a multiple of heads = 3, got 8"),
+        ({"size": 9, "patch": 3}, "patch must be a power of two, got 3"),
+        ({"patch": 16}, "size must be a multiple of patch = 16"),
         ({"exits": (0, 1)}, "last"),
         ({"exits": (2, 0)}, "ascending"),
-        ({"exits": ()}, "exits is"),
-        ({"depth": 0}, "depth is 0"),
-        ({"num_classes": True}, "num_classes is True"),
+        ({"exits": ()}, "exits must be"),
+        ({"depth": 0}, "depth must be at least 1, got 0"),
+        ({"num_classes": True}, "num_classes must be a whole number of at least 1, got True"),
     ],
 )
 def test_what_means_no_network_is_refused(wrong, says):

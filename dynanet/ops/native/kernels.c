@@ -2,7 +2,7 @@
  * ABI.
  *
  * kernels.h holds them; here they are compiled once for every instruction set, and each gets its suffix. Which set a
- * processor has is asked at run time, so one library serves all processors of an architecture. */
+ * processor has is looked up at run time, so one library serves all processors of an architecture. */
 
 #define _GNU_SOURCE /* for madvise */
 #include <pthread.h>
@@ -48,7 +48,7 @@ static void *work(void *share) {
   return 0;
 }
 
-/* Some work in `all` parts that do not depend on each other, by so many threads. */
+/* Some work in `all` parts that do not depend on each other, by several threads. */
 static void divided(const void *of, long all, long threads, void (*some)(const void *, long, long)) {
   if (threads > all) threads = all;
   if (threads > MOST) threads = MOST;
@@ -65,7 +65,7 @@ static void divided(const void *of, long all, long threads, void (*some)(const v
     if (started[t]) pthread_join(others[t], 0);
 }
 
-/* The product by so many threads, each with columns of its own. Answers whether all of `around` is below `rows` and all
+/* The product by several threads, each with columns of its own. Answers whether all of `around` is below `rows` and all
  * of `to` within `places`; if not, nothing is done. */
 static int run(const struct product *p, long rows, long places, long panels, long threads,
                void (*some)(const void *, long, long)) {
@@ -106,7 +106,7 @@ struct sequences {
   float **to, **memory;
 };
 
-/* All rows by so many threads, each with rows of its own, `together` at least. Answers whether all lengths are from 1
+/* All rows by several threads, each with rows of its own, `together` at least. Answers whether all lengths are from 1
  * to `steps`; if not, nothing is done. */
 static int over_rows(const struct sequences *s, long together, long threads,
                      void (*some)(const void *, long, long)) {
@@ -188,7 +188,7 @@ static int has_avx2(void) { return 0; }
 /* Bit 0: generic, 1: avx2, 2: avx512. */
 int dynanet_sets(void) { return 1 | has_avx2() << 1 | has_avx512() << 2; }
 
-/* Asks for large pages: weights are read from end to end, and looking up small pages takes half of that time. */
+/* Requests large pages: weights are read from end to end, and looking up small pages takes half of that time. */
 void dynanet_large_pages(void *begin, long bytes) {
 #ifdef MADV_HUGEPAGE
   madvise(begin, (size_t)bytes, MADV_HUGEPAGE); /* in vain where the system has none */

@@ -22,7 +22,7 @@ INLINE VEC ISA(rectified)(VEC v) { /* NaN stays */
   return (VEC)((ISA(mask))v & ~(ISA(mask))(v <= (VEC){0}));
 }
 
-/* ---- neuron blocks: weights are read once, in order, whoever keeps them ---------------------------------------- */
+/* ---- neuron blocks: weights are read once, in order, if any row keeps them ----------------------------------- */
 
 /* Of `rows` rows (at most ACROSS) the products with `neurons` rows of weights (at most 4). `next` will be needed soon. */
 INLINE void ISA(dots)(const int rows, const int neurons, long inputs, const float *const *x, const float *w,
@@ -106,78 +106,58 @@ INLINE long ISA(following)(long rows, long blocks, const float *keep, long block
   return block;
 }
 
-#define EACH_COUNT(CALL, rows)               \
-  switch (rows) {                            \
-    case 1: CALL(1); break;                  \
-    case 2: CALL(2); break;                  \
-    case 3: CALL(ACROSS > 2 ? 3 : 1); break; \
-    default: CALL(ACROSS > 2 ? 4 : 2);       \
+#define EACH_COUNT(CALL, rows, neurons)               \
+  switch (rows) {                                     \
+    case 1: CALL(1, neurons); break;                  \
+    case 2: CALL(2, neurons); break;                  \
+    case 3: CALL(ACROSS > 2 ? 3 : 1, neurons); break; \
+    default: CALL(ACROSS > 2 ? 4 : 2, neurons);       \
   }
 
-/* hidden (rows, blocks * size) = x (rows, inputs) up', where a row keeps the block; the rest stays as it is.
+/* Calls CALL(rows, neurons) for the neurons of every block and the rows that keep it, as many together as fit.
+ *
+ * `w` are the weights of these neurons, `next` those that will be needed next, `at` is the number of the first neuron,
+ * `outer` are the rows of `wide` (rows, width), and `inner` those of `hidden` (rows, blocks * size) from `at` on. */
+#define EACH_NEURON(CALL, width, weights, OUTER, wide, INNER, hidden)                                              \
+  for (long b = 0; b < blocks; b++) {                                                                              \
+    long kept = ISA(keeping)(rows, blocks, keep, b, who);                                                          \
+    if (!kept) continue;                                                                                           \
+    const float *after = weights + ISA(following)(rows, blocks, keep, b) * size * width;                           \
+    for (long first = 0; first < kept; first += ACROSS) {                                                          \
+      int together = kept - first < ACROSS ? (int)(kept - first) : ACROSS;                                         \
+      OUTER *outer[ACROSS];                                                                                        \
+      INNER *inner[ACROSS];                                                                                        \
+      for (int r = 0; r < together; r++) outer[r] = wide + who[first + r] * width;                                 \
+      for (long n = 0; n < size;) {                                                                                \
+        long at = b * size + n, step = size - n < 4 ? 1 : 4;                                                       \
+        const float *w = weights + at * width;                                                                     \
+        const float *next = n + 2 * step <= size ? w + step * width : first + ACROSS < kept ? w : after;           \
+        for (int r = 0; r < together; r++) inner[r] = hidden + who[first + r] * blocks * size + at;                \
+        if (step == 4) {                                                                                           \
+          EACH_COUNT(CALL, together, 4)                                                                            \
+        } else {                                                                                                   \
+          EACH_COUNT(CALL, together, 1)                                                                            \
+        }                                                                                                          \
+        n += step;                                                                                                 \
+      }                                                                                                            \
+    }                                                                                                              \
+  }
+
+/* hidden (rows, blocks * size) = x (rows, inputs) up', where a row keeps the block; the rest is left unchanged.
  * `who` has room for `rows` numbers. */
 TARGET void ISA(dynanet_neurons_up)(long rows, long inputs, long blocks, long size, const float *x, const float *up,
                                     const float *bias, const float *keep, long relu, float *hidden, int *who) {
-  for (long b = 0; b < blocks; b++) {
-    long kept = ISA(keeping)(rows, blocks, keep, b, who);
-    if (!kept) continue;
-    const float *after = up + ISA(following)(rows, blocks, keep, b) * size * inputs;
-    for (long first = 0; first < kept; first += ACROSS) {
-      int together = kept - first < ACROSS ? (int)(kept - first) : ACROSS;
-      const float *from[ACROSS];
-      float *to[ACROSS];
-      for (int r = 0; r < together; r++) from[r] = x + who[first + r] * inputs;
-      for (long n = 0; n < size;) {
-        long at = b * size + n, step = size - n < 4 ? 1 : 4;
-        const float *w = up + at * inputs;
-        const float *next = n + 2 * step <= size ? w + step * inputs : first + ACROSS < kept ? w : after;
-        for (int r = 0; r < together; r++) to[r] = hidden + who[first + r] * blocks * size + at;
-        const float *shift = bias ? bias + at : 0;
-#define FOUR(R) ISA(dots)(R, 4, inputs, from, w, next, shift, relu, to)
-#define ONE(R) ISA(dots)(R, 1, inputs, from, w, next, shift, relu, to)
-        if (step == 4) {
-          EACH_COUNT(FOUR, together)
-        } else {
-          EACH_COUNT(ONE, together)
-        }
-#undef FOUR
-#undef ONE
-        n += step;
-      }
-    }
-  }
+#define UP(R, N) ISA(dots)(R, N, inputs, outer, w, next, bias ? bias + at : 0, relu, inner)
+  EACH_NEURON(UP, inputs, up, const float, x, float, hidden)
+#undef UP
 }
 
 /* y (rows, outputs) += hidden (rows, blocks * size) down, of the blocks that a row keeps. */
 TARGET void ISA(dynanet_neurons_down)(long rows, long outputs, long blocks, long size, const float *hidden,
                                       const float *down, const float *keep, float *y, int *who) {
-  for (long b = 0; b < blocks; b++) {
-    long kept = ISA(keeping)(rows, blocks, keep, b, who);
-    if (!kept) continue;
-    const float *after = down + ISA(following)(rows, blocks, keep, b) * size * outputs;
-    for (long first = 0; first < kept; first += ACROSS) {
-      int together = kept - first < ACROSS ? (int)(kept - first) : ACROSS;
-      const float *from[ACROSS];
-      float *to[ACROSS];
-      for (int r = 0; r < together; r++) to[r] = y + who[first + r] * outputs;
-      for (long n = 0; n < size;) {
-        long at = b * size + n, step = size - n < 4 ? 1 : 4;
-        const float *w = down + at * outputs;
-        const float *next = n + 2 * step <= size ? w + step * outputs : first + ACROSS < kept ? w : after;
-        for (int r = 0; r < together; r++) from[r] = hidden + who[first + r] * blocks * size + at;
-#define FOUR(R) ISA(sums)(R, 4, outputs, from, w, next, to)
-#define ONE(R) ISA(sums)(R, 1, outputs, from, w, next, to)
-        if (step == 4) {
-          EACH_COUNT(FOUR, together)
-        } else {
-          EACH_COUNT(ONE, together)
-        }
-#undef FOUR
-#undef ONE
-        n += step;
-      }
-    }
-  }
+#define DOWN(R, N) ISA(sums)(R, N, outputs, inner, w, next, outer)
+  EACH_NEURON(DOWN, outputs, down, float, y, const float, hidden)
+#undef DOWN
 }
 
 /* ---- products of gathered rows with packed weights --------------------------------------------------------------- */
@@ -310,4 +290,5 @@ int ISA(dynanet_product)(long groups, const int64_t *counts, long n, long taps, 
 #undef WIDE
 #undef INLINE
 #undef EACH_COUNT
+#undef EACH_NEURON
 #undef EACH_TILE

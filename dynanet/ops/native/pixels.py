@@ -141,24 +141,16 @@ def _scores(x: Tensor, around: Tensor, bias: Tensor, whole: Tensor, tile: int) -
     return answer
 
 
-def _convolutions(
-    rows: Tensor, keep: Tensor, before: int, packed: list[Tensor], biases: list[Tensor | None], sizes: list[int]
-) -> Tensor:
+def _convolutions(rows: Tensor, keep: Tensor, *rest: Any) -> Tensor:
+    *_, sizes = rest
     answer = rows.new_empty(keep.numel(), sizes[-_SIZES])
-    return answer[: _run(answer, rows, keep, before, packed, biases, sizes, add=False)]
+    return answer[: _run(answer, rows, keep, *rest, add=False)]
 
 
-def _convolutions_add_(
-    answer: Tensor,
-    rows: Tensor,
-    keep: Tensor,
-    before: int,
-    packed: list[Tensor],
-    biases: list[Tensor | None],
-    sizes: list[int],
-) -> None:
+def _convolutions_add_(answer: Tensor, rows: Tensor, keep: Tensor, *rest: Any) -> None:
+    *_, sizes = rest
     must(answer.shape == (keep.numel(), sizes[-_SIZES]), "places of another size")
-    _run(answer, rows, keep, before, packed, biases, sizes, add=True)
+    _run(answer, rows, keep, *rest, add=True)
 
 
 def _run(

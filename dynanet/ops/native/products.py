@@ -138,32 +138,10 @@ def product_add_(
     torch.ops.dynanet.product_add_(answer, rows, packed, bias, counts, around, relu, to, scale)
 
 
-def _product(
-    rows: Tensor,
-    packed: Tensor,
-    bias: Tensor | None,
-    outputs: int,
-    counts: list[int],
-    around: Tensor | None,
-    relu: bool,
-) -> Tensor:
+def _product(rows: Tensor, packed: Tensor, bias: Any, outputs: int, counts: list[int], *rest: Any) -> Tensor:
     answer = rows.new_empty(sum(counts), outputs)
-    _call(answer, rows, packed, bias, counts, around, None, None, relu)
+    _call(answer, rows, packed, bias, counts, *rest)
     return answer
-
-
-def _product_add_(
-    answer: Tensor,
-    rows: Tensor,
-    packed: Tensor,
-    bias: Tensor | None,
-    counts: list[int],
-    around: Tensor | None,
-    relu: bool,
-    to: Tensor,
-    scale: Tensor | None,
-) -> None:
-    _call(answer, rows, packed, bias, counts, around, to, scale, relu)
 
 
 def _call(
@@ -173,9 +151,9 @@ def _call(
     bias: Tensor | None,
     counts: list[int],
     around: Tensor | None,
-    to: Tensor | None,
-    scale: Tensor | None,
     relu: bool,
+    to: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> None:
     kernels = chosen()
     m = sum(counts)
@@ -218,21 +196,11 @@ def _panels(weights: Sequence[Tensor], kernels: Kernels) -> Tensor:
     return room
 
 
-def _meta(
-    rows: Tensor,
-    packed: Tensor,
-    bias: Tensor | None,
-    outputs: int,
-    counts: list[int],
-    around: Tensor | None,
-    relu: bool,
-) -> Tensor:
-    return rows.new_empty(sum(counts), outputs)
-
-
 _LIBRARY.impl("product", _product, "CPU")
-_LIBRARY.impl("product_add_", _product_add_, "CPU")
-_LIBRARY.impl("product", _meta, "Meta")
+_LIBRARY.impl("product_add_", _call, "CPU")
+_LIBRARY.impl(
+    "product", lambda rows, packed, bias, outputs, counts, *rest: rows.new_empty(sum(counts), outputs), "Meta"
+)
 _LIBRARY.impl("product_add_", lambda answer, *rest: None, "Meta")
 
 

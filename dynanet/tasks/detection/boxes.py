@@ -1,6 +1,6 @@
-"""Boxes (left, top, right, bottom): where a feature map's positions lie, overlaps, and the best of those that overlap.
+"""Geometry of boxes (left, top, right, bottom): positions of a feature map, overlaps, and non-maximum suppression.
 
-Plain torch, because torchvision has no CPU wheel on PyPI.
+In plain torch, because torchvision has no CPU wheel on PyPI.
 """
 
 import torch
@@ -8,7 +8,13 @@ from torch import Tensor
 
 
 def places(height: int, width: int, stride: int, like: Tensor) -> Tensor:
-    """The middle of every position of a feature map, in pixels of the image (FCOS, arXiv:1904.01355, section 3.1).
+    """Return the middle of every position of a feature map, in pixels (FCOS, arXiv:1904.01355, section 3.1).
+
+    Args:
+        height: of the feature map.
+        width: of the feature map.
+        stride: pixels between two positions.
+        like: gives the dtype and the device.
 
     Returns:
         (height * width, 2): across, down; row by row.
@@ -18,12 +24,12 @@ def places(height: int, width: int, stride: int, like: Tensor) -> Tensor:
 
 
 def sides(logs: Tensor, stride: int) -> Tensor:
-    """Distances to a box's sides in pixels, from a detector's logarithms of them in strides. None overflows."""
+    """Convert a detector's logarithms of distances, in strides, to pixels; clamped so that none overflows."""
     return logs.clamp(max=8).exp() * stride
 
 
 def from_sides(places_P2: Tensor, away: Tensor) -> Tensor:
-    """Boxes around places from their distances to the left, top, right and bottom.
+    """Return boxes around places, from the distances to their sides.
 
     Args:
         places_P2: (P, 2).
@@ -36,18 +42,18 @@ def from_sides(places_P2: Tensor, away: Tensor) -> Tensor:
 
 
 def area(boxes: Tensor) -> Tensor:
-    """(..., 4) to (...); 0 for a box without inside."""
+    """Return the area of boxes, (..., 4) to (...); 0 for reversed ones."""
     return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
 
 
 def overlap(one: Tensor, other: Tensor) -> Tensor:
-    """Intersection over union, broadcast: (..., 4) and (..., 4) to (...). 0 where neither has an inside."""
+    """Return the intersection over union, broadcast: (..., 4) and (..., 4) to (...). 0 where both areas are 0."""
     both, either = _both_and_either(one, other)
     return both / either.clamp(min=torch.finfo(either.dtype).tiny)
 
 
 def generalized_overlap(one: Tensor, other: Tensor) -> Tensor:
-    """Overlap minus the share of the smallest box around both that neither covers: -1 to 1 (GIoU, arXiv:1902.09630)."""
+    """Return the overlap minus the uncovered share of the box around both, -1 to 1 (GIoU, arXiv:1902.09630)."""
     both, either = _both_and_either(one, other)
     least, most = torch.minimum(one[..., :2], other[..., :2]), torch.maximum(one[..., 2:], other[..., 2:])
     around = area(torch.cat([least, most], -1))
@@ -56,7 +62,7 @@ def generalized_overlap(one: Tensor, other: Tensor) -> Tensor:
 
 
 def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, most: float) -> Tensor:
-    """Which boxes stay, best first: one that overlaps a better one of its class by more than `most` does not.
+    """Non-maximum suppression: drop boxes that overlap a better one of their class by more than `most`.
 
     Args:
         boxes: (N, 4).
@@ -65,7 +71,7 @@ def suppress(boxes: Tensor, scores: Tensor, labels: Tensor, most: float) -> Tens
         most: the largest overlap that two boxes of a class may have.
 
     Returns:
-        Indices (n,), by falling score.
+        Indices (n,) of the boxes that are left, best first.
     """
     order = scores.argsort(descending=True, stable=True)
     sorted_, named = boxes[order], labels[order]

@@ -1,4 +1,4 @@
-"""From an anchor-free detector's answer to boxes."""
+"""Decode the answer of an anchor-free detector into boxes."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from dynanet.tasks.detection.boxes import from_sides, places, sides, suppress
 
 
 class Detections(NamedTuple):
-    """What was found in an image, best first; N may be 0.
+    """The boxes found in an image, best first; N may be 0.
 
     Attributes:
         boxes: (N, 4) left, top, right, bottom in pixels of the image, inside it.
@@ -33,7 +33,9 @@ def decode(
     most: int = 100,
     candidates: int = 400,
 ) -> list[Detections]:
-    """Boxes of every image (FCOS, arXiv:1904.01355, section 3: the score is class times centreness).
+    """Decode the boxes of every image.
+
+    The score of a box is its class probability times its centreness (FCOS, arXiv:1904.01355, section 3).
 
     Args:
         answer: (B, classes + 5, h, w): class logits, logarithms of the four sides in strides, a centreness logit.
@@ -42,7 +44,7 @@ def decode(
         least: the lowest score of a box.
         overlap: the largest overlap of two boxes of a class.
         most: boxes per image.
-        candidates: how many of the best scores are looked at.
+        candidates: number of best scores to consider before overlapping boxes are suppressed.
 
     Raises:
         InputError: an answer of another shape.
@@ -50,7 +52,7 @@ def decode(
     """
     if answer.dim() != 4 or answer.shape[1] < 6:
         raise InputError(
-            f"an answer of shape {tuple(answer.shape)}; expected (B, classes + 5, h, w) with a class or more"
+            f"the answer has shape {tuple(answer.shape)}; expected (B, classes + 5, h, w) with at least one class"
         )
     if not (0 <= least <= 1 and 0 <= overlap <= 1) or min(most, candidates, stride) < 1:
         raise ConfigError(
@@ -71,8 +73,10 @@ def _best(boxes: Tensor, scores: Tensor, least: float, overlap: float, most: int
     classes = scores.shape[1]
     best, index = scores.flatten().topk(min(candidates, scores.numel()))
     index = index[best >= least]
-    boxes, labels, scores = boxes[index // classes], index % classes, scores.flatten()[index]
-    inside = (boxes[:, 2:] > boxes[:, :2]).all(1)
-    boxes, labels, scores = boxes[inside], labels[inside], scores[inside]
-    stays = suppress(boxes, scores, labels, overlap)[:most]
-    return Detections(boxes[stays], labels[stays], scores[stays])
+    found = Detections(boxes[index // classes], index % classes, scores.flatten()[index])
+    found = _taken(found, (found.boxes[:, 2:] > found.boxes[:, :2]).all(1))
+    return _taken(found, suppress(found.boxes, found.scores, found.labels, overlap)[:most])
+
+
+def _taken(found: Detections, rows: Tensor) -> Detections:
+    return Detections(found.boxes[rows], found.labels[rows], found.scores[rows])

@@ -1,4 +1,4 @@
-"""What an anchor-free detector learns from: which position answers for which box, and the loss of its answers."""
+"""The loss of an anchor-free detector, and the assignment of boxes to positions."""
 
 import torch
 from torch import Tensor
@@ -12,17 +12,17 @@ from dynanet.tasks.detection.boxes import area, from_sides, generalized_overlap,
 
 
 class DetectionLoss(Objective):
-    """Focal loss of the classes, GIoU loss of the boxes, cross-entropy of the centreness; each per answering position.
+    """Focal loss of the classes, GIoU loss of the boxes and cross-entropy of the centreness, per assigned position.
 
-    FCOS (Tian et al. 2019, arXiv:1904.01355, equation 2): boxes are weighted with the centreness that is wanted. Focal
-    loss: Lin et al. 2017, arXiv:1708.02002; GIoU: Rezatofighi et al. 2019, arXiv:1902.09630. Where no image has a box,
-    the classes alone are learnt from.
+    FCOS (Tian et al. 2019, arXiv:1904.01355, equation 2): boxes are weighted with their true centreness. Focal loss:
+    Lin et al. 2017, arXiv:1708.02002; GIoU: Rezatofighi et al. 2019, arXiv:1902.09630. A batch without boxes has the
+    loss of the classes only.
 
     Args:
         stride: of the feature map.
-        alpha: weight of what is there against what is not.
-        gamma: how little counts what is well known.
-        reach: a position answers for a box whose middle is nearer than this many strides, across and down.
+        alpha: weight of positive targets; negative ones have 1 - alpha.
+        gamma: exponent by which well classified positions count less.
+        reach: a position is assigned a box whose middle is nearer than this many strides, across and down.
 
     Raises:
         ConfigError: a value out of range.
@@ -34,16 +34,25 @@ class DetectionLoss(Objective):
                 f"DetectionLoss got stride = {stride}, alpha = {alpha}, gamma = {gamma}, reach = {reach}; expected a "
                 f"stride of at least 1, alpha from 0 to 1, gamma of at least 0 and a positive reach"
             )
-        self.stride, self.alpha, self.gamma, self.reach = stride, alpha, gamma, reach
+        self.stride = stride
+        self.alpha = alpha
+        self.gamma = gamma
+        self.reach = reach
 
     def __call__(self, answer: Tensor, y: Tensor, trace: Trace) -> Tensor:
-        """Of answers (B, classes + 5, h, w) and boxes (B, M, 5): label, left, top, right, bottom; label -1 is padding.
+        """Return the loss of answers (B, classes + 5, h, w).
+
+        Args:
+            answer: class logits, logarithms of the four sides in strides, a centreness logit.
+            y: boxes (B, M, 5): label, left, top, right, bottom in pixels; label -1 is padding.
+            trace: not used.
 
         Raises:
-            DataError: boxes of another shape, or a label that is no class.
+            DataError: boxes of another shape, or a label outside the classes.
             InputError: a box whose right is left of its left, or its bottom above its top.
         """
-        height, width, classes = *answer.shape[2:], answer.shape[1] - 5
+        height, width = answer.shape[2:]
+        classes = answer.shape[1] - 5
         _check(y, classes, answer.shape[0])
         answer = answer.float().flatten(2).transpose(1, 2)  # (B, P, classes + 5); half precision ends here
         y = y.to(answer)
@@ -65,7 +74,7 @@ class DetectionLoss(Objective):
     def _focal(self, logits: Tensor, wanted: Tensor) -> Tensor:
         loss = functional.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
         p = logits.sigmoid()
-        wrong = p + wanted - 2 * p * wanted  # 1 - p where it is there, p where it is not
+        wrong = p + wanted - 2 * p * wanted  # 1 - p of positive targets, p of negative ones
         return (self.alpha * wanted + (1 - self.alpha) * (1 - wanted)) * wrong**self.gamma * loss
 
     def __repr__(self) -> str:
@@ -73,10 +82,10 @@ class DetectionLoss(Objective):
 
 
 def assign(y: Tensor, places_P2: Tensor, stride: int, reach: float) -> tuple[Tensor, Tensor]:
-    """Which box every position answers for: the smallest one around it whose middle is near.
+    """Assign to every position the smallest box around it whose middle is near.
 
-    The position in whose cell a box's middle lies answers for it even outside it, or what is smaller than a cell would
-    be learnt by nobody.
+    The position in whose cell the middle of a box lies is assigned the box even if it lies outside: without this rule
+    boxes smaller than a cell would be assigned to none.
 
     Args:
         y: (B, M, 5) as in `DetectionLoss`.
@@ -85,7 +94,7 @@ def assign(y: Tensor, places_P2: Tensor, stride: int, reach: float) -> tuple[Ten
         reach: in strides.
 
     Returns:
-        label (B, P) int64, -1 where there is none; boxes (B, P, 4), zeros where there is none.
+        label (B, P) int64, -1 where no box is assigned; boxes (B, P, 4), zeros there.
     """
     batch, most, _ = y.shape
     if not most:
@@ -104,7 +113,7 @@ def assign(y: Tensor, places_P2: Tensor, stride: int, reach: float) -> tuple[Ten
 
 
 def centreness(places: Tensor, boxes: Tensor) -> Tensor:
-    """1 in a box's middle, 0 at its edge and outside (FCOS, equation 3): (..., 2) and (..., 4) to (...)."""
+    """Return 1 in the middle of a box, 0 at its edge and outside: (..., 2) and (..., 4) to (...) (FCOS, equation 3)."""
     before, after = (places - boxes[..., :2]).clamp(min=0), (boxes[..., 2:] - places).clamp(min=0)
     ratio = torch.minimum(before, after) / torch.maximum(before, after).clamp(min=torch.finfo(boxes.dtype).tiny)
     return ratio.prod(-1).sqrt()

@@ -1,4 +1,4 @@
-"""Average precision of detections, as COCO counts it: by pycocotools."""
+"""COCO's average precision of detections, computed by pycocotools."""
 
 import contextlib
 import io
@@ -15,13 +15,13 @@ from dynanet.tasks.detection.decoding import Detections
 
 @dataclass(frozen=True)
 class Precision:
-    """How well boxes were found; NaN where there was none to find.
+    """Average precision of boxes; NaN where there were no true boxes.
 
     Attributes:
         mean: mAP: the mean over classes and over overlaps of 0.50, 0.55, ... 0.95.
         at_50: mAP at an overlap of 0.50.
         at_75: mAP at an overlap of 0.75.
-        classes: each class's own mean over the overlaps.
+        classes: of every class, the mean over the overlaps.
     """
 
     mean: float
@@ -33,7 +33,7 @@ class Precision:
 def average_precision(found: Sequence[Detections], truth: Sequence[Boxes], classes: Sequence[str]) -> Precision:
     """Score the detections of a set of images (Lin et al. 2014, arXiv:1405.0312; 100 detections per image).
 
-    Difficult boxes are neither to be found nor to be missed: COCO's crowds.
+    Difficult boxes count neither as found nor as missed, as crowds do in COCO.
 
     Args:
         found: per image.
@@ -41,7 +41,7 @@ def average_precision(found: Sequence[Detections], truth: Sequence[Boxes], class
         classes: the classes' names.
 
     Raises:
-        DataError: not as many images with detections as with boxes, or a label that is no class.
+        DataError: detections and boxes of different numbers of images, or a label outside the classes.
         MissingExtraError: pycocotools is not installed.
     """
     if len(found) != len(truth):
@@ -53,7 +53,7 @@ def average_precision(found: Sequence[Detections], truth: Sequence[Boxes], class
                 f"0 to {len(classes) - 1}, of the classes {', '.join(classes)}"
             )
     coco, evaluation = require("pycocotools.coco", "detection"), require("pycocotools.cocoeval", "detection")
-    with contextlib.redirect_stdout(io.StringIO()):  # it tells its progress
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its progress
         wanted, given = coco.COCO(), coco.COCO()
         wanted.dataset = _dataset(truth, classes, [{"iscrowd": d} for b in truth for d in b.difficult.int().tolist()])
         given.dataset = _dataset(found, classes, [{"score": s} for d in found for s in d.scores.tolist()])
@@ -73,7 +73,7 @@ def average_precision(found: Sequence[Detections], truth: Sequence[Boxes], class
 
 
 def _dataset(images: Sequence[Detections | Boxes], classes: Sequence[str], more: list[dict]) -> dict:
-    """As COCO lays it out: boxes are left, top, width, height."""
+    """Images and boxes in COCO's format: left, top, width, height."""
     annotations: list[dict] = []
     for k, each in enumerate(images):
         for box, label in zip(each.boxes.tolist(), each.labels.tolist(), strict=True):
@@ -91,13 +91,19 @@ def _dataset(images: Sequence[Detections | Boxes], classes: Sequence[str], more:
 
 
 def _mean(precision: np.ndarray) -> float:
-    """Over what there was to find: -1 marks what was not."""
+    """The mean over entries that have a value; -1 marks those without true boxes."""
     there = precision[precision > -1]
     return float(there.mean()) if there.size else float("nan")
 
 
 def to_pixels(found: Detections, size: tuple[int, int], original: tuple[int, int]) -> Detections:
-    """Detections in a resized image, in pixels of the original; both sizes are (height, width)."""
+    """Convert detections in a resized image to pixels of the original.
+
+    Args:
+        found: in pixels of the resized image.
+        size: (height, width) of the resized image.
+        original: (height, width) of the original.
+    """
     down, across = original[0] / size[0], original[1] / size[1]
     scale: Tensor = found.boxes.new_tensor([across, down, across, down])
     return found._replace(boxes=found.boxes * scale)

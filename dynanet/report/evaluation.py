@@ -1,4 +1,4 @@
-"""An Operation is a choice at work on test samples: what it spends, what it answers, who leaves where."""
+"""Operating points evaluated on test samples: cost, accuracy and exit rates, by exit and by class."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from dynanet.report.words import short_percent
 
 
 @dataclass(frozen=True, eq=False)
-class Operation:
-    """A choice, and what it does on the test samples.
+class Evaluation:
+    """An operating point on the test samples.
 
     Attributes:
         name: the budget in words.
-        choice: thresholds, and what they do on the held-out samples.
+        point: as chosen on the held-out samples.
         outcome: on the test samples.
         ms: per sample, measured as a whole or else summed from the times of the exits; None: neither.
         low: of the 95 % interval of the accuracy (Wilson), as if samples were independent.
@@ -29,14 +29,14 @@ class Operation:
         change: accuracy minus that of the full model.
         change_margin: half of its 95 % interval, from the samples on which the two differ.
         class_mean: the mean of the accuracies of the classes.
-        kappa: Cohen's.
-        random: accuracy if as many samples left at every exit, but drawn by lot.
-        lost: share of the samples that are answered wrong here and right by the full model.
+        kappa: Cohen's kappa.
+        random: accuracy of random exits with the same shares.
+        lost: share of the samples that are wrong here and correct at the last exit.
         exits: (N,) where every sample leaves, from 0.
     """
 
     name: str
-    choice: OperatingPoint
+    point: OperatingPoint
     outcome: Outcome
     ms: float | None
     low: float
@@ -51,8 +51,8 @@ class Operation:
 
     @property
     def risky(self) -> bool:
-        """A risk was asked for."""
-        return self.choice.asked.risk is not None
+        """Whether the budget has a risk."""
+        return self.point.budget.risk is not None
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class ExitShare:
     Attributes:
         macs: per sample, everything before the exit included.
         share: of the samples that leave here.
-        right: of these; None: nobody leaves.
-        full: what the full model answers right of these.
-        alone: what the exit answers right of all samples.
+        right: accuracy on these; None: no sample leaves.
+        full: accuracy of the full model on these; None: no sample leaves.
+        alone: accuracy on all samples.
     """
 
     macs: float
@@ -76,7 +76,16 @@ class ExitShare:
 
 @dataclass(frozen=True, eq=False)
 class ClassShare:
-    """A class: its samples, their mean share of the full MACs, accuracies here and of the full model, share (K,)."""
+    """A class at an operating point.
+
+    Attributes:
+        name: of the class.
+        samples: of this class.
+        spent: mean share of the full MACs.
+        right: accuracy.
+        full: accuracy of the full model.
+        share: (K,) of its samples that leave at every exit.
+    """
 
     name: str
     samples: int
@@ -86,23 +95,25 @@ class ClassShare:
     share: np.ndarray
 
 
-def operate(test: ExitTable, choice: OperatingPoint, ms: float | None) -> Operation:
-    """Apply a choice to the test samples.
+def evaluate(test: ExitTable, point: OperatingPoint, ms: float | None) -> Evaluation:
+    """Apply an operating point to the test samples.
 
     Args:
         test: with labels.
-        choice: made on other samples.
-        ms: per sample, measured; None: not.
+        point: chosen on other samples.
+        ms: measured, per sample; None: not measured.
     """
     labels = test.labels
     assert labels is not None, "callers check"
-    exits, rows = leaving(test.scores, choice.thresholds), np.arange(test.samples)
-    done = outcome(test, choice.thresholds)
-    answers, change = test.answers[rows, exits], test.correct[rows, exits].astype(float) - test.correct[:, -1]
+    exits = leaving(test.scores, point.thresholds)
+    rows = np.arange(test.samples)
+    done = outcome(test, point.thresholds)
+    answers = test.answers[rows, exits]
+    change = test.correct[rows, exits].astype(float) - test.correct[:, -1]
     low, high = wilson(done.accuracy, test.samples)
-    return Operation(
-        name=budget_name(choice.asked, float(test.mean_macs[-1])),
-        choice=choice,
+    return Evaluation(
+        name=budget_name(point.budget, float(test.mean_macs[-1])),
+        point=point,
         outcome=done,
         ms=done.ms if ms is None else ms,
         low=low,
@@ -118,7 +129,7 @@ def operate(test: ExitTable, choice: OperatingPoint, ms: float | None) -> Operat
 
 
 def exit_shares(test: ExitTable, exits: np.ndarray) -> tuple[ExitShare, ...]:
-    """By exit, who leaves there if the samples leave at `exits` (N,)."""
+    """Cost, share and accuracies of every exit, if the samples leave at `exits` (N,)."""
     found = []
     for k in range(test.exits):
         here = exits == k
@@ -129,9 +140,10 @@ def exit_shares(test: ExitTable, exits: np.ndarray) -> tuple[ExitShare, ...]:
 
 
 def class_shares(test: ExitTable, exits: np.ndarray, names: Sequence[str]) -> tuple[ClassShare, ...]:
-    """By class, the dearest first, where its samples leave."""
-    labels, rows = test.labels, np.arange(test.samples)
+    """Cost, accuracies and shares of every class, most expensive first, if the samples leave at `exits` (N,)."""
+    labels = test.labels
     assert labels is not None, "callers check"
+    rows = np.arange(test.samples)
     right = test.correct[rows, exits]
     spent = np.broadcast_to(test.macs, test.correct.shape)[rows, exits] / test.mean_macs[-1]
     found = []

@@ -1,0 +1,34 @@
+"""What the sets of labelled sequences share: standardisation, and batches of similar lengths."""
+
+from dynanet.data.buckets import BucketedBatches
+from dynanet.data.ragged import SequenceSet
+from dynanet.datamodules.inputs import SequenceInputs
+from dynanet.datamodules.module import Opened
+from dynanet.train.batches import Batches
+
+
+def labelled_sequences(
+    title: str, train: SequenceSet, held_out: SequenceSet, test: SequenceSet, *, batch: int, seed: int
+) -> Opened:
+    """Sequences with a class each, every feature standardised by the training part.
+
+    Args:
+        title: of the data.
+        train: training sequences.
+        held_out: for calibration.
+        test: for the final figures.
+        batch: training samples per step.
+        seed: of the order.
+    """
+    mean, std = train.statistics()
+    train, held_out, test = (part.standardized(mean, std) for part in (train, held_out, test))
+    buckets = BucketedBatches(train, [len(sequence) for sequence in train.sequences], batch, seed)
+    longest = max(part.longest for part in (train, held_out, test))
+    return Opened(
+        title=title,
+        classes=train.classes,
+        inputs=SequenceInputs(train.features, longest, tuple(mean.tolist()), tuple(std.tolist())),
+        train=Batches(buckets, 1, shuffle=True, seed=seed, collate=buckets.collate),
+        held_out=Batches(held_out, 256, collate=SequenceSet.collate),
+        test=Batches(test, 256, collate=SequenceSet.collate),
+    )
