@@ -1,12 +1,12 @@
-"""The laws of a dynamic layer, as one battery: for every mechanism here, and for yours.
+"""The laws of a dynamic layer, as one set of checks: for every mechanism here, and for your own.
 
     >>> from dynanet.testing import check_dynamic
     >>> check_dynamic(my_layer, torch.randn(6, 16))                                     # doctest: +SKIP
 
-1. The sparse form answers what the dense form answers.
-2. A row's answer does not depend on its neighbours.
-3. The price is true: what the cost model says was spent is what ran, counted at dispatch, sample by sample. And there
-   is one: units that cost nothing cannot be skipped (a layer that multiplies by a mask has only those).
+1. The sparse form gives the answers of the dense form.
+2. A row's answer does not depend on the other rows of the batch.
+3. Prices are exact: what the cost model says was spent is what ran, counted at dispatch, sample by sample. Units must
+   have a price: those that cost nothing cannot be skipped (a layer that multiplies by a mask has only those).
 4. The dense and the sparse trace agree.
 5. Gradients reach the gates, from the answer and from what was spent.
 6. It saves, loads, exports, compiles and runs in bfloat16.
@@ -40,17 +40,17 @@ def check_dynamic(
     portable: bool = True,
     draws: int = 6,
 ) -> None:
-    """Hold a dynamic layer, or a model with dynamic layers inside, to the laws.
+    """Check a dynamic layer, or a model with dynamic layers inside, against the laws.
 
     Args:
         model: maps one tensor to any pytree of tensors; its rows are the first axis.
         example: at least three rows.
-        gates: modules whose parameters law 5 wants gradients for; by default every Gate with a differentiable rule.
-        portable: try law 6's export and compilation too (seconds).
-        draws: how many random decisions to force, beside all-on and all-off.
+        gates: modules whose parameters need gradients by law 5; by default every Gate with a differentiable rule.
+        portable: check export and compilation of law 6 too (seconds).
+        draws: number of random decisions to force, besides all-on and all-off.
 
     Raises:
-        AssertionError: with the law that is broken and the figures.
+        AssertionError: a law is broken; the message says which, with the figures.
     """
     check_neighbours(model, example)  # first: a gate that looks at the whole batch breaks laws 1 and 3 too
     check_equal(model, example, draws=draws)
@@ -61,11 +61,11 @@ def check_dynamic(
 
 
 def check_nested(make: Callable[[Callable[[nn.Module], nn.Module]], nn.Module], example: Tensor) -> None:
-    """Hold a layer to laws 1 to 4 alone, inside LayerSkip, inside EarlyExit, and with LayerSkip inside its units.
+    """Check laws 1 to 4 of a layer alone, inside LayerSkip, inside EarlyExit, and with LayerSkip inside its units.
 
     Args:
-        make: builds the layer; it is handed a function to wrap each unit with that may hold another dynamic layer (a
-            unit from rows to rows of the same shape). A layer whose units may hold none ignores it.
+        make: builds the layer. It gets a function to wrap each unit that may hold another dynamic layer (a unit from
+            rows to rows of the same shape); a layer without such units ignores it.
         example: the layer's input.
     """
 
@@ -83,8 +83,9 @@ def check_nested(make: Callable[[Callable[[nn.Module], nn.Module]], nn.Module], 
 
 
 def check_equal(model: nn.Module, example: Tensor, *, draws: int = 6) -> None:
-    """Laws 1, 3 and 4, in float64 to 1e-12 and in float32: own decisions, all on, all off, random ones, and for
-    batches of all samples, one, and none.
+    """Check laws 1, 3 and 4, in float64 to 1e-12 and in float32.
+
+    Decisions are the model's own, all on, all off and random ones; batches have all samples, one, and none.
     """
     exact, close = copy.deepcopy(model).double().eval(), copy.deepcopy(model).float().eval()
     decisions = [None, *_forcings(draws)]
@@ -106,7 +107,7 @@ def check_equal(model: nn.Module, example: Tensor, *, draws: int = 6) -> None:
 
 
 def check_neighbours(model: nn.Module, example: Tensor) -> None:
-    """Law 2: permuted, cut, or surrounded by others, a row decides and answers the same."""
+    """Check law 2: permuted, cut, or surrounded by others, a row decides and answers the same."""
     model, x = copy.deepcopy(model).double().eval(), example.double()
     others = torch.cat([x.flip(0) * 1.7 + 0.3, x, -x])
     order = torch.arange(len(x)).roll(1)
@@ -122,7 +123,7 @@ def check_neighbours(model: nn.Module, example: Tensor) -> None:
 
 
 def check_gradients(model: nn.Module, example: Tensor, gates: Sequence[nn.Module] | None = None) -> None:
-    """Law 5: in training, every differentiable gate gets a gradient from the answer and from what was spent."""
+    """Check law 5: in training, every differentiable gate gets a gradient from the answer and from what was spent."""
     model_, x = copy.deepcopy(model).double(), example.double()
     if gates is None:
         found: list[nn.Module] = [m for m in model_.modules() if isinstance(m, Gate) and _differentiable(m.rule)]
@@ -145,7 +146,7 @@ def check_gradients(model: nn.Module, example: Tensor, gates: Sequence[nn.Module
 
 
 def check_saving(model: nn.Module, example: Tensor) -> None:
-    """Law 6, first part: a state dict carries all there is, and bfloat16 runs in both forms."""
+    """Check law 6, first part: a state dict restores the model, and bfloat16 runs in both forms."""
     model = copy.deepcopy(model).eval()
     other = copy.deepcopy(model)
     with torch.no_grad():
@@ -161,7 +162,7 @@ def check_saving(model: nn.Module, example: Tensor) -> None:
 
 
 def check_portable(model: nn.Module, example: Tensor) -> None:
-    """Law 6, second part: torch.export of the dense form with a dynamic batch, torch.compile in one graph."""
+    """Check law 6, second part: torch.export of the dense form with a dynamic batch, torch.compile in one graph."""
     model = execute(copy.deepcopy(model).eval(), sparse=False)
     with torch.no_grad():
         expected = model(example)
@@ -202,7 +203,7 @@ def _alone_macs(model: nn.Module, x: Tensor, decide: Callable[[Decision], Tensor
 
 
 def _priced(cost: CostModel, trace: Trace) -> None:
-    """Law 3: what can be skipped costs something, in the layer's own units or in layers inside them."""
+    """Law 3: units have a price, their own or that of layers inside them."""
     around = {name for call in trace.calls for name, _ in call.within}
     for name, prices in cost.unit.items():
         assert prices.any() or name in around, (
@@ -212,7 +213,7 @@ def _priced(cost: CostModel, trace: Trace) -> None:
 
 
 def _agree(dense: Trace, sparse: Trace, decide: Any) -> None:
-    """Law 4: the same keeps in the same order, once calls that no row reached are dropped."""
+    """Law 4: the same keeps in the same order, without calls that no row reached."""
     for name in dense.keys():
         reached = [[k for k in trace[name] if k.any()] for trace in (dense, sparse)]
         assert len(reached[0]) == len(reached[1]), (
@@ -242,7 +243,7 @@ def _forcings(draws: int) -> list[Callable[[Decision], Tensor]]:
 
 
 def random_decisions(seed: int) -> Callable[[Decision], Tensor]:
-    """A row-wise function of the scores that looks random, for `forced`: rates from 0.3 to 0.7."""
+    """Make a pseudo-random, row-wise function of the scores for `forced`, with rates from 0.3 to 0.7."""
 
     def random(d: Decision) -> Tensor:
         units = torch.arange(d.keep.shape[-1], dtype=d.score.dtype, device=d.score.device)
@@ -258,7 +259,7 @@ def _law(number: int, decide: Any) -> Callable[[str], str]:
 
 
 class _FeatureScorer(nn.Module):
-    """A fixed function of a row's features: rows are all axes but the last; for images, the first."""
+    """A fixed function of a row's features. Rows are all axes except the last; of images, the first."""
 
     def forward(self, x: Tensor) -> Tensor:
         features = x.flatten(1) if x.dim() == 4 else x

@@ -120,7 +120,7 @@ def pixels(branch, channels, side, layers=2, tile=1, dilate=True):
 
 
 class MaskGiven(nn.Module):
-    """A gate that looks at nothing: one mask (1, H, W, 1) for all images."""
+    """A gate that ignores its input: one mask (1, H, W, 1) for all images."""
 
     def __init__(self, keep) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ def measured(name, keep, model, x, cache, rounds):
     execute(model, sparse=False)
     if isinstance(model[0], NeuronSkip) and batch == 1:
         dense["torch mv"] = lambda inputs: by_vectors(model, inputs[0])
-    # Nobody pays for a layout that he would not have chosen.
+    # Every engine gets the memory format that suits it.
     given = {engine: x if engine == "eager channels_last" else x.contiguous() for engine in dense}
     with torch.no_grad(), forced(model, everything):
         expected = model(x)
@@ -263,13 +263,13 @@ def measured(name, keep, model, x, cache, rounds):
 
 
 def same_answers(ours, theirs, our_trace, their_trace):
-    """Rows that were decided alike have the same answers, and nearly all were: scores next to a threshold round apart."""
-    alike = torch.ones(len(ours), dtype=torch.bool)
+    """Rows with the same decisions have the same answers, and nearly all have them: scores at a threshold may round."""
+    same = torch.ones(len(ours), dtype=torch.bool)
     for name in their_trace.keys():
         for a, b in zip(our_trace[name], their_trace[name], strict=True):
-            alike &= (a == b).flatten(1).all(1)
-    assert alike.sum() >= 0.9 * len(ours) - 1, f"only {int(alike.sum())} of {len(ours)} rows were decided alike"
-    torch.testing.assert_close(ours[alike], theirs[alike], rtol=1e-3, atol=1e-3)
+            same &= (a == b).flatten(1).all(1)
+    assert same.sum() >= 0.9 * len(ours) - 1, f"only {int(same.sum())} of {len(ours)} rows had the same decisions"
+    torch.testing.assert_close(ours[same], theirs[same], rtol=1e-3, atol=1e-3)
 
 
 def by_vectors(model, x):
@@ -304,8 +304,8 @@ def main():
             for networks in SETS[name]:
                 for cell in networks():
                     rows.append(measured(*cell, Path(cache), args.rounds))
-                    told = {key: f"{v:.3g}" if isinstance(v, float) else v for key, v in rows[-1].items()}
-                    print(*(f"{key}={told[key]}" for key in told if key not in ("rounds", "native")), flush=True)
+                    texts = {key: f"{v:.3g}" if isinstance(v, float) else v for key, v in rows[-1].items()}
+                    print(*(f"{key}={texts[key]}" for key in texts if key not in ("rounds", "native")), flush=True)
     args.results.mkdir(exist_ok=True)
     append_rows(args.results / "kernel_speed.csv", rows, {"threads": 1, "weights": "random", "pid": os.getpid()})
 

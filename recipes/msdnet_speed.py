@@ -4,7 +4,7 @@
 
 The authors' budgeted networks for CIFAR (MSDNet: 5 exits, 58 million MACs; RANet: 6 exits, 61 million) with thresholds
 that let samples out in geometric shares, as their protocol does (ratio 0.5, of five exits: 52, 26, 13, 6 and 3 %, about
-3.8 times fewer MACs). Speed does not ask what the answers mean, so nothing is trained here. Every repeat is a process of
+3.8 times fewer MACs). Speed does not depend on what the answers mean, so nothing is trained here. Every repeat is a process of
 its own; every row of every repeat is kept.
 """
 

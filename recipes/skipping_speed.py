@@ -2,7 +2,7 @@
 
     python recipes/skipping_speed.py --repeats 3 --results results        # names of NETWORKS; all if none
 
-Speed does not ask what the answers mean, so nothing is trained here: the gates are real ones, with random weights, and
+Speed does not depend on what the answers mean, so nothing is trained here: the gates are real ones, with random weights, and
 their thresholds are set so that every one keeps the same share of these inputs. Every repeat is a process of its own;
 every row of every repeat is kept. One thread; columns are explained in `dynanet/bench/comparison.py`.
 """
@@ -35,7 +35,7 @@ from dynanet.nets.slim import SlimBatchNorm2d, SlimConv2d, SlimSequential, scale
 
 
 def scorer(channels, units=1):
-    """One linear map of the means: what it says differs from input to input."""
+    """One linear map of the means: what it returns differs from input to input."""
     return PooledScorer(channels, units, hidden=0, bias=0.0)
 
 
@@ -134,20 +134,20 @@ def keeping(model, x, share):
         model.thresholds.fill_(float(sure.quantile(share)))
         return model
     for layer in drops(model):  # of the tokens that are still there: images differ in how many they keep
-        with heard(layer.gate.scorer) as scores, torch.no_grad():
+        with recorded(layer.gate.scorer) as scores, torch.no_grad():
             execute(model, sparse=True)(x)
         layer.gate.rule = Threshold(float(torch.cat(scores).flatten()[::7].quantile(1 - share)))
     execute(model, sparse=False)
     for layer in model.modules():
         if isinstance(layer, ChannelGating):
-            with heard(layer.gate.scorer) as scores, torch.no_grad():
+            with recorded(layer.gate.scorer) as scores, torch.no_grad():
                 model(x)
                 layer.gate.scorer.thresholds += scores[0].flatten(0, -2).quantile(1 - share, dim=0)
     gates = [m for m in model.modules() if isinstance(m, Gate) and isinstance(m.scorer, PooledScorer)]
     for gate in gates:  # in order: what one decides, the next one sees
         if isinstance(gate.rule, Threshold) and gate.rule.at < 0:
             continue  # keeps everything
-        with heard(gate.scorer) as scores, torch.no_grad(), record(model):
+        with recorded(gate.scorer) as scores, torch.no_grad(), record(model):
             model(x)
         score = torch.cat(scores)
         with torch.no_grad():
@@ -160,8 +160,8 @@ def keeping(model, x, share):
 
 
 @contextmanager
-def heard(scorer):
-    """What it answers."""
+def recorded(scorer):
+    """Record what a scorer returns."""
     scores = []
     hook = scorer.register_forward_hook(lambda module, inputs, score: scores.append(score))
     try:

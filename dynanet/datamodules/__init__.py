@@ -4,48 +4,22 @@
     model = dynanet.zoo.staged_resnet(**data.arguments)
     dynanet.train.fit(model, data.train, data.held_out, ...)
 
-`DATA_MODULES` are those that the command line opens by name: a new one is a file here and a line in this table.
+`DATA_MODULES` holds those that the command line opens by name: a new one is a file here and a line of `table.py`.
 """
 
-from dynanet.datamodules.camvid import CamVidDataModule
-from dynanet.datamodules.digits import DigitsDataModule
-from dynanet.datamodules.folder import FolderDataModule
-from dynanet.datamodules.indian_pines import IndianPinesDataModule
-from dynanet.datamodules.inputs import ImageInputs, InputForm, SentenceInputs, SequenceInputs
-from dynanet.datamodules.module import DataModule, Opened
-from dynanet.datamodules.parquet import ParquetDataModule
-from dynanet.datamodules.sentences import SentencesDataModule
-from dynanet.datamodules.spoken_digits import SpokenDigitsDataModule
-from dynanet.datamodules.time_series import TimeSeriesDataModule
-from dynanet.datamodules.voc import VOCDataModule
-
-DATA_MODULES: dict[str, type[DataModule]] = {
-    "indian_pines": IndianPinesDataModule,
-    "parquet": ParquetDataModule,
-    "folder": FolderDataModule,
-    "digits": DigitsDataModule,
-    "camvid": CamVidDataModule,
-    "voc": VOCDataModule,
-    "spoken_digits": SpokenDigitsDataModule,
-    "time_series": TimeSeriesDataModule,
-    "sentences": SentencesDataModule,
-}
-
-__all__ = [
-    "DATA_MODULES",
-    "CamVidDataModule",
-    "DataModule",
-    "DigitsDataModule",
-    "FolderDataModule",
-    "ImageInputs",
-    "IndianPinesDataModule",
-    "InputForm",
-    "Opened",
-    "ParquetDataModule",
-    "SentenceInputs",
-    "SentencesDataModule",
-    "SequenceInputs",
-    "SpokenDigitsDataModule",
-    "TimeSeriesDataModule",
-    "VOCDataModule",
-]
+from dynanet.datamodules.camvid import CamVidDataModule as CamVidDataModule
+from dynanet.datamodules.digits import DigitsDataModule as DigitsDataModule
+from dynanet.datamodules.folder import FolderDataModule as FolderDataModule
+from dynanet.datamodules.indian_pines import IndianPinesDataModule as IndianPinesDataModule
+from dynanet.datamodules.inputs import ImageInputs as ImageInputs
+from dynanet.datamodules.inputs import InputForm as InputForm
+from dynanet.datamodules.inputs import SentenceInputs as SentenceInputs
+from dynanet.datamodules.inputs import SequenceInputs as SequenceInputs
+from dynanet.datamodules.module import DataModule as DataModule
+from dynanet.datamodules.module import Opened as Opened
+from dynanet.datamodules.parquet import ParquetDataModule as ParquetDataModule
+from dynanet.datamodules.sentences import SentencesDataModule as SentencesDataModule
+from dynanet.datamodules.spoken_digits import SpokenDigitsDataModule as SpokenDigitsDataModule
+from dynanet.datamodules.table import DATA_MODULES as DATA_MODULES
+from dynanet.datamodules.time_series import TimeSeriesDataModule as TimeSeriesDataModule
+from dynanet.datamodules.voc import VOCDataModule as VOCDataModule

@@ -1,39 +1,16 @@
 """Folders of images, root/split/class/image."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from dynanet.data.folder import load_folder
 from dynanet.data.images import Images
-from dynanet.datamodules.images import labelled_images, with_held_out
-from dynanet.datamodules.module import DataModule, Opened
+from dynanet.datamodules.images import SplitImagesDataModule
 
 
 @dataclass(eq=False)
-class FolderDataModule(DataModule):
-    """Images in folders, root/split/class/image.
+class FolderDataModule(SplitImagesDataModule):
+    """Images in folders; `place` is the folder that holds the splits (see `data.folder`)."""
 
-    Args:
-        place: the folder that holds the splits; see `data.folder.load_folder`.
-        hold_out: training images to hold out for calibration; None: the validation split, or a tenth without one.
-        seed: draws the images to hold out.
-        size: side that images are cut and resized to; None: as they are.
-    """
-
-    place: str
-    hold_out: int | None = None
-    seed: int = 0
-    size: int | None = None
-
-    def setup(self) -> Opened:
-        """Read all images into memory; training images move by up to an eighth of their side."""
-        name = f"{Path(self.place).name} (folder)"
-        title, train, held_out, test = with_held_out(self._load, name, self.hold_out, self.seed)
-        crop = max(1, test.images.shape[-1] // 8)
-        return labelled_images(
-            title, train, held_out, test, batch=self.batch, seed=self.shuffle_seed, crop=crop, flip=0.5
-        )
-
-    def _load(self, split: str) -> Images:
-        size = None if self.size is None else (self.size, self.size)
+    def load(self, split: str, size: tuple[int, int] | None) -> Images:
+        """Read a split."""
         return load_folder(self.place, split, size=size)

@@ -1,46 +1,80 @@
 """What the sets of labelled images share: a held-out part, standardisation, and augmentation."""
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
 
 from dynanet.core.errors import MissingSplitError
 from dynanet.data.augment import CropFlip, channel_stats
 from dynanet.data.images import Images, ImageTensors
 from dynanet.data.splits import hold_out
 from dynanet.datamodules.inputs import ImageInputs
-from dynanet.datamodules.module import Opened
+from dynanet.datamodules.module import DataModule, Opened
 from dynanet.train.batches import Batches
 
 
-def with_held_out(
-    load: Callable[[str], Images], name: str, count: int | None, seed: int
-) -> tuple[str, ImageTensors, ImageTensors, ImageTensors]:
-    """The title, and the training, held-out and test images of a set that may have a validation split.
+@dataclass(eq=False)
+class SplitImagesDataModule(DataModule, ABC):
+    """Labelled images in the splits train, test and maybe val, which `load` reads by name.
 
     Args:
-        load: reads a split by name.
-        name: of the set, for the title.
-        count: images to hold out of the training split; None: the validation split, or a tenth where there is none.
+        place: where the images are.
+        hold_out: training images to hold out for calibration; None: the validation split, or a tenth without one.
         seed: draws the images to hold out.
+        size: side that images are cut and resized to; None: as they are.
     """
-    train, test = (load(split).to_memory() for split in ("train", "test"))
-    if count is None:
-        try:
-            return f"{name}, with its validation split", train, load("val").to_memory(), test
-        except MissingSplitError:
-            count = max(1, len(train) // 10)
-    train, held_out = hold_out(train, count, seed=seed)
-    return f"{name}, {count} training images held out, seed {seed}", train, held_out, test
+
+    place: str
+    hold_out: int | None = None
+    seed: int = 0
+    size: int | None = None
+
+    @abstractmethod
+    def load(self, split: str, size: tuple[int, int] | None) -> Images:
+        """Read a split.
+
+        Args:
+            split: its name.
+            size: (height, width) to resize to.
+
+        Raises:
+            MissingSplitError: the set does not have it.
+        """
+
+    def setup(self) -> Opened:
+        """Read all images into memory; a crop moves training images by up to an eighth of their side."""
+        size = None if self.size is None else (self.size, self.size)
+        train, test = (self.load(split, size).to_memory() for split in ("train", "test"))
+        train, held_out, how = self._with_held_out(train, size)
+        kind = type(self).__name__.removesuffix("DataModule").lower()
+        return labelled_images(
+            f"{Path(self.place).name} ({kind}), {how}", train, held_out, test,
+            batch=self.batch, seed=self.shuffle_seed, crop=max(1, test.images.shape[-1] // 8), flip=0.5,
+        )  # fmt: skip
+
+    def _with_held_out(
+        self, train: ImageTensors, size: tuple[int, int] | None
+    ) -> tuple[ImageTensors, ImageTensors, str]:
+        """The images to train with, those held out, and where these come from."""
+        count = self.hold_out
+        if count is None:
+            try:
+                return train, self.load("val", size).to_memory(), "with its validation split"
+            except MissingSplitError:
+                count = max(1, len(train) // 10)
+        train, held_out = hold_out(train, count, seed=self.seed)
+        return train, held_out, f"{count} training images held out, seed {self.seed}"
 
 
 def labelled_images(
     title: str, train: ImageTensors, held_out: ImageTensors, test: ImageTensors, *, batch: int, seed: int,
     crop: int, flip: float,
 ) -> Opened:  # fmt: skip
-    """Images with a class each; training images are cropped and mirrored at random.
+    """Images with a class each, standardised by the training part; training images are cropped and mirrored at random.
 
     Args:
         title: of the data.
-        train: training images, whose statistics standardise all.
+        train: training images.
         held_out: for calibration.
         test: for the final figures.
         batch: training samples per step.

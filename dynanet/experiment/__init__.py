@@ -23,19 +23,19 @@ if TYPE_CHECKING:
     from dynanet.experiment.run import Run as Run
 
 _WHERE = {
-    "Data": "config",
-    "Experiment": "config",
-    "Model": "config",
-    "Recipe": "config",
-    "RequestedBudgets": "budgets",
-    "Run": "run",
-    "predict": "prediction",
-    "static_point": "report",
-    "write_report": "report",
+    "Data": "dynanet.experiment.config",
+    "Experiment": "dynanet.experiment.config",
+    "Model": "dynanet.experiment.config",
+    "Recipe": "dynanet.experiment.config",
+    "RequestedBudgets": "dynanet.experiment.budgets",
+    "Run": "dynanet.experiment.run",
+    "predict": "dynanet.experiment.prediction",
+    "static_point": "dynanet.experiment.report",
+    "write_report": "dynanet.experiment.report",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+    return getattr(import_module(_WHERE[name]), name)

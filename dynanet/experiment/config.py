@@ -188,7 +188,7 @@ class Experiment:
         """Read a YAML file.
 
         Raises:
-            ConfigError: there is no such file, or it is not the YAML of an experiment.
+            ConfigError: the file cannot be read, or is not the YAML of an experiment.
         """
         try:
             raw = yaml.safe_load(path.read_text())

@@ -62,7 +62,7 @@ class Compact:
         return otherwise if rows is None else _image(_flat(otherwise).index_copy(0, index, rows), otherwise)
 
     def add(self, layer: Dynamic, units: Sequence[int], keep_B1HW: Tensor, x: Tensor, *, owned: bool = False) -> Tensor:
-        """x plus the chain's answer at the kept positions, x elsewhere; arguments as of `run`.
+        """Add the chain's answer to x at the kept positions; arguments as of `run`.
 
         The sparse answer is laid out channels last: what gathers from it next need not copy the image. With `owned`,
         x may be overwritten.
@@ -94,7 +94,7 @@ class Compact:
         return self._chain.dense(x)
 
     def _ready(self, x: Tensor) -> tuple[Tensor, Ready | None]:
-        """x as rows, and the packed weights if native kernels can run the chain as it is now."""
+        """The rows of x, and the packed weights if native kernels can run the chain as it is now."""
         self._refresh()
         flat = _flat(x)
         return flat, self._native.ready(self._chain.layers, flat)

@@ -72,8 +72,7 @@ def scene_form(model: nn.Module, patch: int = 9) -> SceneExit:
     Raises:
         StructureError: another kind of model.
     """
-    first = model.exits[0] if isinstance(model, EarlyExit) else None
-    if not isinstance(first, PixelExit):
+    if not isinstance(model, EarlyExit) or not isinstance(first := model.exits[0], PixelExit):
         raise StructureError("a scene form needs a model of spectral_exit, whose first exit reads single pixels")
     return SceneExit.of(model, OfPixels(first), patch)
 

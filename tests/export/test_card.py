@@ -26,9 +26,7 @@ def test_facts_are_in_words():
 
 
 def test_limits_are_named_and_no_line_says_that_there_are_none():
-    assert lines({"step limit": {"exits": 2, "": 3}})[1:] == [
-        "- step limit: 2 (exits), 3 (the model itself)"
-    ]
+    assert lines({"step limit": {"exits": 2, "": 3}})[1:] == ["- step limit: 2 (exits), 3 (the model itself)"]
     assert lines({"step limit": {}})[1:] == []
 
 

@@ -168,7 +168,7 @@ def test_videos_are_cut_into_clips():
     assert cut(x.x, 7).lengths.tolist() == [1, 1]
     with pytest.raises(InputError, match="a video of 4 frames has no clip of 5"):
         cut(x, 5)
-    with pytest.raises(ConfigError, match="frames is 0"):
+    with pytest.raises(ConfigError, match="frames must be at least 1, got 0"):
         cut(x, 0)
 
 

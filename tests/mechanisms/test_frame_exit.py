@@ -182,7 +182,7 @@ def test_gates_learn_after_which_frame_the_class_is_known():
 def test_what_does_not_fit_together_is_refused():
     with pytest.raises(StructureError, match="2 classifiers and 2 gates"):
         FrameExit(nn.Flatten(), [nn.Linear(6, 3)] * 2, [ExitGate(6)] * 2)
-    with pytest.raises(ConfigError, match="longest is 0"):
+    with pytest.raises(ConfigError, match="longest must be at least 1, got 0"):
         FrameExit(nn.Flatten(), [nn.Linear(6, 3)], [], longest=0)
     model = model_of()
     with pytest.raises(InputError, match="8 frames for a layer made for 7"):

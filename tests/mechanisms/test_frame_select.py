@@ -268,7 +268,7 @@ def test_what_does_not_fit_together_is_refused():
             make(skips=skips)
     with pytest.raises(ConfigError, match="size must be at least 1"):
         make(sizes=(0, 2, 4))
-    with pytest.raises(ConfigError, match="hidden is 0"):
+    with pytest.raises(ConfigError, match="hidden must be at least 1, got 0"):
         make(hidden=0)
     with pytest.raises(StructureError, match="3 sizes and 2 networks; give one"):
         make(nets=2)

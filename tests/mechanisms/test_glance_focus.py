@@ -296,7 +296,7 @@ def test_what_it_refuses(x):
     for wrong, says in (
         ({"glimpses": 0}, "0 glimpses"),
         ({"crop_size": 0}, "size must be at least 1"),
-        ({"glance_size": (3,)}, "size of"),
+        ({"glance_size": (3,)}, "size must be a side or"),
     ):
         with pytest.raises(ConfigError, match=says):
             glances(**wrong)
