@@ -113,7 +113,7 @@ def test_the_l1_term_is_the_sum_of_mean_saliencies(x):
     plain = ChannelSkip([nn.Conv2d(3, 4, 1)], [gate(3, 2, StraightThrough())], 2)
     with record(plain) as trace:
         plain(x)
-    with pytest.raises(StructureError, match="no ChannelSkip with boost"):
+    with pytest.raises(StructureError, match="expected a ChannelSkip with boost"):
         SaliencyL1()(None, None, trace)
 
 
