@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import StructureError, check_shares
-from dynanet.core.gate import Gate
+from dynanet.core.gate import Gate, check_units
 from dynanet.core.objective import Objective
 from dynanet.core.trace import Frame, Trace
 from dynanet.gates.rules import TopK
@@ -225,8 +225,7 @@ def _check(
         raise StructureError(
             f"a norm after {conv.out_channels} channels must have as many and keep statistics; got {norm}"
         )
-    if isinstance(gate, Gate) and gate.units != groups_out:
-        raise StructureError(f"a gate scores {gate.units} groups and its convolution has {groups_out}; make them equal")
+    check_units(gate, groups_out, "groups of outputs")
     for layer in after if isinstance(after, nn.Sequential) else (after,):
         if not isinstance(layer, _ZERO_STAYS_ZERO):
             raise StructureError(

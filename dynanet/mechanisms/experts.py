@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import ConfigError, StructureError, check_sizes
-from dynanet.core.gate import Gate
+from dynanet.core.gate import Gate, check_units
 from dynanet.core.rows import take_rows
 from dynanet.core.trace import Frame
 from dynanet.gates.expert_rules import BatchCoupledTopK, BiasedTopK
@@ -60,8 +60,13 @@ class Experts(Dynamic):
         if not experts:
             raise StructureError("a mixture of experts needs at least one expert, got none")
         mix = mix if mix is not None else softmax_over_all
-        if isinstance(gate, Gate):
-            _check(gate, len(experts), mix)
+        check_units(gate, len(experts), "experts")
+        if isinstance(gate, Gate) and isinstance(gate.rule, TopK | BiasedTopK | BatchCoupledTopK):
+            if gate.rule.k == 1 and len(experts) > 1 and mix in (softmax_over_kept, sigmoid_over_kept):
+                raise ConfigError(
+                    f"{mix.__name__} of a single kept expert is always 1, so no gradient reaches the router; with "
+                    f"k = 1 use mix=softmax_over_all"
+                )
         self.experts = nn.ModuleList(experts)
         self.gate = gate
         self.mix = mix
@@ -185,16 +190,3 @@ class RouterScorer(nn.Module):
             x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
         with torch.autocast(x.device.type, enabled=False):
             return functional.linear(x, self.weight.to(x.dtype))
-
-
-def _check(gate: Gate, experts: int, mix: Mix) -> None:
-    if gate.units != experts:
-        raise StructureError(
-            f"the gate decides on {gate.units} units and there are {experts} experts; give units={experts}"
-        )
-    if isinstance(gate.rule, TopK | BiasedTopK | BatchCoupledTopK):
-        if gate.rule.k == 1 and experts > 1 and mix in (softmax_over_kept, sigmoid_over_kept):
-            raise ConfigError(
-                f"{mix.__name__} of a single kept expert is always 1, so no gradient reaches the router; with k = 1 "
-                f"use mix=softmax_over_all"
-            )

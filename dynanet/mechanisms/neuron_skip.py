@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import ConfigError, InputError, StructureError, check_sizes
-from dynanet.core.gate import Gate
+from dynanet.core.gate import Gate, check_units
 from dynanet.core.trace import Frame
 from dynanet.gates.rules import TopK
 from dynanet.nets.moefication import balanced_clusters, fit_router
@@ -54,10 +54,7 @@ class NeuronSkip(Dynamic):
         super().__init__()
         self.block = block
         self.blocks = _block_count(up, down, block)
-        if isinstance(gate, Gate) and gate.units != self.blocks:
-            raise StructureError(
-                f"the gate decides on {gate.units} units, and there are {self.blocks} blocks of {block} neurons"
-            )
+        check_units(gate, self.blocks, "blocks of neurons")
         # Parameters, not layers: a session replaces static layers by engines, and these are used in slices.
         self.up = _copied(up.weight)
         self.down = _copied(down.weight.t())

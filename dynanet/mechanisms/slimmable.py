@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic, Kept, layers
 from dynanet.core.errors import ConfigError, StructureError
-from dynanet.core.gate import Gate
+from dynanet.core.gate import Gate, check_units
 from dynanet.core.objective import Objective
 from dynanet.core.serving import CalledInParts
 from dynanet.core.trace import Trace
@@ -51,8 +51,7 @@ class Slimmable(Dynamic):
         super().__init__()
         if not isinstance(net, Slim):
             raise StructureError(f"net must be a Slim (see dynanet.nets.slim), got {type(net).__name__}")
-        if isinstance(gate, Gate) and gate.units != net.widths:
-            raise StructureError(f"the gate scores {gate.units} widths and the net has {net.widths}; make them equal")
+        check_units(gate, net.widths, "widths")
         self.net: nn.Module = net
         self.target: nn.Module | None = None
         self.gate = gate

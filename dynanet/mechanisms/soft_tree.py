@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import ConfigError, StructureError, check_shares, check_sizes
-from dynanet.core.gate import Gate
+from dynanet.core.gate import Gate, check_units
 from dynanet.core.objective import Objective
 from dynanet.core.rows import over_tensors
 from dynanet.core.trace import Call, Trace
@@ -74,10 +74,7 @@ class SoftTree(Dynamic):
         mix: Mix = mixture,
     ) -> None:
         super().__init__()
-        if isinstance(gate, Gate) and gate.units != 1:
-            raise StructureError(
-                f"a node of a tree needs a gate for 1 unit, whose score is that of the right side; got {gate.units}"
-            )
+        check_units(gate, 1, "scores in a node of a tree")
         if isinstance(gate, Gate) and gate.rule.competes:
             raise StructureError(
                 f"a node of a tree got the rule {type(gate.rule).__name__}, by which all rows go right; use Sigmoid or "

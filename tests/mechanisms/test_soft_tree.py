@@ -236,7 +236,7 @@ WRONG = {
     "no features": (ConfigError, "^features", lambda: soft_decision_tree(0, CLASSES, 2)),
     "two scores": (
         StructureError,
-        "a gate for 1 unit.*got 2",
+        "2 units; expected 1",
         lambda: SoftTree(Gate(nn.Linear(D, 2), Sigmoid(), 2), leaf(), leaf()),
     ),
     "top-k": (StructureError, "TopK", lambda: SoftTree(Gate(nn.Linear(D, 1), TopK(1)), leaf(), leaf())),
