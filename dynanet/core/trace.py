@@ -78,8 +78,9 @@ class Call(NamedTuple):
 
     @property
     def within(self) -> tuple[tuple[str, int], ...]:
-        """The units that were running around it, outermost first, as (layer's name, unit). For a Halt of many steps
-        that is long: `around` and `innermost` tell the most of it at once.
+        """The units that were running around it, outermost first, as (layer's name, unit).
+
+        Prefer `around` and `innermost`: for a Halt of many steps this tuple is long.
         """
         units, place = [], self.place
         while place.outer is not None:
