@@ -14,9 +14,7 @@ from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import record
 from dynanet.core.errors import ConfigError, InputError
 from dynanet.core.halt import Halt
-from dynanet.data.camvid import Paths
-from dynanet.data.folder import SUFFIXES
-from dynanet.data.images import Images, to_float
+from dynanet.data.images import SUFFIXES, ImageFiles, Images, to_float
 from dynanet.data.ragged import Sequences, pad
 from dynanet.data.speech import log_mel, read_wav
 from dynanet.data.text import Sentences, Vocabulary
@@ -162,7 +160,7 @@ def _images(files: list[Path], bundle: Bundle) -> tuple[Tensor, list[str]]:
     if wanted is None or wanted.channels not in (1, 3) or wanted.size is None:
         raise InputError(f"{files[0]} is an image, but the model does not say that it takes images; give an .npy file")
     mode = "RGB" if wanted.channels == 3 else "L"
-    loaded = Images(Paths(files), torch.zeros(len(files)), ["any"], mode=mode, size=wanted.size).to_memory()
+    loaded = Images(ImageFiles(files), torch.zeros(len(files)), ["any"], mode=mode, size=wanted.size).to_memory()
     x = to_float(loaded.images)
     if wanted.mean is not None and wanted.std is not None:
         x = (x - torch.tensor(wanted.mean)[:, None, None]) / torch.tensor(wanted.std)[:, None, None]
