@@ -185,8 +185,8 @@ def test_a_damaged_bundle(refused, run, tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((1, 1, 8, 8)))
     weights = run / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
-    assert "altered" in refused("predict", run, tmp_path / "x.npy")
-    assert "altered" in refused("calibrate", run)
+    assert "does not match manifest.json" in refused("predict", run, tmp_path / "x.npy")
+    assert "does not match manifest.json" in refused("calibrate", run)
 
 
 def test_a_bundle_of_a_stranger_runs_no_code(refused, tmp_path):

@@ -110,7 +110,7 @@ def test_sentences_from_nothing_to_answers(place, call, refused, tmp_path):
     answered(call, "export-bundle", run, tmp_path / "bundle")
     assert "only a run that was trained on sentences knows the words" in refused("predict", tmp_path / "bundle", texts)
     (run / "words.txt").write_text("two words\n")
-    assert "no vocabulary, or damaged" in refused("predict", run, texts)
+    assert "is not a vocabulary, or damaged" in refused("predict", run, texts)
     texts.write_text("\n")
     assert "holds no sentences" in refused("predict", run, texts)
 
