@@ -18,8 +18,9 @@ from beside import Experiment, Recipe, arguments
 from torch import nn
 
 from dynanet import Budget, Gate, convert
+from dynanet.gates.expert_rules import BatchCoupledTopK, BiasedTopK
 from dynanet.gates.rules import Gumbel, TopK
-from dynanet.mechanisms.experts import BatchCoupledTopK, BiasedTopK, Experts, RouterScorer, sigmoid_over_kept
+from dynanet.mechanisms.experts import Experts, RouterScorer, sigmoid_over_kept
 from dynanet.mechanisms.neuron_skip import LowRankScorer, NeuronSkip, moefy
 from dynanet.train import Batches, BudgetPenalty, CrossEntropy, LoadBalance, RouterZ, adamw, tighten_budget
 

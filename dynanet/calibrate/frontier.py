@@ -228,7 +228,7 @@ def with_exits(table: ExitTable, exits: Sequence[int], exit_macs: Sequence[float
     prices = np.asarray(exit_macs, dtype=np.float64)
     kept = list(exits)
     if kept != sorted(set(kept)) or not kept or kept[0] < 0 or kept[-1] != table.exits - 1:
-        raise DataError(f"exits must ascend from 0 on and end with the last, {table.exits - 1}; got {kept}")
+        raise DataError(f"exits must be ascending numbers, the last one included ({table.exits - 1}); got {kept}")
     if prices.shape != (table.exits,) or (prices < 0).any() or (prices.cumsum() > table.mean_macs * (1 + 1e-9)).any():
         raise DataError(
             f"exit_macs must be {table.exits} numbers whose sums stay within the costs of the exits "

@@ -94,3 +94,19 @@ def require(module: str, extra: str) -> ModuleType:
             f"{module} is needed here and cannot be imported ({type(error).__name__}: {error}); "
             f"install it with: pip install 'dynanet[{extra}]'"
         ) from error
+
+
+def check_shares(*, positive: bool = False, **shares: float) -> None:
+    """Check that numbers are shares, from 0 to 1.
+
+    Args:
+        positive: 0 is not allowed.
+        shares: by name.
+
+    Raises:
+        ConfigError: naming the first that is not.
+    """
+    for name, share in shares.items():
+        if not 0 <= share <= 1 or (positive and share == 0):
+            expected = "above 0 and at most 1" if positive else "between 0 and 1"
+            raise ConfigError(f"{name} must be a share {expected}, got {share}")

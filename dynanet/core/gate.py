@@ -91,3 +91,13 @@ class Gate(nn.Module):
             return Decision(self.rule(score), score)
         there = (present > 0).nonzero(as_tuple=True)
         return Decision(torch.zeros_like(score).index_put(there, self.rule(score[there])), score)
+
+
+def check_units(gate: nn.Module, units: int, what: str) -> None:
+    """Check that a gate decides on the units of a layer; for modules that are not a `Gate` the first pass shows it.
+
+    Raises:
+        StructureError: another number of units.
+    """
+    if isinstance(gate, Gate) and gate.units != units:
+        raise StructureError(f"the gate decides on {gate.units} units; expected {units}, the number of {what}")

@@ -61,8 +61,9 @@ class Halt(Dynamic):
         """
 
     def should_continue_one(self, k: int, score: Tensor) -> bool:
-        """`should_continue` for a row by itself, in eval mode. For rules that need no tensors: beside one row these
-        cost.
+        """`should_continue` for a single row in eval mode.
+
+        For rules that can do without tensors, whose overhead counts at batch 1.
 
         Args:
             k: the step.
@@ -166,8 +167,9 @@ class ThresholdHalt(Halt):
 
 
 def highest_score(dtype: torch.dtype) -> float:
-    """The score of a row that has nothing left to do (a sequence at its end): the highest finite one, which tables of
-    scores can hold.
+    """The score of a row that has nothing left to compute, such as a sequence at its end.
+
+    It is the highest finite number, so that tables of scores can hold it.
     """
     return min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
 

@@ -131,8 +131,9 @@ def _encoder_layer(args: Any, out: Any) -> int:
 
 
 def _tokens(x: Tensor) -> tuple[int, int, int]:
-    """(tokens, the longest sample's, samples times that) of (B, T, D), or of a nested tensor, which the fast path makes
-    where padding is masked.
+    """(tokens, the longest sample's, samples times that) of (B, T, D) or of a nested tensor.
+
+    Torch's fast path makes a nested tensor where padding is masked.
     """
     if not x.is_nested:
         return x.shape[0] * x.shape[1], x.shape[1], x.shape[0] * x.shape[1]

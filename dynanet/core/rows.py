@@ -39,7 +39,7 @@ class Rows(ABC):
 
     @abstractmethod
     def mask(self, y: Any, lead: tuple[int, ...], keep: Tensor, otherwise: Any) -> Any:
-        """keep * y + (1 - keep) * otherwise; keep is flat, (rows,). Right for soft keeps too."""
+        """The blend keep * y + (1 - keep) * otherwise; keep is flat, (rows,). Right for soft keeps too."""
 
     def call(self, unit: Callable, x: Any) -> Any:
         """Run a unit on what `take` answered."""
@@ -75,7 +75,7 @@ class Leading(LeadingAnswers):
     """Rows are the leading axes of every tensor and do not touch each other: samples (B,), tokens (B, T), frames."""
 
     def whole(self, x: Any, lead: tuple[int, ...]) -> Any:
-        """x with its leading axes made one: (rows, ...)."""
+        """Merge the leading axes of x: (rows, ...)."""
         return over_tensors(lambda t: _flat(t, lead), x)
 
     def take(self, x: Any, lead: tuple[int, ...], index: Tensor) -> Any:
@@ -108,7 +108,7 @@ def take_rows(t: Tensor, index: Tensor) -> Tensor:
 
 
 def over_tensors(f: Callable[..., Tensor], tree: Any, *others: Any) -> Any:
-    """f over the tensors of pytrees of one structure. Other leaves (a size, None) stay unchanged."""
+    """Apply f to the tensors of pytrees of one structure. Other leaves (a size, None) stay unchanged."""
     if isinstance(tree, Tensor):  # the common case, without flattening a tree
         return f(tree, *others)
     return tree_map(lambda t, *o: f(t, *o) if isinstance(t, Tensor) else t, tree, *others)

@@ -78,8 +78,9 @@ class Call(NamedTuple):
 
     @property
     def within(self) -> tuple[tuple[str, int], ...]:
-        """The units that were running around it, outermost first, as (layer's name, unit). For a Halt of many steps
-        that is long: `around` and `innermost` tell the most of it at once.
+        """The units that were running around it, outermost first, as (layer's name, unit).
+
+        Prefer `around` and `innermost`: for a Halt of many steps this tuple is long.
         """
         units, place = [], self.place
         while place.outer is not None:
@@ -250,17 +251,25 @@ class Trace:
             raise StructureError(_only_some(name))
         return self.answers[name]
 
-    def runs(self, name: str, unit: int = 0) -> Tensor:
+    def runs(self, name: str, unit: int | None = 0) -> Tensor:
         """How often a unit of a layer ran for every row, (B, ...): for layers that are called again and again.
+
+        Args:
+            name: of the layer.
+            unit: which; None for all of them together.
 
         Raises:
             StructureError: the unit was not decided about in this pass.
         """
-        columns = [
-            call.keep[..., unit - call.first]
-            for call in self.calls
-            if call.name == name and call.first <= unit < call.first + call.keep.shape[-1]
-        ]
+        calls = [call for call in self.calls if call.name == name]
+        if unit is None:
+            columns = [call.keep.sum(-1) for call in calls]
+        else:
+            columns = [
+                call.keep[..., unit - call.first]
+                for call in calls
+                if call.first <= unit < call.first + call.keep.shape[-1]
+            ]
         if not columns:
             raise StructureError(
                 f"{name!r} did not run in this pass; run the model inside `with record(model) as trace`"

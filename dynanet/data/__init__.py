@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dynanet.data.annotated import AnnotatedImages
     from dynanet.data.augment import CropFlip, channel_stats, normalise, random_crop, random_flip
+    from dynanet.data.buckets import BucketedBatches
     from dynanet.data.camvid import LabelMaps, load_camvid
     from dynanet.data.detection import DetectionTensors, Normalize, RandomResizedFlipBoxes
     from dynanet.data.digits import load_digits
@@ -26,18 +27,19 @@ if TYPE_CHECKING:
     from dynanet.data.voc import Boxes, DetectionImages, load_voc
 
 __all__ = [
-    "AnnotatedImages", "Boxes", "CropFlip", "DetectionImages", "DetectionTensors", "Encoded", "ImageFiles",
-    "ImageTensors", "Images", "IndianPines", "LabelMaps", "Normalize", "PixelPatches", "RandomResizedFlip",
-    "RandomResizedFlipBoxes", "RawScene", "RotatePaste", "SegmentationTensors", "Sentences", "SequenceSet",
-    "Sequences", "TruncationWarning", "Vocabulary", "as_sequences", "as_videos", "channel_stats", "gather_patches",
-    "hold_out", "load_camvid", "load_digits", "load_folder", "load_labelled_lines", "load_parquet", "load_scene",
-    "load_spoken_digits", "load_time_series", "load_voc", "log_mel", "normalise", "pad", "random_crop", "random_flip",
-    "read_wav", "stratified", "to_float", "trimmed", "with_lengths",
+    "AnnotatedImages", "Boxes", "BucketedBatches", "CropFlip", "DetectionImages", "DetectionTensors", "Encoded",
+    "ImageFiles", "ImageTensors", "Images", "IndianPines", "LabelMaps", "Normalize", "PixelPatches",
+    "RandomResizedFlip", "RandomResizedFlipBoxes", "RawScene", "RotatePaste", "SegmentationTensors", "Sentences",
+    "SequenceSet", "Sequences", "TruncationWarning", "Vocabulary", "as_sequences", "as_videos", "channel_stats",
+    "gather_patches", "hold_out", "load_camvid", "load_digits", "load_folder", "load_labelled_lines",
+    "load_parquet", "load_scene", "load_spoken_digits", "load_time_series", "load_voc", "log_mel", "normalise",
+    "pad", "random_crop", "random_flip", "read_wav", "stratified", "to_float", "trimmed", "with_lengths",
 ]  # fmt: skip
 
 _FILES = {
     ".annotated": ("AnnotatedImages",),
     ".augment": ("CropFlip", "channel_stats", "normalise", "random_crop", "random_flip"),
+    ".buckets": ("BucketedBatches",),
     ".camvid": ("LabelMaps", "load_camvid"),
     ".detection": ("DetectionTensors", "Normalize", "RandomResizedFlipBoxes"),
     ".digits": ("load_digits",),

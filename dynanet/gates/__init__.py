@@ -2,6 +2,7 @@
 
 from dynanet.core.confidence import Confidence
 from dynanet.gates.confidence import Entropy, LearnedGate, LearnedScore, Margin, MaxProbability, Patience, PerExit
+from dynanet.gates.expert_rules import BatchCoupledTopK, BiasedTopK
 from dynanet.gates.recurrent import RecurrentGate
 from dynanet.gates.rules import (
     Bernoulli,
@@ -19,8 +20,8 @@ from dynanet.gates.scorers import ContextScorer, PooledScorer, TileScorer, tile_
 from dynanet.gates.token_confidence import LearnedToken, Saturation, SoftmaxGap, TokenConfidence, consistency_loss
 
 __all__ = [
-    "Bernoulli", "BinaryRule", "Confidence", "ContextScorer", "Entropy", "Gumbel", "LearnedGate", "LearnedScore",
-    "LearnedToken", "Margin", "MaxProbability", "OneOf", "Patience", "PerExit", "PooledScorer", "RecurrentGate",
-    "RelaxedTopK", "Rule", "Saturation", "Sigmoid", "SoftmaxGap", "StraightThrough", "Threshold", "TileScorer",
-    "TokenConfidence", "TopK", "consistency_loss", "tile_mean",
+    "BatchCoupledTopK", "Bernoulli", "BiasedTopK", "BinaryRule", "Confidence", "ContextScorer", "Entropy", "Gumbel",
+    "LearnedGate", "LearnedScore", "LearnedToken", "Margin", "MaxProbability", "OneOf", "Patience", "PerExit",
+    "PooledScorer", "RecurrentGate", "RelaxedTopK", "Rule", "Saturation", "Sigmoid", "SoftmaxGap",
+    "StraightThrough", "Threshold", "TileScorer", "TokenConfidence", "TopK", "consistency_loss", "tile_mean",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dynanet.mechanisms.early_exit import EarlyExit, JointGates
     from dynanet.mechanisms.early_stop import Earliest, EarlyStop, Frames, steps_read
     from dynanet.mechanisms.experts import (
-        BatchCoupledTopK, BiasedTopK, Experts, RouterScorer, sigmoid_over_kept, softmax_over_all, softmax_over_kept,
+        Experts, RouterScorer, sigmoid_over_kept, softmax_over_all, softmax_over_kept,
     )  # fmt: skip
     from dynanet.mechanisms.frame_exit import ExitGate, ExitLabels, FrameExit, FrameReader, coarse_to_fine, frames_read
     from dynanet.mechanisms.frame_select import EvenUse, FrameCost, FramePolicy, FrameSelect
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from dynanet.mechanisms.point_refine import PointHead, PointLoss, PointRefine, sampled
     from dynanet.mechanisms.policy_skip import Bounded, PolicySkip, curriculum
     from dynanet.mechanisms.pondering import ACT, PonderCost, PonderLoss, PonderNet, log_stopping
-    from dynanet.mechanisms.position_halting import PositionHalting, PositionPonderCost, halting_calls, steps_taken
+    from dynanet.mechanisms.position_halting import PositionHalting, PositionPonderCost, steps_taken
     from dynanet.mechanisms.resolution_select import ResolutionCost, ResolutionSelect
     from dynanet.mechanisms.scene_exit import SceneExit
     from dynanet.mechanisms.skim import Skim, SkimCost
@@ -60,8 +60,7 @@ _NAMES = {
     "dynanet.mechanisms.early_exit": ("EarlyExit", "JointGates"),
     "dynanet.mechanisms.early_stop": ("Earliest", "EarlyStop", "Frames", "steps_read"),
     "dynanet.mechanisms.experts": (
-        "BatchCoupledTopK", "BiasedTopK", "Experts", "RouterScorer", "sigmoid_over_kept", "softmax_over_all",
-        "softmax_over_kept",
+        "Experts", "RouterScorer", "sigmoid_over_kept", "softmax_over_all", "softmax_over_kept",
     ),
     "dynanet.mechanisms.frame_exit": (
         "ExitGate", "ExitLabels", "FrameExit", "FrameReader", "coarse_to_fine", "frames_read",
@@ -80,7 +79,7 @@ _NAMES = {
     "dynanet.mechanisms.point_refine": ("PointHead", "PointLoss", "PointRefine", "sampled"),
     "dynanet.mechanisms.policy_skip": ("Bounded", "PolicySkip", "curriculum"),
     "dynanet.mechanisms.pondering": ("ACT", "PonderCost", "PonderLoss", "PonderNet", "log_stopping"),
-    "dynanet.mechanisms.position_halting": ("PositionHalting", "PositionPonderCost", "halting_calls", "steps_taken"),
+    "dynanet.mechanisms.position_halting": ("PositionHalting", "PositionPonderCost", "steps_taken"),
     "dynanet.mechanisms.resolution_select": ("ResolutionCost", "ResolutionSelect"),
     "dynanet.mechanisms.scene_exit": ("SceneExit",),
     "dynanet.mechanisms.skim": ("Skim", "SkimCost"),

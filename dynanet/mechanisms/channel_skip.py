@@ -1,6 +1,7 @@
-"""Channel skip: a chain of convolutions of which each runs some of its channel groups, from those kept before."""
+"""Channel skip: a chain of convolutions, each of which computes some of its channel groups from those kept before."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
@@ -10,8 +11,8 @@ from torch.nn import functional as F
 
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic
-from dynanet.core.errors import ConfigError, StructureError
-from dynanet.core.gate import Gate
+from dynanet.core.errors import StructureError, check_shares
+from dynanet.core.gate import Gate, check_units
 from dynanet.core.objective import Objective
 from dynanet.core.trace import Frame, Trace
 from dynanet.gates.rules import TopK
@@ -20,28 +21,28 @@ from dynanet.gates.rules import TopK
 class ChannelSkip(Dynamic):
     """Gated convolutions: each computes the output groups it keeps, from the input groups kept before.
 
-    What a convolution costs hangs on two decisions, in and out. So a unit is a block of the weight matrix, its keep is
-    keep_in x keep_out, and the price is linear again; and the chain is one layer, the smallest module that sees every
-    decision its price depends on. All of the chain's input comes in.
+    The cost of a convolution depends on two decisions, in and out. So a unit is a block of the weight matrix, and its
+    keep is keep_in x keep_out, which makes the price linear. The chain is one layer, because that is the smallest
+    module that sees every decision its price depends on. All of the chain's input channels are kept.
 
     With `boost` this is feature boosting and suppression (FBS: Gao et al. 2019, arXiv:1810.05331, section 3): the kept
-    groups are multiplied with their scores, which `fbs_gate` makes saliencies. These take the place of the batch norms'
-    scales, which are left as they are, untrained, so that the L1 term on saliencies cannot be dodged.
+    groups are multiplied with their scores, which `fbs_gate` makes saliencies. These replace the batch norms' scales,
+    which are frozen: otherwise they could grow while the L1 term shrinks the saliencies.
 
     Args:
         convs: stride-1 or strided convolutions without grouping, with zero padding in numbers.
         gates: gate i maps conv i's input (B, C, H, W) to a Decision with keep (B, groups).
-        groups: the output channels of every convolution are kept in so many groups; one number, or one per
-            convolution. As many as there are channels makes every channel a group.
+        groups: number of groups of output channels; one number, or one per convolution. As many as there are channels
+            makes every channel a group.
         norms: the batch norm after each convolution, or None where there is none.
-        afters: what follows each convolution and its norm, and leaves 0 at 0, channel by channel: ReLU (the default),
+        afters: what follows each convolution and its norm, channel by channel, and maps 0 to 0: ReLU (the default),
             pooling, nn.Identity, or an nn.Sequential of these.
         boost: multiply what is kept with its score.
 
     Raises:
         StructureError: not one of each per convolution, convolutions that do not fit together, groups that do not
-            divide, a convolution that cannot be cut into blocks, a norm of other channels, a layer after it that would
-            fill in the channels that were skipped, or a gate with another number of units.
+            divide, a convolution that cannot be cut into blocks, a norm of other channels, a layer after it that does
+            not map 0 to 0, or a gate with another number of units.
     """
 
     def __init__(
@@ -67,12 +68,15 @@ class ChannelSkip(Dynamic):
             _check(conv, counts[i], counts[i - 1] if i else 1, gate, norm, after)
             if i and conv.in_channels != convs[i - 1].out_channels:
                 raise StructureError(
-                    f"convolution {i} takes {conv.in_channels} channels and the one before answers "
+                    f"convolution {i} takes {conv.in_channels} channels and the one before returns "
                     f"{convs[i - 1].out_channels}; make them equal"
                 )
-        self.convs, self.gates, self.afters = nn.ModuleList(convs), nn.ModuleList(gates), nn.ModuleList(following)
+        self.convs = nn.ModuleList(convs)
+        self.gates = nn.ModuleList(gates)
+        self.afters = nn.ModuleList(following)
         self.norms = nn.ModuleList(nn.Identity() if norm is None else norm for norm in normed)
-        self.groups, self.boost = tuple(counts), boost
+        self.groups = tuple(counts)
+        self.boost = boost
         if boost:
             for norm in normed:
                 if norm is not None and norm.weight is not None:
@@ -80,7 +84,8 @@ class ChannelSkip(Dynamic):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C', H', W'); groups that were not kept are zero."""
-        keep_in, first = x_BCHW.new_ones(x_BCHW.shape[0], 1), 0
+        keep_in = x_BCHW.new_ones(x_BCHW.shape[0], 1)
+        first = 0
         for i, gate in enumerate(self.gates):
             keep_out, score = self.apply_override(gate(x_BCHW))
             keep = (keep_in[:, :, None] * keep_out[:, None, :]).flatten(1)
@@ -90,7 +95,8 @@ class ChannelSkip(Dynamic):
                 x_BCHW = self._gathered(i, x_BCHW, keep_in, keep_out, factor, first)
             else:
                 x_BCHW = self._masked(i, x_BCHW, keep_out if factor is None else keep_out * factor)
-            keep_in, first = keep_out, first + keep.shape[1]
+            keep_in = keep_out
+            first += keep.shape[1]
         return x_BCHW
 
     def _masked(self, i: int, x: Tensor, factor: Tensor) -> Tensor:
@@ -100,27 +106,33 @@ class ChannelSkip(Dynamic):
     def _gathered(
         self, i: int, x: Tensor, keep_in: Tensor, keep_out: Tensor, factor: Tensor | None, first: int
     ) -> Tensor:
-        """Rows that chose alike run together, through the blocks of the weights that they chose."""
-        conv, norm, after = self.convs[i], self.norms[i], self.afters[i]
+        """Rows that keep the same groups run together, through the blocks of the weights that they keep."""
+        conv = self.convs[i]
         assert isinstance(conv, nn.Conv2d)
-        batch, came_in, go_out = x.shape[0], keep_in.shape[1], keep_out.shape[1]
-        blocks, y = range(first, first + came_in * go_out), None
+        norm = self.norms[i]
+        after = self.afters[i]
+        batch = x.shape[0]
+        groups_in = keep_in.shape[1]
+        groups_out = keep_out.shape[1]
+        blocks = range(first, first + groups_in * groups_out)
+        y = None
         for pattern, rows in _patterns(torch.cat([keep_in, keep_out], 1)):
-            ins, outs = pattern[:came_in].nonzero().squeeze(1), pattern[came_in:].nonzero().squeeze(1)
+            ins = pattern[:groups_in].nonzero().squeeze(1)
+            outs = pattern[groups_in:].nonzero().squeeze(1)
             if not len(outs):
                 continue
             with self.within(Frame(self, blocks, (batch,), rows, None, True)):
-                part = _block_conv(conv, _taken(_rows(x, rows), came_in, ins, 1), ins, outs, came_in, go_out)
+                part = _block_conv(conv, _taken(_rows(x, rows), groups_in, ins, 1), ins, outs, groups_in, groups_out)
             if isinstance(norm, nn.BatchNorm2d):
-                part = _normed(norm, part, outs, go_out)
+                part = _normed(norm, part, outs, groups_out)
             if factor is not None:
                 part = part * _spread(_rows(factor, rows).index_select(1, outs), part.shape[1])
             part = after(part)
-            if len(rows) == batch and len(outs) == go_out:
+            if len(rows) == batch and len(outs) == groups_out:
                 return part
             if y is None:
                 y = part.new_zeros(batch, conv.out_channels, *part.shape[2:])
-            by_group = y.view(batch, go_out, -1)
+            by_group = y.view(batch, groups_out, -1)
             by_group[rows[:, None], outs] = part.reshape(len(rows), len(outs), -1)
         if y is not None:
             return y
@@ -128,22 +140,23 @@ class ChannelSkip(Dynamic):
 
 
 class SaliencyScorer(nn.Module):
-    """A linear map of every channel's mean magnitude, and a ReLU: how much each group of outputs will matter.
+    """Predicts how much each group of outputs matters: a linear map of the channels' mean magnitudes, and a ReLU.
 
-    FBS (arXiv:1810.05331, section 3.3): weights start as He draws them and biases at 1, so that a trained network
-    starts as it was, but for the groups that are dropped.
+    FBS (arXiv:1810.05331, section 3.3): weights are drawn as by He and biases are 1, so that a trained network is
+    changed at first only by the groups that are dropped.
 
     Args:
         channels: of the convolution's input (B, C, H, W).
         groups: of its output.
-        relative: magnitudes are divided by their mean over the channels. In a residual network inputs are sums that
-            grow from block to block; saliencies that grow with them would multiply, and training from random weights
-            would not survive its first steps. Not in the paper, which starts from trained weights.
+        relative: divide magnitudes by their mean over the channels. In a residual network inputs are sums that grow
+            from block to block; saliencies that grow with them would multiply, and training from random weights would
+            diverge in its first steps. Not in the paper, which starts from trained weights.
     """
 
     def __init__(self, channels: int, groups: int, *, relative: bool = False) -> None:
         super().__init__()
-        self.map, self.relative = nn.Linear(channels, groups), relative
+        self.map = nn.Linear(channels, groups)
+        self.relative = relative
         nn.init.kaiming_normal_(self.map.weight)
         nn.init.ones_(self.map.bias)
 
@@ -156,7 +169,7 @@ class SaliencyScorer(nn.Module):
 
 
 def fbs_gate(channels: int, groups: int, density: float, *, relative: bool = False) -> Gate:
-    """Saliencies, of which the highest win: every row keeps ceil(density * groups) groups.
+    """A gate by saliencies: every row keeps the ceil(density * groups) groups with the highest.
 
     Args:
         channels: of the convolution's input.
@@ -167,15 +180,15 @@ def fbs_gate(channels: int, groups: int, density: float, *, relative: bool = Fal
     Raises:
         ConfigError: a density outside (0, 1].
     """
-    if not 0 < density <= 1:
-        raise ConfigError(f"a density of {density} is no share of channels to keep; give a number above 0, at most 1")
+    check_shares(positive=True, density=density)
     return Gate(SaliencyScorer(channels, groups, relative=relative), TopK(ceil(density * groups - 1e-9)), units=groups)
 
 
+@dataclass(frozen=True)
 class SaliencyL1(Objective):
-    """The batch's mean of all saliencies of a boosted network, summed over layers (FBS, arXiv:1810.05331).
+    """The sum of all saliencies of a boosted network, averaged over the batch (FBS, arXiv:1810.05331).
 
-    A term like those of `train`: `term(answer, y, trace)`. The paper weights it with 1e-8.
+    The paper weights it with 1e-8.
     """
 
     def __call__(self, answer: Any, y: Any, trace: Trace) -> Tensor:
@@ -184,32 +197,27 @@ class SaliencyL1(Objective):
         Raises:
             StructureError: no boosted layer decided.
         """
-        boosted = {name for layer, name in trace.names.items() if isinstance(layer, ChannelSkip) and layer.boost}
-        sums = [call.decision.score.abs().sum(1).mean() for call in trace.calls if call.name in boosted]
-        if not sums:
-            raise StructureError(
-                f"no ChannelSkip with boost decided here, but {trace.keys()}; this term is for such layers"
-            )
-        return torch.stack(sums).sum()
-
-    def __repr__(self) -> str:
-        return "SaliencyL1()"
+        found = trace.all(ChannelSkip)
+        calls = [call for call in trace.decisions(ChannelSkip) if found[call.name].boost]
+        if not calls:
+            raise StructureError(f"expected a ChannelSkip with boost; none of {sorted(found)} has it")
+        return torch.stack([call.decision.score.abs().sum(1).mean() for call in calls]).sum()
 
 
+# Layers that map 0 to 0 and read each channel alone, so that skipped channels stay 0.
 _ZERO_STAYS_ZERO = (
-    nn.Identity,
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Tanh),
-    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Dropout),
-)
+    nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Tanh, nn.Dropout,
+    nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
+)  # fmt: skip
 
 
 def _check(
-    conv: nn.Conv2d, go_out: int, came_in: int, gate: nn.Module, norm: nn.BatchNorm2d | None, after: nn.Module
+    conv: nn.Conv2d, groups_out: int, groups_in: int, gate: nn.Module, norm: nn.BatchNorm2d | None, after: nn.Module
 ) -> None:
-    if go_out < 1 or conv.in_channels % came_in or conv.out_channels % go_out:
+    if groups_out < 1 or conv.in_channels % groups_in or conv.out_channels % groups_out:
         raise StructureError(
-            f"{conv.in_channels} channels in and {conv.out_channels} out cannot be cut into {came_in} and {go_out} "
-            f"groups; the groups of a convolution must divide its outputs, and the inputs of the next"
+            f"{conv.in_channels} channels in and {conv.out_channels} out cannot be cut into {groups_in} and "
+            f"{groups_out} groups; the groups of a convolution must divide its outputs, and the inputs of the next"
         )
     if conv.groups != 1 or isinstance(conv.padding, str) or conv.padding_mode != "zeros":
         raise StructureError(f"channel skip needs convolutions without grouping, padded with zeros; got {conv}")
@@ -217,22 +225,21 @@ def _check(
         raise StructureError(
             f"a norm after {conv.out_channels} channels must have as many and keep statistics; got {norm}"
         )
-    if isinstance(gate, Gate) and gate.units != go_out:
-        raise StructureError(f"a gate scores {gate.units} groups and its convolution has {go_out}; make them equal")
+    check_units(gate, groups_out, "groups of outputs")
     for layer in after if isinstance(after, nn.Sequential) else (after,):
         if not isinstance(layer, _ZERO_STAYS_ZERO):
             raise StructureError(
-                f"{type(layer).__name__} cannot follow a gated convolution: channels that were skipped are 0 and must "
-                f"stay so; use ReLU, pooling or nn.Identity"
+                f"{type(layer).__name__} cannot follow a gated convolution: skipped channels are 0 and must stay 0; "
+                f"use ReLU, pooling or nn.Identity"
             )
 
 
 def _patterns(keep: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The distinct rows of keep (B, n), each with the positions of the rows that are like it."""
+    """The distinct rows of keep (B, n), each with the positions of the rows that equal it."""
     kept = keep > 0
     if keep.shape[0] < 2:
         return [(kept[0], torch.arange(1, device=keep.device))] if keep.shape[0] else []
-    if keep.shape[1] <= 62:  # as whole numbers they sort faster than as rows
+    if keep.shape[1] <= 62:  # rows that fit into an int64 sort faster as numbers
         code = (kept.long() << torch.arange(keep.shape[1], device=keep.device)).sum(1)
         _, which, counts = code.unique(return_inverse=True, return_counts=True)
     else:
@@ -240,19 +247,19 @@ def _patterns(keep: Tensor) -> list[tuple[Tensor, Tensor]]:
     return [(kept[rows[0]], rows) for rows in which.argsort(stable=True).split(counts.tolist())]
 
 
-def _block_conv(conv: nn.Conv2d, x: Tensor, ins: Tensor, outs: Tensor, came_in: int, go_out: int) -> Tensor:
-    """The convolution from some groups to some groups; from none, only its bias goes out."""
-    bias = None if conv.bias is None else _taken(conv.bias, go_out, outs, 0)
+def _block_conv(conv: nn.Conv2d, x: Tensor, ins: Tensor, outs: Tensor, groups_in: int, groups_out: int) -> Tensor:
+    """The convolution from the groups `ins` to the groups `outs`; from none, only its bias."""
+    bias = None if conv.bias is None else _taken(conv.bias, groups_out, outs, 0)
     if not len(ins):
-        part = x.new_zeros(x.shape[0], len(outs) * (conv.out_channels // go_out), *_out_size(conv, x))
+        part = x.new_zeros(x.shape[0], len(outs) * (conv.out_channels // groups_out), *_out_size(conv, x))
         return part if bias is None else part + bias[:, None, None]
-    weight = _taken(_taken(conv.weight, go_out, outs, 0), came_in, ins, 1)
+    weight = _taken(_taken(conv.weight, groups_out, outs, 0), groups_in, ins, 1)
     return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation)
 
 
-def _normed(norm: nn.BatchNorm2d, x: Tensor, outs: Tensor, go_out: int) -> Tensor:
+def _normed(norm: nn.BatchNorm2d, x: Tensor, outs: Tensor, groups: int) -> Tensor:
     statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    mean, var, weight, bias = (None if t is None else _taken(t, go_out, outs, 0) for t in statistics)
+    mean, var, weight, bias = (None if t is None else _taken(t, groups, outs, 0) for t in statistics)
     return F.batch_norm(x, mean, var, weight, bias, False, 0.0, norm.eps)
 
 
@@ -274,6 +281,8 @@ def _spread(per_group: Tensor, channels: int) -> Tensor:
 
 def _out_size(conv: nn.Conv2d, x: Tensor) -> tuple[int, int]:
     assert not isinstance(conv.padding, str)  # refused at construction
-    (height, width), (tall, wide), (down, across) = x.shape[2:], conv.kernel_size, conv.stride
-    tall, wide = conv.dilation[0] * (tall - 1) + 1, conv.dilation[1] * (wide - 1) + 1
-    return (height + 2 * conv.padding[0] - tall) // down + 1, (width + 2 * conv.padding[1] - wide) // across + 1
+    height, width = (
+        (x.shape[2 + i] + 2 * conv.padding[i] - conv.dilation[i] * (conv.kernel_size[i] - 1) - 1) // conv.stride[i] + 1
+        for i in range(2)
+    )
+    return height, width

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import StructureError
-from dynanet.core.gate import Gate
+from dynanet.core.gate import check_units
 from dynanet.gates.recurrent import RecurrentGate
 
 
@@ -31,7 +31,7 @@ class LayerSkip(Dynamic):
 
     def __init__(self, block: nn.Module, gate: nn.Module, otherwise: nn.Module | None = None) -> None:
         super().__init__()
-        _one_unit(gate)
+        check_units(gate, 1, "layers")
         self.block, self.gate = block, gate
         self.otherwise = otherwise if otherwise is not None else nn.Identity()
 
@@ -62,7 +62,7 @@ class BranchSkip(Dynamic):
         self, branch: nn.Module, gate: nn.Module, shortcut: nn.Module | None = None, activation: nn.Module | None = None
     ) -> None:
         super().__init__()
-        _one_unit(gate)
+        check_units(gate, 1, "layers")
         self.branch, self.gate = branch, gate
         self.shortcut = shortcut if shortcut is not None else nn.Identity()
         self.activation = activation if activation is not None else nn.Identity()
@@ -114,8 +114,3 @@ class RecurrentSkip(Dynamic):
             keep = self.tap(decision, first=k).keep
             x = self.run(k, block, keep[..., 0], x, otherwise=otherwise(x))
         return x
-
-
-def _one_unit(gate: nn.Module) -> None:
-    if isinstance(gate, Gate) and gate.units != 1:
-        raise StructureError(f"a gate for one layer decides on {gate.units} units; give units=1")

@@ -1,28 +1,28 @@
-"""Mixture-of-Depths: a block of a transformer runs for its most important tokens only; the others pass by."""
+"""Mixture-of-Depths: a block of a transformer runs only for the tokens that matter most; others skip it."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dynanet.core.decision import Decision
-from dynanet.core.dynamic import Dynamic
-from dynanet.core.errors import ConfigError, StructureError
+from dynanet.core.errors import StructureError, check_shares
 from dynanet.core.objective import Objective
 from dynanet.core.trace import Trace
-from dynanet.ops.tokens import TOKEN_ROWS, Tokens, attention_price, rank
+from dynanet.ops.tokens import TOKEN_ROWS, TokenLayer, Tokens, rank
 
 
-class MixtureOfDepths(Dynamic):
+class MixtureOfDepths(TokenLayer):
     """x + keep * r * (block(x) - x), with keep for the tokens of the highest router weights r.
 
-    Raposo et al. 2024, arXiv:2404.02258, equation 1. Which tokens they are depends on the whole sequence: a token is
-    kept if few others score higher, later ones included (**sequence-coupled**: its neighbours in the sequence have a
-    say; other sequences of the batch have none). So a causal model cannot decide so while it generates. With a
-    `predictor` (section 3.5 of the paper) training is the same, and eval mode is **causal**: a token runs where the
-    predictor, which sees that token alone, expects it to be among the highest. `PredictTopTokens` trains it.
+    Raposo et al. 2024, arXiv:2404.02258, equation 1. Whether a token is kept depends on the other tokens of its
+    sequence, later ones included (**sequence-coupled**), so a causal model cannot decide this way while it generates.
+    With a `predictor` (section 3.5 of the paper) training is the same, and eval mode is **causal**: a token runs where
+    the predictor, which sees that token alone, expects it to be among the highest. `PredictTopTokens` trains it.
 
-    Tokens that run attend to each other only, so blocks must ask `Tokens` who is there (`ops.tokens.attend`, or
-    `ops.tokens.attend_causal` in a causal model).
+    Tokens that run attend to each other only, so a block's attention must read which tokens are there
+    (`ops.tokens.attend`, or `ops.tokens.attend_causal` in a causal model).
 
     Args:
         block: Tokens to Tokens of the same layout, its shortcuts included.
@@ -35,32 +35,26 @@ class MixtureOfDepths(Dynamic):
         ConfigError: a capacity outside (0, 1].
     """
 
-    degree = 2  # attention among n tokens costs a n + b n^2
-
     def __init__(
         self, block: nn.Module, width: int, *, capacity: float = 0.125, predictor: nn.Module | None = None
     ) -> None:
         super().__init__()
-        if not 0 < capacity <= 1:
-            raise ConfigError(f"capacity is {capacity}; expected the share of tokens that run, above 0 and at most 1")
-        self.block, self.capacity, self.predictor = block, capacity, predictor
+        check_shares(positive=True, capacity=capacity)
+        self.block = block
+        self.capacity = capacity
+        self.predictor = predictor
         self.router = nn.Linear(width, 1, bias=False)
 
     def forward(self, tokens: Tokens) -> Tokens:
-        """Tokens to Tokens of the same layout; a token that is not kept comes out as it went in."""
+        """Tokens to Tokens of the same layout; a token that is not kept is unchanged."""
         weight = self.router(tokens.x)
-        present = None if tokens.alive is None else tokens.alive[..., None]
-        keep = self.tap(self._decide(tokens, weight), present=present).keep[..., 0]
+        keep = self.tap(self._decide(tokens, weight), present=tokens.present).keep[..., 0]
         inside = tokens if self.gathers else tokens._replace(alive=keep)
         x = self.run(0, self._weighted, keep, (inside, weight), otherwise=tokens.x, rows=TOKEN_ROWS)
         return tokens._replace(x=x)
 
-    def price(self, keep: Tensor, unit_macs: Tensor) -> Tensor:
-        """a n + b n^2 with n the kept tokens of a sequence; both measured."""
-        return attention_price(keep, unit_macs)
-
     def _decide(self, tokens: Tokens, weight: Tensor) -> Decision:
-        """Its score is what eval mode looks at: the predictor's log-odds if there is one, else the router's weight."""
+        """Decide by the score of eval mode: the predictor's log-odds if there is one, else the router's weight."""
         score = weight if self.predictor is None else self.predictor(tokens.x.detach())
         if tokens.alive is not None:
             score = score.masked_fill(tokens.alive[..., None] <= 0, torch.finfo(score.dtype).min)
@@ -76,14 +70,15 @@ class MixtureOfDepths(Dynamic):
 
 
 def causal_predictor(width: int, hidden: int = 32) -> nn.Module:
-    """A small network on a token's features; costs (width + 1) * hidden MACs per token."""
+    """A small network on a token's features; (width + 1) * hidden MACs per token."""
     return nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, 1))
 
 
+@dataclass(frozen=True)
 class PredictTopTokens(Objective):
     """Trains the predictors: binary cross-entropy with whether a token was among the highest (the paper's section 3.5).
 
-    A term of an objective, `CrossEntropy() + 1.0 * PredictTopTokens()`; its gradient reaches the predictors only.
+    `CrossEntropy() + 1.0 * PredictTopTokens()`; its gradient reaches the predictors only.
     """
 
     def __call__(self, answer: object, y: object, trace: Trace) -> Tensor:
@@ -92,15 +87,14 @@ class PredictTopTokens(Objective):
         Raises:
             StructureError: no such layer decided.
         """
-        layers = {n for layer, n in trace.names.items() if isinstance(layer, MixtureOfDepths) and layer.predictor}
+        found = trace.all(MixtureOfDepths)
         losses = []
-        for call in (call for call in trace.calls if call.name in layers):
-            there = call.decision.score > torch.finfo(call.decision.score.dtype).min / 2
-            score, kept = call.decision.score[there], call.decision.keep.detach()[there]
-            losses.append(functional.binary_cross_entropy_with_logits(score, kept))
+        for call in trace.decisions(MixtureOfDepths):
+            if found[call.name].predictor is not None:
+                there = call.decision.score > torch.finfo(call.decision.score.dtype).min / 2
+                score = call.decision.score[there]
+                kept = call.decision.keep.detach()[there]
+                losses.append(functional.binary_cross_entropy_with_logits(score, kept))
         if not losses:
-            raise StructureError(f"no MixtureOfDepths with a predictor decided; this pass heard {trace.keys()}")
+            raise StructureError(f"expected a MixtureOfDepths with a predictor; none of {sorted(found)} has one")
         return torch.stack(losses).mean()
-
-    def __repr__(self) -> str:
-        return "PredictTopTokens()"

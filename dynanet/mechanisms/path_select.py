@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic, Kept
 from dynanet.core.errors import BudgetError, ConfigError, StructureError
-from dynanet.core.gate import Gate
+from dynanet.core.gate import Gate, check_units
 from dynanet.core.objective import Objective
 from dynanet.core.rows import over_tensors
 from dynanet.core.trace import Trace
@@ -68,14 +68,9 @@ class PathSelect(Dynamic):
         super().__init__()
         if len(branches) < 2:
             raise StructureError(f"path selection got {len(branches)} branches; give two or more, or use layer skip")
-        if isinstance(gate, Gate):
-            if gate.units != len(branches):
-                raise StructureError(
-                    f"path selection got {len(branches)} branches and a gate for {gate.units} units; give "
-                    f"Gate(scorer, rule, units={len(branches)})"
-                )
-            if isinstance(gate.rule, RelaxedTopK):
-                self.max_units = gate.rule.k
+        check_units(gate, len(branches), "branches")
+        if isinstance(gate, Gate) and isinstance(gate.rule, RelaxedTopK):
+            self.max_units = gate.rule.k
         self.branches, self.gate = nn.ModuleList(branches), gate
         self.mix, self.otherwise = mix, otherwise
 

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 from dynanet.core.errors import ConfigError, StructureError
 from dynanet.core.halt import Halt
 from dynanet.core.objective import Objective
-from dynanet.core.trace import Call, Trace
+from dynanet.core.trace import Trace
+from dynanet.ops.halting import halting_scores, ponder_cost
 
 
 class ACT(Halt):
@@ -83,7 +84,9 @@ class PonderCost(Objective):
         Raises:
             StructureError: no ACT layer, or rows that were not computed: use train mode or the dense form.
         """
-        return torch.stack([_ponder(trace.full_pass(name)[0]) for name in trace.all(ACT)]).sum()
+        passes = [trace.full_pass(name)[0] for name in trace.all(ACT)]
+        costs = [ponder_cost([call.keep for call in calls], halting_scores(calls)) for calls in passes]
+        return torch.stack(costs).sum()
 
 
 class PonderNet(Halt):
@@ -210,16 +213,6 @@ def log_stopping(trace: Trace, layer: PonderNet, name: str) -> Tensor:
     tiny = torch.finfo(hazards.dtype).tiny
     stops = (-torch.expm1(-hazards)).clamp(min=tiny).log()  # log lambda, from -log(1 - lambda)
     return torch.cat([not_before + stops, -hazards.sum(1, keepdim=True)], 1)
-
-
-def _ponder(calls: list[Call]) -> Tensor:
-    """N + R of one layer: 2 for the first step and the whole remainder, plus 1 - score for every further step."""
-    cost = torch.full((), 2.0)
-    for k, call in enumerate(calls):
-        score, keep = call.decision.score, call.keep.detach()
-        own = score if k == 0 else score - calls[k - 1].decision.score
-        cost = cost + (keep * (1 - own)).mean()
-    return cost
 
 
 def _check_steps(what: str, cells: Sequence[nn.Module], halting: Sequence[nn.Module]) -> None:

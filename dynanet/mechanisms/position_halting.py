@@ -1,6 +1,7 @@
-"""Position halting: positions of an image stop being updated one by one, and stay for their neighbours to read."""
+"""Position halting: each position of an image stops being updated on its own, and its neighbours go on reading it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import ConfigError, StructureError
 from dynanet.core.objective import Objective
-from dynanet.core.trace import Call, Trace
+from dynanet.core.trace import Trace
 from dynanet.gates.scorers import ContextScorer, tile_mean
 from dynanet.ops.compact import Compact
+from dynanet.ops.halting import halting_calls, halting_scores, ponder_cost
 from dynanet.ops.tiles import Tiles
 
 
@@ -21,11 +23,11 @@ class PositionHalting(Dynamic):
 
     After step n a position has the halting score h_n. It stops at the first step N at which its scores sum to 1 - eps
     or more, the last step if none does. The answer is the mean of its states weighted with the scores, the last with
-    the remainder R = 1 - (h_1 + ... + h_{N-1}). A position that stopped keeps its state, because the convolutions
-    beside it go on reading it. `PositionPonderCost` is the term of the loss that makes positions stop.
+    the remainder R = 1 - (h_1 + ... + h_{N-1}). A position that stopped keeps its state, which neighbouring
+    convolutions go on reading. `PositionPonderCost` is the loss term that makes positions stop.
 
-    Unit k is cell k, rows are tiles; with `dilate` rows are positions and a cell has one unit for every convolution
-    that reads neighbours, and one for what comes before the first.
+    Unit k is cell k, rows are tiles. With `dilate` rows are positions, and a cell has one unit for every convolution
+    that reads neighbours and one for what comes before the first.
 
     Args:
         cells: cell k maps (B, C, H, W) to the same shape, with stride-1 same convolutions.
@@ -36,7 +38,7 @@ class PositionHalting(Dynamic):
         eps: how far below 1 a sum may stop.
         first: a step before the cells that runs everywhere, and may change the shape: a stage's strided unit. Without
             it, the first cell runs everywhere.
-        residual: a cell's answer is added to its input.
+        residual: add a cell's answer to its input.
         dilate: every convolution of a cell runs where the next one reads, as in the paper, computed as compact rows.
             Otherwise each tile brings a halo of its own.
 
@@ -59,14 +61,18 @@ class PositionHalting(Dynamic):
     ) -> None:
         super().__init__()
         if not cells:
-            raise StructureError("position halting needs at least one cell")
+            raise StructureError("position halting needs at least one cell, got none")
         if not 0 < eps < 1:
-            raise ConfigError(f"position halting got eps = {eps}; give a number between 0 and 1, 0.01 as in the paper")
+            raise ConfigError(f"eps must be between 0 and 1 (0.01 in the paper), got eps = {eps}")
         if not dilate:
             for cell in cells:
                 tiles.check(cell)
         self.compact = [Compact(cell) for cell in cells] if dilate else []
-        self.cells, self.first, self.tiles, self.eps, self.residual = nn.ModuleList(cells), first, tiles, eps, residual
+        self.cells = nn.ModuleList(cells)
+        self.first = first
+        self.tiles = tiles
+        self.eps = eps
+        self.residual = residual
         self.steps = len(cells) + (first is not None)
         heads = [halting] * (self.steps - 1) if isinstance(halting, nn.Module) else list(halting)
         if len(heads) != self.steps - 1:
@@ -76,7 +82,10 @@ class PositionHalting(Dynamic):
             )
         for head in heads:
             if isinstance(head, ContextScorer) and head.tile != tiles.tile:
-                raise StructureError(f"scores of tiles of {head.tile} came for tiles of {tiles.tile}; make them equal")
+                raise StructureError(
+                    f"a halting module scores tiles of {head.tile} and the layer has tiles of {tiles.tile}; make them "
+                    f"equal"
+                )
         self.halting = nn.ModuleList(heads)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -88,29 +97,35 @@ class PositionHalting(Dynamic):
         if self.first is not None:
             x_BCHW = self.first(x_BCHW)
         alive = x_BCHW.new_ones(self.tiles.grid(x_BCHW))
-        total, mean, unit = torch.zeros_like(alive), torch.zeros_like(x_BCHW), -1
+        total = torch.zeros_like(alive)
+        mean = torch.zeros_like(x_BCHW)
+        unit = -1  # the cell of step k: k - 1 after a first unit, else k
         if self.first is None:
             always = alive[..., None]
-            alive, unit = self._goes_on(0, Decision(always, always), x_BCHW, pinned=always), 0
+            alive = self._record(0, Decision(always, always), x_BCHW, pinned=always)
+            unit = 0
         for k in range(self.steps):
             if unit >= 0:
                 x_BCHW = self._step(unit, alive, x_BCHW)
-            should_continue, h = torch.zeros_like(alive), torch.zeros_like(alive)
+            should_continue = torch.zeros_like(alive)
+            h = torch.zeros_like(alive)
             if k + 1 < self.steps:
                 h = self._score(k, unit, alive, x_BCHW).sigmoid()
                 score = (total + h)[..., None]
                 own = Decision((score < 1 - self.eps).to(score.dtype), score)
-                should_continue = self._goes_on(unit + 1, own, x_BCHW, present=alive[..., None])
-                h = torch.minimum(h, 1 - total)  # else a forced keep could spend more than 1
+                should_continue = self._record(unit + 1, own, x_BCHW, present=alive[..., None])
+                h = torch.minimum(h, 1 - total)  # otherwise weights under a forced keep could sum to more than 1
             weight = alive * torch.where(should_continue > 0, h, 1 - total)
-            total, mean = total + weight, mean + self.tiles.spread(weight, x_BCHW) * x_BCHW
-            alive, unit = should_continue, unit + 1
+            total = total + weight
+            mean = mean + self.tiles.spread(weight, x_BCHW) * x_BCHW
+            alive = should_continue
+            unit += 1
         return mean
 
-    def _goes_on(
+    def _record(
         self, unit: int, own: Decision, x: Tensor, *, pinned: Tensor | None = None, present: Tensor | None = None
     ) -> Tensor:
-        """Which rows run a cell, obeyed and told."""
+        """Log which rows run a cell, and return it; as `tap`, in the units of a dilated cell."""
         decision = self.apply_override(own, pinned, present)
         if not self.compact:
             self.log(decision, unit)
@@ -127,7 +142,8 @@ class PositionHalting(Dynamic):
 
     def _step(self, k: int, alive: Tensor, x: Tensor) -> Tensor:
         if self.compact:
-            cell, units, keep = self.compact[k], self._units(k), self.tiles.spread(alive, x)
+            cell, units = self.compact[k], self._units(k)
+            keep = self.tiles.spread(alive, x)
             return cell.add(self, units, keep, x) if self.residual else cell.run(self, units, keep, x, x)
         otherwise = torch.zeros_like(x) if self.residual else x
         y = self.run(k, self.cells[k], alive, x, otherwise, rows=self.tiles)
@@ -155,6 +171,7 @@ class PositionHalting(Dynamic):
         return PositionPonderCost()
 
 
+@dataclass(frozen=True)
 class PositionPonderCost(Objective):
     """N + R, the steps and the remainder, averaged over batch and rows and summed over the layers of a model.
 
@@ -166,60 +183,31 @@ class PositionPonderCost(Objective):
         """Over the halting scores in the trace.
 
         Raises:
-            StructureError: no layer that halts positions, or one that was called more than once or by some rows only.
+            StructureError: no layer that halts positions, or one that ran several times or for some rows only.
         """
-        found = [(layer, name) for layer, name in trace.names.items() if isinstance(layer, PositionHalting)]
-        if not found:
-            raise StructureError(
-                f"a ponder cost of positions needs PositionHalting, and the layers are {sorted(trace.names.values())}"
-            )
-        return torch.stack([_ponder(layer, halting_calls(trace, name)) for layer, name in found]).sum()
+        costs = []
+        for name, layer in trace.all(PositionHalting).items():
+            calls = halting_calls(trace, name)
+            if layer.first is None:
+                calls = calls[1:]  # the first cell runs everywhere: that is recorded, but not decided
+            keeps = [call.keep[..., -1:] for call in calls]  # the last part of a dilated cell runs at the kept rows
+            costs.append(ponder_cost(keeps, halting_scores(calls)))
+        return torch.stack(costs).sum()
 
-    def __repr__(self) -> str:
-        return "PositionPonderCost()"
 
-
-def steps_taken(trace: Trace, name: str = "") -> Tensor:
+def steps_taken(trace: Trace, name: str | None = None) -> Tensor:
     """N, the map of steps that every row took: (B, tiles down, tiles across), or (B, H, W) of a dilating layer.
 
     Args:
         trace: of one pass.
-        name: the layer's name.
+        name: of the PositionHalting; None where the model has only one.
 
     Raises:
-        StructureError: no such layer, or it did not decide in one pass about the same rows.
+        StructureError: no such layer, several and none named, or one that ran several times or for some rows only.
     """
-    found = {n: layer for layer, n in trace.names.items() if isinstance(layer, PositionHalting)}
+    layer, name = trace.one(PositionHalting, name)
     calls = halting_calls(trace, name)
-    if name not in found or not calls:
-        raise StructureError(f"no steps of {name!r} in this trace; the layers that halt positions are {sorted(found)}")
+    if not calls:
+        raise StructureError(f"{name!r} did not run in this pass; run the model inside `with record(model) as trace`")
     ran = torch.stack([call.keep[..., -1] for call in calls]).sum(0)
-    return ran if found[name].first is None else 1 + ran
-
-
-def halting_calls(trace: Trace, name: str) -> list[Call]:
-    """The decisions of one pass through a layer, each about every row.
-
-    Raises:
-        StructureError: several passes, or rows that never arrived.
-    """
-    calls = [call for call in trace.calls if call.name == name]
-    rows = {call.decision.score.shape[:-1] for call in calls} | {call.keep.shape[:-1] for call in calls}
-    if len(rows) > 1 or len({call.first for call in calls}) < len(calls):
-        raise StructureError(
-            f"the ponder cost and the steps of {name!r} need one pass that every row reached; this trace has "
-            f"{len(calls)} decisions about rows {sorted(map(tuple, rows))}: use train mode or the dense form, and call "
-            f"it once per pass"
-        )
-    return calls
-
-
-def _ponder(layer: PositionHalting, calls: list[Call]) -> Tensor:
-    """N + R: the first step and all the remainder, then for every step gone past 1 and minus its score."""
-    calls = calls if layer.first is not None else calls[1:]  # without it the first decision is no decision
-    cost = torch.full((), 2.0)
-    for k, call in enumerate(calls):
-        score, keep = call.decision.score, call.keep[..., -1:].detach()
-        own = score if k == 0 else score - calls[k - 1].decision.score
-        cost = cost + (keep * (1 - own)).mean()
-    return cost
+    return ran if layer.first is None else 1 + ran

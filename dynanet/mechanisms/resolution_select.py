@@ -11,7 +11,7 @@ from dynanet.core.cost import CostModel
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import BudgetError, ConfigError, StructureError
-from dynanet.core.gate import Gate
+from dynanet.core.gate import Gate, check_units
 from dynanet.core.objective import Objective
 from dynanet.core.trace import Trace
 from dynanet.gates.rules import RelaxedTopK
@@ -46,8 +46,7 @@ class ResolutionSelect(Dynamic):
         super().__init__()
         if len(sizes) < 2:
             raise ConfigError(f"sizes are {tuple(sizes)}; give two or more to pick from")
-        if isinstance(gate, Gate) and gate.units != len(sizes):
-            raise StructureError(f"the gate scores {gate.units} sizes and there are {len(sizes)}; make them equal")
+        check_units(gate, len(sizes), "sizes")
         if isinstance(gate, Gate) and isinstance(gate.rule, RelaxedTopK):
             gate.rule.check(len(sizes))
             if gate.rule.k != 1:

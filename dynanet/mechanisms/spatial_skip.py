@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,10 +11,10 @@ from torch import Tensor, nn
 from dynanet.core.cost import CostModel
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic
-from dynanet.core.errors import ConfigError, StructureError
+from dynanet.core.errors import StructureError, check_shares
 from dynanet.core.gate import Gate
 from dynanet.core.objective import Objective
-from dynanet.core.trace import Trace
+from dynanet.core.trace import Call, Trace
 from dynanet.gates.scorers import ContextScorer, TileScorer
 from dynanet.ops.compact import Compact
 from dynanet.ops.native.pixels import channels_last
@@ -23,13 +24,13 @@ from dynanet.ops.tiles import Tiles
 class SpatialSkip(Dynamic):
     """x + branch(x) where a tile keeps the branch, x elsewhere (DynConv, arXiv:1912.03203; LASNet, arXiv:2210.06223).
 
-    The unit is the branch and rows are tiles; with `dilate` rows are positions, and the branch has one unit for every
+    The unit is the branch and rows are tiles. With `dilate` rows are positions, and the branch has one unit for every
     convolution that reads neighbours and one for what comes before the first.
 
     Args:
         branch: stride-1 same convolutions and position-wise layers, output shaped as the input.
-        gate: maps (B, C, H, W) to a Decision with keep (B, tiles down, tiles across, 1), say a `ContextScorer` with a
-            `Gumbel` rule: DynConv's mask unit.
+        gate: maps (B, C, H, W) to a Decision with keep (B, tiles down, tiles across, 1), such as a `ContextScorer` with
+            a `Gumbel` rule: DynConv's mask unit.
         tiles: the size of a tile, and the halo that the branch reads.
         dilate: every convolution runs where the next one reads, the mask dilated as in DynConv, computed as compact
             rows. Otherwise each tile brings a halo of its own.
@@ -45,14 +46,16 @@ class SpatialSkip(Dynamic):
         for scorer in gate.modules():
             if isinstance(scorer, ContextScorer | TileScorer) and scorer.tile != tiles.tile:
                 raise StructureError(
-                    f"scores of tiles of {scorer.tile} came for tiles of {tiles.tile}; make them equal"
+                    f"the gate scores tiles of {scorer.tile} and the layer has tiles of {tiles.tile}; make them equal"
                 )
         self.compact = Compact(branch) if dilate else None
-        self.branch, self.gate, self.tiles = branch, gate, tiles
+        self.branch = branch
+        self.gate = gate
+        self.tiles = tiles
 
     @property
     def runs_whole(self) -> bool:
-        """Gate and branch are a native call each: a session has nothing to gain from engines for parts."""
+        """Whether gate and branch are one native call each, so that a session gains nothing from engines for parts."""
         scorer = self.gate.scorer if isinstance(self.gate, Gate) else None
         return isinstance(scorer, ContextScorer) and scorer.native and self.compact is not None and self.compact.native
 
@@ -74,46 +77,50 @@ class SpatialSkip(Dynamic):
         if self.trace is not None:
             score = self.tiles.spread(decision.score[..., 0], x_BCHW)[:, 0, :, :, None]
             self.log(Decision(torch.stack(self.compact.sets(mask), -1), score))
-        owned = x is not x_BCHW and self.trace is None  # a score in the trace might be a part of x
+        owned = x is not x_BCHW and self.trace is None  # a score in the trace might be a view of x
         return self.compact.add(self, range(len(self.compact.reach)), mask, x, owned=owned)
 
 
+@dataclass
 class SpatialBudget(Objective):
     """DynConv's budget: the network's share of its MACs is pulled to a target, each layer's kept between two bounds.
 
-    With f_l the share that layer l spent of what it costs everywhere, averaged over the batch, F that of all layers
-    together, and p falling from 1 to 0: (F - target)^2 + the layers' mean of max(0, f_l - (1 - p (1 - target)))^2 +
-    max(0, p target - f_l)^2 (Verelst and Tuytelaars 2020, arXiv:1912.03203, section 3.4). At first every layer is held
+    (F - target)^2 + the mean over layers of max(0, f - (1 - p (1 - target)))^2 + max(0, p target - f)^2, with f the
+    share that a layer spent of its MACs with everything kept, averaged over the batch, F that of all layers together,
+    and p falling from 1 to 0 (Verelst and Tuytelaars 2020, arXiv:1912.03203, section 3.4). At first every layer is held
     to the target, so that none is switched off before it has learnt anything; in the end only the sum is.
+
+    Not frozen, because a schedule changes `tightness`.
 
     Args:
         target: the share of the layers' MACs, theta in the paper.
         cost: of this model; its example has the size of the training images.
 
     Attributes:
-        tightness: p. Lower it with `anneal_bounds`.
+        full: MACs of the dense form, which stand for the cost model in the repr.
+        tightness: p. `anneal_bounds` lowers it.
 
     Raises:
         ConfigError: a target outside [0, 1].
     """
 
-    def __init__(self, target: float, cost: CostModel) -> None:
-        if not 0 <= target <= 1:
-            raise ConfigError(f"a budget of {target} is no share of the MACs; give a number between 0 and 1")
-        self.target, self.cost, self.tightness = target, cost, 1.0
+    target: float
+    cost: CostModel = field(repr=False)
+    full: float = field(init=False)
+    tightness: float = field(default=1.0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_shares(target=self.target)
+        self.full = self.cost.full
 
     def __call__(self, answer: Any, y: Any, trace: Trace) -> Tensor:
         """Over the decisions of the spatial layers in the trace.
 
         Raises:
-            StructureError: no spatial layer decided, or one that the cost model never saw.
+            StructureError: no spatial layer decided, or one that is not in the cost model.
         """
-        shares = []
-        for layer, name in trace.names.items():
-            if isinstance(layer, SpatialSkip):
-                shares += [self._spent(layer, name, keep) for keep in trace[name]]
-        if not shares:
-            raise StructureError(f"no SpatialSkip decided in this trace; the layers heard are {trace.keys()}")
+        found = trace.all(SpatialSkip)
+        shares = [self._spent(found[call.name], call) for call in trace.decisions(SpatialSkip)]
         spent, full = (torch.stack(column) for column in zip(*shares, strict=True))
         share = spent / full.clamp(min=1)
         above = (share - (1 - self.tightness * (1 - self.target))).clamp(min=0)
@@ -121,25 +128,22 @@ class SpatialBudget(Objective):
         loss = (spent.sum() / full.sum() - self.target).square() + (above.square() + below.square()).mean()
         return loss.to(answer.dtype) if isinstance(answer, Tensor) else loss
 
-    def _spent(self, layer: SpatialSkip, name: str, keep: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch's mean of MACs spent, and what everything kept would be."""
-        if name not in self.cost.unit:
-            raise StructureError(f"the trace has a layer {name!r} that this cost model never saw; make one for it")
-        prices = self.cost.unit[name].to(keep.device)
-        return layer.price(keep, prices).mean(), layer.price(torch.ones_like(keep), prices).mean().detach()
-
-    def __repr__(self) -> str:
-        return f"SpatialBudget({self.target:g}, full={self.cost.full:.0f})"
+    def _spent(self, layer: SpatialSkip, call: Call) -> tuple[Tensor, Tensor]:
+        """The MACs that a layer spent and those with everything kept, averaged over the batch."""
+        if call.name not in self.cost.unit:
+            raise StructureError(f"layer {call.name!r} is not in this cost model; make one for this model")
+        prices = self.cost.unit[call.name].to(call.keep.device)
+        full = layer.price(torch.ones_like(call.keep), prices).mean().detach()
+        return layer.price(call.keep, prices).mean(), full
 
 
 def anneal_bounds(budget: SpatialBudget, *, share: float = 0.33) -> Callable[[float], None]:
-    """A schedule: lowers the tightness from 1 to 0 as a squared cosine over the first `share` of training.
+    """A schedule that lowers the tightness from 1 to 0 as a squared cosine over the first `share` of training.
 
     Raises:
         ConfigError: a share outside (0, 1].
     """
-    if not 0 < share <= 1:
-        raise ConfigError(f"bounds annealed over a share of {share} of training; give a number above 0 and at most 1")
+    check_shares(positive=True, share=share)
 
     def set_tightness(progress: float) -> None:
         budget.tightness = math.cos(min(max(progress / share, 0.0), 1.0) * math.pi / 2) ** 2

@@ -1,7 +1,8 @@
-"""Token halting: every token goes through as many blocks as it needs, and is gone for the others afterwards."""
+"""Token halting: every token runs through as many blocks as it needs, and is absent from later ones."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,31 +10,31 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dynanet.core.decision import Decision
-from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import ConfigError, StructureError
 from dynanet.core.objective import Objective
-from dynanet.core.trace import Call, Trace
-from dynanet.ops.tokens import TOKEN_ROWS, Tokens, attention_price, first_rows
+from dynanet.core.trace import Trace
+from dynanet.ops.halting import halting_calls, halting_scores, ponder_cost
+from dynanet.ops.tokens import TOKEN_ROWS, TokenLayer, Tokens, first_rows
 
 
-class TokenHalting(Dynamic):
+class TokenHalting(TokenLayer):
     """A-ViT (Yin et al. 2022, arXiv:2112.07658, section 3): adaptive computation time for the tokens of a transformer.
 
     After block n a token has the halting score h_n = sigmoid(scale x_n[0] + shift), read off the first entry of its own
     features. It stops at the first block N at which its scores sum to 1 - eps or more, the last block if none does, and
-    nobody attends to it any longer. Its answer is the mean of its states weighted with the scores, the last with the
-    remainder R = 1 - (h_1 + ... + h_{N-1}). The class token, the first of a sample, goes through all blocks.
+    later blocks do not attend to it. Its answer is the mean of its states weighted with the scores, the last with the
+    remainder R = 1 - (h_1 + ... + h_{N-1}). The class token, the first of a sample, runs through all blocks.
 
-    Unit k is block k + 1; the first block runs for every token. `TokenPonderCost` and `HaltingDepth` are the terms of
-    the loss that make tokens stop.
+    Unit k is block k + 1; the first block runs for every token. `TokenPonderCost` and `HaltingDepth` are the loss terms
+    that make tokens stop.
 
     Args:
         blocks: each maps Tokens to Tokens.
         eps: how far below 1 a sum may stop.
-        scale: of the first entry, at the start; learned, one for all blocks.
-        shift: at the start; learned, one for all blocks. The more negative, the longer tokens stay at first.
-        first_only: answer the class token alone, (B, 1, D), as a classifier asks for: the states of the others are not
-            summed up, which is a few per cent of the time.
+        scale: of the first entry, initially; learned, one for all blocks.
+        shift: initially; learned, one for all blocks. The more negative, the longer tokens stay at first.
+        first_only: return the class token alone, (B, 1, D), for a classifier: the states of other tokens are not
+            averaged, which saves a few per cent of the time.
 
     Attributes:
         halting: x (..., D) to halting logits (...,).
@@ -42,8 +43,6 @@ class TokenHalting(Dynamic):
         StructureError: no blocks.
         ConfigError: eps outside (0, 1).
     """
-
-    degree = 2  # attention among n tokens costs a n + b n^2
 
     def __init__(
         self,
@@ -56,29 +55,34 @@ class TokenHalting(Dynamic):
     ) -> None:
         super().__init__()
         if not blocks:
-            raise StructureError("token halting needs at least one block")
+            raise StructureError("token halting needs at least one block, got none")
         if not 0 < eps < 1:
-            raise ConfigError(f"token halting got eps = {eps}; give a number between 0 and 1, 0.01 as in ACT")
-        self.blocks, self.eps, self.first_only = nn.ModuleList(blocks), eps, first_only
+            raise ConfigError(f"eps must be between 0 and 1 (0.01 in ACT), got eps = {eps}")
+        self.blocks = nn.ModuleList(blocks)
+        self.eps = eps
+        self.first_only = first_only
         self.halting = FirstEntry(scale, shift)
 
     def forward(self, tokens: Tokens) -> Tokens:
         """Tokens to Tokens of the same layout, each the mean of its states; or a rectangle of the first of each."""
-        whole, mean = tokens, _Mean(first_only=self.first_only)
-        total, last = torch.zeros_like(tokens.x[..., 0]), len(self.blocks) - 1
+        whole = tokens
+        mean = _Mean(first_only=self.first_only)
+        total = torch.zeros_like(tokens.x[..., 0])
+        last = len(self.blocks) - 1
+        # Frames nest: block k + 1 sees the rows that were kept of those that block k saw.
         with ExitStack() as frames:
             for k, block in enumerate(self.blocks):
                 tokens = block(tokens)
-                alive = torch.ones_like(total) if tokens.alive is None else tokens.alive
+                alive = tokens.membership()
                 if k == last:
                     mean.add(alive * (1 - total), tokens)
                     break
                 h = self.halting(tokens.x).sigmoid()
                 score = (total + h)[..., None]
                 own = Decision((score < 1 - self.eps).to(score.dtype), score)
-                present = None if tokens.alive is None else alive[..., None]
-                keep = self.tap(own, first=k, pinned=tokens.first()[..., None], present=present).keep[..., 0]
-                h = torch.minimum(h, 1 - total)  # a token that is made to stay spends no more than 1
+                pinned = tokens.first()[..., None]
+                keep = self.tap(own, first=k, pinned=pinned, present=tokens.present).keep[..., 0]
+                h = torch.minimum(h, 1 - total)  # otherwise weights under a forced keep could sum to more than 1
                 weight = alive * torch.where(keep > 0, h, 1 - total)
                 mean.add(weight, tokens)
                 kept = self.kept(keep, TOKEN_ROWS)
@@ -86,14 +90,11 @@ class TokenHalting(Dynamic):
                 if kept.empty:
                     break
                 tokens = tokens._replace(attention=None, key=None)
-                tokens = tokens._replace(alive=keep) if kept.index is None else tokens
+                if kept.index is None:
+                    tokens = tokens._replace(alive=keep)
                 tokens, total = kept.take((tokens, total + weight))
                 mean.follow(kept.index, of=keep.numel())
         return Tokens(mean.answer()[:, None]) if self.first_only else whole._replace(x=mean.answer())
-
-    def price(self, keep: Tensor, unit_macs: Tensor) -> Tensor:
-        """a n + b n^2 of every block, with n the tokens that go through it; all measured."""
-        return attention_price(keep, unit_macs)
 
 
 class FirstEntry(nn.Module):
@@ -101,13 +102,15 @@ class FirstEntry(nn.Module):
 
     def __init__(self, scale: float, shift: float) -> None:
         super().__init__()
-        self.scale, self.shift = nn.Parameter(torch.tensor(scale)), nn.Parameter(torch.tensor(shift))
+        self.scale = nn.Parameter(torch.tensor(scale))
+        self.shift = nn.Parameter(torch.tensor(shift))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) to (...,)."""
         return self.scale * x[..., 0] + self.shift
 
 
+@dataclass(frozen=True)
 class TokenPonderCost(Objective):
     """N + R, the blocks and the remainder of a token: the mean over all tokens but the first, summed over the layers.
 
@@ -119,22 +122,14 @@ class TokenPonderCost(Objective):
         """Over the halting scores in the trace.
 
         Raises:
-            StructureError: no layer that halts tokens, or tokens that were not computed: use train mode.
+            StructureError: no layer that halts tokens, or one that ran several times or for some tokens only.
         """
-        costs = []
-        for calls in _halting(trace):
-            cost = torch.full((), 2.0)
-            for call, h in zip(calls, _scores(calls), strict=True):
-                cost = cost + (call.keep.detach() * (1 - h))[:, 1:].mean()
-            costs.append(cost)
-        return torch.stack(costs).sum()
-
-    def __repr__(self) -> str:
-        return "TokenPonderCost()"
+        return torch.stack([ponder_cost(*halting) for halting in _halting(trace)]).sum()
 
 
+@dataclass(frozen=True)
 class HaltingDepth(Objective):
-    """KL(H || normal around a depth): how the halting scores are to be spread over the blocks.
+    """KL(H || normal around a depth): how halting scores are to be spread over the blocks.
 
     The distributional prior of Yin et al. 2022 (A-ViT, arXiv:2112.07658, section 3). H is every block's mean halting
     score over all tokens but the first, as shares of their sum.
@@ -147,51 +142,49 @@ class HaltingDepth(Objective):
         ConfigError: a depth below 1, or a spread that is not positive.
     """
 
-    def __init__(self, depth: float, spread: float = 1.0) -> None:
-        if depth < 1 or not spread > 0:
-            raise ConfigError(f"halting around block {depth} with a spread of {spread}; give 1 or more, and above 0")
-        self.depth, self.spread = depth, spread
+    depth: float
+    spread: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.depth < 1 or not self.spread > 0:
+            raise ConfigError(
+                f"depth must be at least 1 and spread above 0, got depth = {self.depth} and spread = {self.spread}"
+            )
 
     def __call__(self, answer: Any, y: Any, trace: Trace) -> Tensor:
         """Over the halting scores in the trace.
 
         Raises:
-            StructureError: as `TokenPonderCost`.
+            StructureError: as `TokenPonderCost`; or a layer of one block, after which no token halts.
         """
         divergences = []
-        for calls in _halting(trace):
-            if not calls:
-                raise StructureError("a halting depth for one block, after which no token halts; leave it out")
-            reached = [torch.ones_like(calls[0].keep), *(call.keep for call in calls[:-1])]
-            means = [(r.detach() * h)[:, 1:].mean() for r, h in zip(reached, _scores(calls), strict=True)]
-            p = torch.stack(means)
+        for keeps, scores in _halting(trace):
+            if not keeps:
+                raise StructureError("HaltingDepth needs layers of at least two blocks: after the last no token halts")
+            reached = [torch.ones_like(keeps[0]), *keeps[:-1]]
+            p = torch.stack([(r.detach() * h).mean() for r, h in zip(reached, scores, strict=True)])
             p = (p / p.sum()).clamp(min=torch.finfo(p.dtype).tiny)
-            blocks = torch.arange(1, len(calls) + 1, device=p.device, dtype=p.dtype)
+            blocks = torch.arange(1, len(scores) + 1, device=p.device, dtype=p.dtype)
             wanted = (-((blocks - self.depth) / self.spread).square() / 2).log_softmax(0)
             divergences.append(functional.kl_div(wanted, p.log(), reduction="sum", log_target=True))
         return torch.stack(divergences).sum()
 
-    def __repr__(self) -> str:
-        return f"HaltingDepth({self.depth:g}, {self.spread:g})"
 
-
-def blocks_taken(trace: Trace, name: str = "") -> Tensor:
-    """N, how many blocks every token went through, (B, T): for pictures of where the compute went.
+def blocks_taken(trace: Trace, name: str | None = None) -> Tensor:
+    """N, how many blocks every token ran through, (B, T): for maps of the computation.
 
     Args:
         trace: of one pass.
-        name: the TokenHalting's name.
+        name: of the TokenHalting; None where the model has only one.
 
     Raises:
-        StructureError: the layer of that name decided nothing in this trace.
+        StructureError: no such layer, several and none named, or one that did not run.
     """
-    if name not in trace.keys():
-        raise StructureError(f"{name!r} decided nothing in this trace; the layers heard are {trace.keys()}")
-    return 1 + torch.stack(trace[name]).sum(0)[..., 0].long()
+    return 1 + trace.runs(trace.one(TokenHalting, name)[1], unit=None).long()
 
 
 class _Mean:
-    """The weighted sum of states: in place and at the rows that are still there in the sparse form."""
+    """The weighted sum of states; in the sparse form it is updated in place, at the rows that are still there."""
 
     def __init__(self, *, first_only: bool) -> None:
         self._first_only = first_only
@@ -211,7 +204,7 @@ class _Mean:
             self._sum = self._sum.flatten(0, -2).index_add_(0, self._index, more).view_as(self._sum)
 
     def follow(self, index: Tensor | None, *, of: int) -> None:
-        """From now on tokens are these rows of the `of` that they were."""
+        """Later tokens are the rows at `index` of the present ones, whose number is `of`."""
         if self._first_only or index is None or index.numel() == of:
             return
         self._index = index if self._index is None else self._index.index_select(0, index)
@@ -221,25 +214,12 @@ class _Mean:
         return self._sum
 
 
-def _halting(trace: Trace) -> list[list[Call]]:
-    """The decisions of one pass through every TokenHalting."""
-    found = [name for layer, name in trace.names.items() if isinstance(layer, TokenHalting)]
-    if not found:
-        raise StructureError(f"a cost of halting needs TokenHalting, and the layers are {sorted(trace.names.values())}")
-    passes = []
-    for name in found:
-        calls = [call for call in trace.calls if call.name == name]
-        shapes = {call.decision.score.shape for call in calls} | {call.keep.shape for call in calls}
-        if len(shapes) > 1 or len({call.first for call in calls}) < len(calls):
-            raise StructureError(
-                f"the loss of {name!r} needs one pass in which every token was computed; this trace has {len(calls)} "
-                f"decisions of shapes {sorted(map(tuple, shapes))}: use train mode or the dense form, and call it once"
-            )
-        passes.append(calls)
-    return passes
-
-
-def _scores(calls: list[Call]) -> list[Tensor]:
-    """h after every block but the last, for the tokens that reached it."""
-    sums = [call.decision.score for call in calls]
-    return [now if k == 0 else now - sums[k - 1] for k, now in enumerate(sums)]
+def _halting(trace: Trace) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """By TokenHalting, the keeps and the halting scores after every block but the last, of all tokens but the first."""
+    found = []
+    for name in trace.all(TokenHalting):
+        calls = halting_calls(trace, name)
+        keeps = [call.keep for call in calls]
+        scores = [h.reshape(keep.shape) for h, keep in zip(halting_scores(calls), keeps, strict=True)]  # may be packed
+        found.append(([keep[:, 1:] for keep in keeps], [h[:, 1:] for h in scores]))
+    return found

@@ -1,12 +1,14 @@
 """Tokens as rows: those that stay must no longer attend to those that left."""
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dynanet.core.dynamic import Dynamic
 from dynanet.core.rows import LEADING, Rows, over_tensors
 from dynanet.ops.native.attention import attend_packed
 from dynanet.ops.native.library import fit
@@ -48,6 +50,15 @@ class Tokens(NamedTuple):
     def there(self) -> Tensor:
         """True where there is a token, shaped as x without its last axis."""
         return torch.ones_like(self.x[..., 0], dtype=torch.bool) if self.alive is None else self.alive > 0
+
+    def membership(self) -> Tensor:
+        """`alive`, or ones if it is None."""
+        return torch.ones_like(self.x[..., 0]) if self.alive is None else self.alive
+
+    @property
+    def present(self) -> Tensor | None:
+        """`alive` with an axis for units, for `Dynamic.tap`; None: all."""
+        return None if self.alive is None else self.alive[..., None]
 
 
 class TokenRows(Rows):
@@ -97,15 +108,24 @@ class TokenRows(Rows):
 TOKEN_ROWS = TokenRows()
 
 
-def attention_price(keep: Tensor, unit_macs: Tensor) -> Tensor:
-    """Price units in which n kept tokens attend to each other: a n + b n^2 MACs per sample, (B,).
+class TokenLayer(Dynamic, ABC):
+    """A dynamic layer whose rows are tokens, and in whose units the kept tokens attend to each other."""
 
-    Args:
-        keep: (B, ..., units), in the whole batch.
-        unit_macs: (units, 2), a and b of every unit, measured.
-    """
-    n = keep.to(unit_macs).flatten(1, -2).sum(1)  # (B, units)
-    return (n * unit_macs[:, 0] + n.square() * unit_macs[:, 1]).sum(1)
+    degree = 2
+
+    @abstractmethod
+    def forward(self, tokens: Tokens) -> Tokens:
+        """Tokens to Tokens of the same layout."""
+
+    def price(self, keep: Tensor, unit_macs: Tensor) -> Tensor:
+        """MACs per sample, (B,): a n + b n^2 in a unit with n kept tokens.
+
+        Args:
+            keep: (B, ..., units), in the whole batch.
+            unit_macs: (units, 2), a and b of every unit, measured.
+        """
+        n = keep.to(unit_macs).flatten(1, -2).sum(1)  # (B, units)
+        return (n * unit_macs[:, 0] + n.square() * unit_macs[:, 1]).sum(1)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, heads: int) -> Tensor:

@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import Dynamic, record
@@ -14,6 +13,7 @@ from dynanet.core.errors import ConfigError, DataError
 from dynanet.core.objective import Objective
 from dynanet.core.trace import Trace
 from dynanet.data.camvid import check_labels
+from dynanet.data.pixel_labels import check_pixel_labels, pixel_cross_entropy
 from dynanet.tasks.task import Overlay, Score, Task, TrainingOptions, spent_macs, with_layer_terms
 
 
@@ -89,6 +89,7 @@ class Segmentation(Task):
         return Overlay(labels=answer[0].argmax(0).numpy(), known=torch.where(y[0] == self.void, -1, y[0]).numpy())
 
 
+@dataclass(frozen=True)
 class PixelCrossEntropy(Objective):
     """The mean cross-entropy over labelled pixels; 0 where there are none.
 
@@ -96,8 +97,7 @@ class PixelCrossEntropy(Objective):
         ignore: the label of void pixels.
     """
 
-    def __init__(self, ignore: int) -> None:
-        self.ignore = ignore
+    ignore: int
 
     def __call__(self, answer: Tensor, y: Any, trace: Trace) -> Tensor:
         """Return the loss of logits (B, C, H, W) and labels (B, H, W).
@@ -106,14 +106,5 @@ class PixelCrossEntropy(Objective):
             ConfigError: labels of another size.
             DataError: a label that is neither a class nor void.
         """
-        if answer.shape[:1] + answer.shape[2:] != y.shape:
-            raise ConfigError(
-                f"labels of shape {tuple(y.shape)} came for an answer of shape {tuple(answer.shape)}; give one label "
-                f"per pixel, (B, H, W)"
-            )
-        check_labels(y, answer.shape[1], self.ignore, "a batch of labels")
-        total = functional.cross_entropy(answer, y, ignore_index=self.ignore, reduction="sum")
-        return total / (y != self.ignore).sum().clamp(min=1)
-
-    def __repr__(self) -> str:
-        return f"PixelCrossEntropy({self.ignore})"
+        check_pixel_labels(y, answer, self.ignore)
+        return pixel_cross_entropy(answer, y, self.ignore)

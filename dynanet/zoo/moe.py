@@ -14,8 +14,9 @@ from torch.nn import functional
 from dynanet.core.architecture import architecture
 from dynanet.core.errors import ConfigError, InputError, check_sizes
 from dynanet.core.gate import Gate
+from dynanet.gates.expert_rules import BiasedTopK
 from dynanet.gates.rules import TopK
-from dynanet.mechanisms.experts import BiasedTopK, Experts, RouterScorer
+from dynanet.mechanisms.experts import Experts, RouterScorer
 from dynanet.zoo.vit_config import check_heads
 
 

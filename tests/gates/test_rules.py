@@ -6,6 +6,7 @@ from torch import nn
 
 from dynanet.core.errors import ConfigError, StructureError
 from dynanet.core.gate import Gate
+from dynanet.gates.expert_rules import BatchCoupledTopK, BiasedTopK
 from dynanet.gates.rules import (
     Bernoulli,
     BinaryRule,
@@ -18,7 +19,6 @@ from dynanet.gates.rules import (
     Threshold,
     TopK,
 )
-from dynanet.mechanisms.experts import BatchCoupledTopK, BiasedTopK
 
 RULES = {
     "threshold": Threshold(),

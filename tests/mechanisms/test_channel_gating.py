@@ -153,16 +153,16 @@ def test_the_threshold_term_pulls_towards_its_target(x):
     loss.backward()
     assert (layer.thresholds.grad < 0).all()
     other = nn.Linear(2, 2)
-    with record(other) as trace, pytest.raises(StructureError, match="no ChannelGating"):
+    with record(other) as trace, pytest.raises(StructureError, match="with ChannelGating layers"):
         ThresholdTarget(2.0)(None, None, trace)
 
 
 @pytest.mark.parametrize("change, says", [
-    ({"base": 0}, "at least one input channel"),
-    ({"base": 8}, "leave at least one of 8"),
+    ({"base": 0}, "base is 0"),
+    ({"base": 8}, "at least one of its 8 input channels"),
     ({"conv": nn.Conv2d(8, 12, 3, groups=2)}, "without grouping"),
-    ({"groups": 5}, "12 output channels in 5 groups"),
-    ({"groups": 0}, "12 output channels in 0 groups"),
+    ({"groups": 5}, "divide the 12 output channels, got 5"),
+    ({"groups": 0}, "divide the 12 output channels, got 0"),
     ({"tiles": Tiles(4, 0)}, "the halo is 0"),
     ({"conv": conv(stride=2), "tiles": Tiles(4, 1)}, "stride-1"),
 ])  # fmt: skip

@@ -113,7 +113,7 @@ def test_the_l1_term_is_the_sum_of_mean_saliencies(x):
     plain = ChannelSkip([nn.Conv2d(3, 4, 1)], [gate(3, 2, StraightThrough())], 2)
     with record(plain) as trace:
         plain(x)
-    with pytest.raises(StructureError, match="no ChannelSkip with boost"):
+    with pytest.raises(StructureError, match="expected a ChannelSkip with boost"):
         SaliencyL1()(None, None, trace)
 
 
@@ -135,7 +135,7 @@ def test_a_density_keeps_its_share_rounded_up(density, kept):
     ({"groups": (4,)}, "one gate, norm and layer"),
     ({"convs": []}, "got 0 convolutions"),
     ({"gates": [gate(4, 4)]}, "1 gates"),
-    ({"gates": [gate(4, 4), gate(8, 2)]}, "scores 2 groups and its convolution has 4"),
+    ({"gates": [gate(4, 4), gate(8, 2)]}, "2 units; expected 4"),
     ({"norms": [None, nn.BatchNorm2d(4)]}, "a norm after 8 channels"),
     ({"norms": [None, nn.BatchNorm2d(8, track_running_stats=False)]}, "keep statistics"),
     ({"afters": [nn.ReLU(), nn.Sigmoid()]}, "Sigmoid cannot follow"),

@@ -9,6 +9,7 @@ from torch import nn
 from dynanet.core.gate import Gate
 from dynanet.data.ragged import Sequences
 from dynanet.gates.confidence import LearnedGate, LearnedScore, Patience, PerExit
+from dynanet.gates.expert_rules import BiasedTopK
 from dynanet.gates.recurrent import RecurrentGate
 from dynanet.gates.rules import Gumbel, RelaxedTopK, Sigmoid, StraightThrough, Threshold, TopK
 from dynanet.gates.scorers import ContextScorer, PooledScorer, TileScorer
@@ -18,7 +19,7 @@ from dynanet.mechanisms.channel_skip import ChannelSkip, fbs_gate
 from dynanet.mechanisms.clip_sampling import ClipSampling
 from dynanet.mechanisms.early_exit import EarlyExit
 from dynanet.mechanisms.early_stop import EarlyStop
-from dynanet.mechanisms.experts import BiasedTopK, Experts, RouterScorer, sigmoid_over_kept, softmax_over_kept
+from dynanet.mechanisms.experts import Experts, RouterScorer, sigmoid_over_kept, softmax_over_kept
 from dynanet.mechanisms.frame_exit import ExitGate, FrameExit
 from dynanet.mechanisms.frame_select import FrameSelect
 from dynanet.mechanisms.glance_focus import GlanceFocus, JoinedHead, PlacePolicy, RecurrentHead

@@ -242,7 +242,7 @@ WRONG = {
     "one branch": (StructureError, "1 branches", lambda: PathSelect([mlp(4)], nn.Linear(D, 1))),
     "a gate for two": (
         StructureError,
-        "a gate for 2 units",
+        "2 units; expected 3",
         lambda: PathSelect([mlp(4)] * 3, Gate(nn.Linear(D, 2), Sigmoid(), 2)),
     ),
     "k of too few": (ConfigError, "k = 4 but there are only 3", lambda: paths(RelaxedTopK(4))),

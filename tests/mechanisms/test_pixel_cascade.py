@@ -163,7 +163,7 @@ def test_what_is_refused():
         PixelCascadeLoss()(answer, torch.zeros(2, 8, 7).long(), trace)
     with pytest.raises(ConfigError, match="one per exit"):
         PixelCascadeLoss(weights=[1.0])(answer, torch.zeros(2, 9, 7).long(), trace)
-    with pytest.raises(StructureError, match="this model has"):
+    with pytest.raises(StructureError, match="no PixelCascade is named"):
         PixelCascadeLoss(name="elsewhere")(answer, torch.zeros(2, 9, 7).long(), trace)
-    with pytest.raises(StructureError, match="decided nothing"):
+    with pytest.raises(StructureError, match="no PixelCascade is named"):
         left_at(trace, "elsewhere")

@@ -173,5 +173,5 @@ def test_what_is_refused():
     with pytest.raises(StructureError, match="inside a spatial unit"):
         PositionHalting([inner], TileScorer(4, 1), Tiles(1, 1), dilate=True)
     model = nn.Sequential(LayerSkip(nn.Identity(), nn.Identity()))
-    with record(model) as trace, pytest.raises(StructureError, match="needs PositionHalting"):
+    with record(model) as trace, pytest.raises(StructureError, match="with PositionHalting layers"):
         PositionPonderCost()(None, None, trace)

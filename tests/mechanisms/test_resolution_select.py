@@ -224,7 +224,7 @@ def test_what_does_not_fit_together_is_refused(x):
         ResolutionSelect(network(), [5], gate(units=1))
     with pytest.raises(ConfigError, match="size must be at least 1"):
         ResolutionSelect(network(), [0, 5], gate(units=2))
-    with pytest.raises(StructureError, match="scores 2 sizes and there are 3"):
+    with pytest.raises(StructureError, match="2 units; expected 3, the number of sizes"):
         ResolutionSelect(network(), SIZES, gate(units=2))
     with pytest.raises(StructureError, match="keeps 2 sizes of every row"):
         ResolutionSelect(network(), SIZES, gate(k=2))

@@ -254,9 +254,9 @@ def test_one_width_draws_in_training_by_its_scores():
 
 
 def test_what_does_not_fit_together_is_refused():
-    with pytest.raises(StructureError, match="scores 2 widths and the net has 3"):
+    with pytest.raises(StructureError, match="2 units; expected 3, the number of widths"):
         Slimmable(net(), Gate(PooledScorer(6, 2), RelaxedTopK(noise=True, hard=True), units=2))
-    with pytest.raises(ConfigError, match="decay of 1"):
+    with pytest.raises(ConfigError, match="decay must be"):
         layer().bootstrap(1.0)
 
 

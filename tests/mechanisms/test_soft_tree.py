@@ -156,7 +156,7 @@ def test_route_balance_is_the_papers_penalty():
     torch.testing.assert_close(penalty, wanted)
     penalty.backward()
     assert all(n.gate.scorer.weight.grad.abs().sum() > 0 for n in layers(tree).values())
-    with record(nn.Linear(1, 1)) as trace, pytest.raises(StructureError, match="nothing to balance"):
+    with record(nn.Linear(1, 1)) as trace, pytest.raises(StructureError, match="with SoftTree layers"):
         RouteBalance()(None, None, trace)
 
 
@@ -229,14 +229,14 @@ def test_forced_off_nothing_is_computed_but_the_root():
 
 
 WRONG = {
-    "no depth": (ConfigError, "depth of 0", lambda: soft_decision_tree(D, CLASSES, 0)),
-    "less than none": (ConfigError, "depth of -1", lambda: full_tree(-1, nn.Identity, nn.Identity)),
-    "frozen": (ConfigError, "temperature of 0", lambda: soft_decision_tree(D, CLASSES, 2, temperature=0)),
-    "one class": (ConfigError, "1 classes", lambda: soft_decision_tree(D, 1, 2)),
-    "no features": (ConfigError, "0 features", lambda: soft_decision_tree(0, CLASSES, 2)),
+    "no depth": (ConfigError, "^depth", lambda: soft_decision_tree(D, CLASSES, 0)),
+    "less than none": (ConfigError, "^depth", lambda: full_tree(-1, nn.Identity, nn.Identity)),
+    "frozen": (ConfigError, "temperature .* got 0", lambda: soft_decision_tree(D, CLASSES, 2, temperature=0)),
+    "one class": (ConfigError, "classes must be at least 2, got 1", lambda: soft_decision_tree(D, 1, 2)),
+    "no features": (ConfigError, "^features", lambda: soft_decision_tree(0, CLASSES, 2)),
     "two scores": (
         StructureError,
-        "gate for 2 units",
+        "2 units; expected 1",
         lambda: SoftTree(Gate(nn.Linear(D, 2), Sigmoid(), 2), leaf(), leaf()),
     ),
     "top-k": (StructureError, "TopK", lambda: SoftTree(Gate(nn.Linear(D, 1), TopK(1)), leaf(), leaf())),
@@ -246,8 +246,8 @@ WRONG = {
         lambda: SoftTree(Gate(nn.Linear(D, 1), RelaxedTopK()), leaf(), leaf()),
     ),
     "no trees": (StructureError, "no trees", lambda: Forest([])),
-    "a bad weight": (ConfigError, "weight=-1", lambda: RouteBalance(-1)),
-    "a bad decay": (ConfigError, "decay=0", lambda: RouteBalance(decay=0)),
+    "a bad weight": (ConfigError, "weight must be at least 0, got -1", lambda: RouteBalance(-1)),
+    "a bad decay": (ConfigError, "decay must be a share above 0", lambda: RouteBalance(decay=0)),
 }
 
 

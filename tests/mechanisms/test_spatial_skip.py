@@ -145,7 +145,7 @@ def test_what_is_refused():
         SpatialBudget(1.5, cost)
     with pytest.raises(ConfigError, match="share"):
         anneal_bounds(SpatialBudget(0.5, cost), share=0)
-    with record(nn.Sequential(layer())) as trace, pytest.raises(StructureError, match="no SpatialSkip decided"):
+    with record(nn.Sequential(layer())) as trace, pytest.raises(StructureError, match="no SpatialSkip made a decision"):
         SpatialBudget(0.5, cost)(None, None, trace)
 
 

@@ -240,5 +240,5 @@ def test_what_is_refused():
         layer(torch.randn(2, 4, D))
     with record(layer) as trace, pytest.raises(StructureError, match="for 2 layers"):
         TokenRatio([0.5, 0.5])(None, None, trace)
-    with record(layer) as trace, pytest.raises(StructureError, match="wrap the student"):
+    with record(layer) as trace, pytest.raises(StructureError, match="with WithTeacher layers"):
         TokenDistillation()(torch.zeros(1, 3), None, trace)

@@ -132,7 +132,7 @@ def test_what_is_refused():
     for wrong, says in (
         ({}, "give one"),
         ({"merge": 2, "similarity": 0.5}, "give one"),
-        ({"merge": -1}, "0 or more"),
+        ({"merge": -1}, "at least 0"),
         ({"similarity": 1.5}, "cosine"),
     ):
         with pytest.raises(ConfigError, match=says):

@@ -130,5 +130,5 @@ def test_thresholds_roam_in_the_second_part_and_are_put_back():
     assert finite.min() >= 0.8 - 1e-6 and finite.max() <= 0.99 + 1e-6 and finite.std() > 0.02
     finish_training(model)
     assert (model.thresholds == torch.inf).all()
-    with pytest.raises(ConfigError, match="two between 0 and 1"):
+    with pytest.raises(ConfigError, match="between 0 and 1 that do not fall"):
         roaming_thresholds(model, probabilities=(0.5, 1.0))

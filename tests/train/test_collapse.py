@@ -6,10 +6,10 @@ from torch import nn
 
 from dynanet.core.dynamic import Dynamic, record
 from dynanet.core.gate import Gate
+from dynanet.gates.expert_rules import BatchCoupledTopK
 from dynanet.gates.recurrent import RecurrentGate
 from dynanet.gates.rules import Bernoulli, Gumbel, RelaxedTopK, StraightThrough, TopK
 from dynanet.mechanisms.early_exit import EarlyExit
-from dynanet.mechanisms.experts import BatchCoupledTopK
 from dynanet.mechanisms.layer_skip import LayerSkip, RecurrentSkip
 from dynanet.train.collapse import CollapseAlarm, collapsed, loads
 

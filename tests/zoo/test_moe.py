@@ -7,8 +7,9 @@ from dynanet.core.cost import CostModel
 from dynanet.core.errors import ConfigError, InputError
 from dynanet.core.gate import Gate
 from dynanet.core.macs import CountMacs
+from dynanet.gates.expert_rules import BiasedTopK
 from dynanet.gates.rules import TopK
-from dynanet.mechanisms.experts import BiasedTopK, Experts
+from dynanet.mechanisms.experts import Experts
 from dynanet.mechanisms.neuron_skip import LowRankScorer, NeuronSkip
 from dynanet.testing import check_dynamic
 from dynanet.zoo import moe_encoder, moe_vit
