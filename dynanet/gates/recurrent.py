@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dynanet.core.decision import Decision
-from dynanet.core.errors import ConfigError
+from dynanet.core.errors import check_sizes
 from dynanet.core.gate import Gate, Rule
 
 
@@ -31,11 +31,7 @@ class RecurrentGate(nn.Module):
         self, channels: Sequence[int], rule: Rule, *, embedding: int = 10, hidden: int = 10, bias: float = 2.0
     ) -> None:
         super().__init__()
-        if not channels or min(*channels, embedding, hidden) < 1:
-            raise ConfigError(
-                f"a recurrent gate got channels {tuple(channels)}, embedding {embedding} and hidden {hidden}; give one "
-                f"number of channels per block, and all numbers at least 1"
-            )
+        check_sizes(blocks=len(channels), channels=channels, embedding=embedding, hidden=hidden)
         self.project = nn.ModuleList(nn.Linear(width, embedding) for width in channels)
         self.cell = nn.LSTMCell(embedding, hidden)
         score = nn.Linear(hidden, 1)

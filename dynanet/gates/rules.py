@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dynanet.core.errors import ConfigError
+from dynanet.core.errors import ConfigError, check_sizes
 from dynanet.core.gate import Rule as Rule
 
 
@@ -152,7 +152,7 @@ class TopK(Rule):
 
     def __init__(self, k: int) -> None:
         super().__init__()
-        _check_k(k)
+        check_sizes(k=k)
         self.k = k
 
     @property
@@ -239,7 +239,7 @@ class RelaxedTopK(Rule):
         costs: Sequence[float] | Tensor | None = None,
     ) -> None:
         super().__init__()
-        _check_k(k)
+        check_sizes(k=k)
         _positive(temperature)
         self.k, self.temperature = k, temperature
         self.noise, self.hard = noise, hard
@@ -309,11 +309,6 @@ def _straight_through(hard: Tensor, soft: Tensor) -> Tensor:
 def _gumbel_like(score: Tensor) -> Tensor:
     """Gumbel noise of the shape of score."""
     return -torch.empty_like(score).exponential_().clamp(min=1e-20).log()
-
-
-def _check_k(k: int) -> None:
-    if not isinstance(k, int) or k < 1:
-        raise ConfigError(f"k must be a whole number of at least 1, got k = {k}")
 
 
 def _costs(costs: Sequence[float] | Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dynanet.calibrate.risk import certified
-from dynanet.core.errors import ConfigError, InputError
+from dynanet.core.errors import ConfigError, InputError, check_sizes
 from dynanet.generate.token_confidence import TokenConfidence
 from dynanet.ops.decoding import Cache, Decoder, prefilled
 
@@ -267,8 +267,7 @@ def check_prompts(decoder: Decoder, prompts: Sequence[Tensor], new: int, ahead: 
             tokens than the decoder has positions.
         ConfigError: fewer than one new token.
     """
-    if new < 1:
-        raise ConfigError(f"new is {new}; expected 1 token or more")
+    check_sizes(new=new)
     if isinstance(prompts, Tensor):
         raise InputError(f"prompts is a tensor of shape {tuple(prompts.shape)}; expected a list of them: list(prompts)")
     if not prompts:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic
-from dynanet.core.errors import ConfigError, InputError, StructureError
+from dynanet.core.errors import ConfigError, InputError, StructureError, check_sizes
 from dynanet.core.halt import ThresholdHalt, below_threshold, highest_score
 from dynanet.core.objective import Objective
 from dynanet.core.rows import over_tensors
@@ -66,11 +66,9 @@ class EarlyStop(ThresholdHalt, FrameByFrame):
         confidence: Confidence | None = None,
         policy: nn.Module | None = None,
     ) -> None:
-        if min(inputs, hidden, longest, every) < 1 or (confidence is not None and policy is not None):
-            raise ConfigError(
-                f"inputs is {inputs}, hidden {hidden}, longest {longest} and every {every}; expected numbers of at "
-                f"least 1, and a confidence or a policy, not both"
-            )
+        check_sizes(inputs=inputs, hidden=hidden, longest=longest, every=every)
+        if confidence is not None and policy is not None:
+            raise ConfigError("early stop got a confidence and a policy; give one of them")
         if policy is None:
             super().__init__(math.ceil(longest / every), confidence if confidence is not None else MaxProbability())
         else:

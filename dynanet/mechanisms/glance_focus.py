@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynanet.core.errors import ConfigError, StructureError
+from dynanet.core.errors import ConfigError, StructureError, check_sizes
 from dynanet.core.halt import ThresholdHalt
 from dynanet.core.objective import Objective
 from dynanet.core.trace import Trace
@@ -66,8 +66,7 @@ class GlanceFocus(ThresholdHalt):
         places: "CropSampler | None" = None,
         confidence: Confidence | None = None,
     ) -> None:
-        if not isinstance(glimpses, int) or glimpses < 1:
-            raise ConfigError(f"{glimpses!r} glimpses; expected a whole number: 1 for the glance alone, or more")
+        check_sizes(glimpses=glimpses)
         super().__init__(glimpses, confidence if confidence is not None else MaxProbability())
         self.glance, self.focus = glance, focus
         self.policy, self.head = policy, head

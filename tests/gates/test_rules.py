@@ -148,7 +148,7 @@ def test_top_k_keeps_the_k_best_of_every_row_ties_or_not(k, seed):
 
 
 def test_top_k_refuses_what_cannot_be_kept():
-    with pytest.raises(ConfigError, match="k = 0"):
+    with pytest.raises(ConfigError, match="k must be at least 1, got 0"):
         TopK(0)
     with pytest.raises(ConfigError, match="k = 3 but there are only 2"):
         TopK(3)(torch.randn(5, 2))

@@ -165,7 +165,7 @@ def test_what_makes_no_sense(model, prompts):
             generate(model, bad, 3)
         with pytest.raises(InputError, match=said):
             speculate(model, bad, 3)
-    with pytest.raises(ConfigError, match="new is 0"):
+    with pytest.raises(ConfigError, match="new must be at least 1, got 0"):
         generate(model, prompts, 0)
     with pytest.raises(ConfigError, match="1 thresholds for 3 exits"):
         generate(model, prompts, 3, leave=ExitRule(SoftmaxGap(), (1.0,)))

@@ -172,7 +172,7 @@ def test_what_it_refuses():
             model(x)
     with pytest.raises(ConfigError, match="at least 1"):
         stopper(every=0)
-    with pytest.raises(ConfigError, match="not both"):
+    with pytest.raises(ConfigError, match="a confidence and a policy"):
         stopper(policy=nn.Linear(5, 1), confidence=MaxProbability())
     with pytest.raises(ConfigError, match="earliness is -1"):
         Earliest(-1)

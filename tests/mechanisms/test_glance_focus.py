@@ -294,7 +294,7 @@ def test_nan_stays_in_its_row(x):
 
 def test_what_it_refuses(x):
     for wrong, says in (
-        ({"glimpses": 0}, "0 glimpses"),
+        ({"glimpses": 0}, "glimpses must be at least 1, got 0"),
         ({"crop_size": 0}, "size must be at least 1"),
         ({"glance_size": (3,)}, "size must be a side or"),
     ):

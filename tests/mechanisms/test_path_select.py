@@ -247,7 +247,7 @@ WRONG = {
     ),
     "k of too few": (ConfigError, "k = 4 but there are only 3", lambda: paths(RelaxedTopK(4))),
     "costs of two": (ConfigError, "2 costs for 3 units", lambda: paths(RelaxedTopK(costs=[1.0, 2.0]))),
-    "no branch": (ConfigError, "k = 0", lambda: RelaxedTopK(0)),
+    "no branch": (ConfigError, "k must be at least 1, got 0", lambda: RelaxedTopK(0)),
     "frozen": (ConfigError, "temperature must be above 0", lambda: RelaxedTopK(temperature=0.0)),
     "a gift": (ConfigError, "0 or more", lambda: RelaxedTopK(costs=[1.0, -2.0])),
     "costs of nothing": (ConfigError, "finite", lambda: RelaxedTopK(costs=[1.0, float("nan")])),

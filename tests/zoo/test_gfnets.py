@@ -49,7 +49,8 @@ def test_imagenet_sizes():
 
 def test_what_means_no_network_is_refused():
     for wrong, says in (
-        ({"depth": 10}, "6n"), ({"glimpses": 0}, "0 glimpses"), ({"crop_size": -1}, "size must be at least 1"),
+        ({"depth": 10}, "6n"), ({"glimpses": 0}, "glimpses must be at least 1, got 0"),
+        ({"crop_size": -1}, "size must be at least 1"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=says):
             gfnet(**{**SMALL, **wrong})
