@@ -154,7 +154,12 @@ class PixelPatches(Dataset):
         self.positions = positions
         self.labels = labels
         self.patch = patch
-        self._pixels = _padded_pixels(image, patch)
+        self._image = image
+
+    @cached_property
+    def _pixels(self) -> Tensor:
+        # A copy of the whole image: only for patches that are looked at.
+        return _padded_pixels(self._image, self.patch)
 
     def __len__(self) -> int:
         return self.positions.shape[0]
