@@ -20,9 +20,9 @@ from dynanet.bench.machine import append_rows
 from dynanet.bench.timing import paired, ratio
 from dynanet.core.files import write_atomically
 from dynanet.core.macs import CountMacs
-from dynanet.gates.token_confidence import LearnedToken, Saturation, SoftmaxGap, consistency_loss
 from dynanet.generate.exits import CopyState, Recompute, certify, generate
 from dynanet.generate.speculative import speculate
+from dynanet.generate.token_confidence import LearnedToken, Saturation, SoftmaxGap, consistency_loss
 from dynanet.zoo.causal_transformers import causal_transformer, exits_loss
 
 LENGTH, BATCH = 128, 24

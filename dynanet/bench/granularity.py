@@ -21,10 +21,9 @@ from dynanet.core.cost import CostModel
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import execute, record
 from dynanet.core.errors import ConfigError, InputError
-from dynanet.gates.scorers import tile_mean
 from dynanet.mechanisms.spatial_skip import SpatialSkip
 from dynanet.ops.compact import Compact
-from dynanet.ops.tiles import Tiles
+from dynanet.ops.tiles import Tiles, tile_mean
 from dynanet.session.session import Session
 
 

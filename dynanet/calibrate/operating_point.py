@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -110,7 +111,7 @@ def choose(table: ExitTable, budget: Budget, losses: np.ndarray | None = None) -
 def curve(table: ExitTable, points: int = 25) -> list[OperatingPoint]:
     """Operating points from the cheapest path to the most expensive, at budgets evenly spaced in MACs."""
     cost = _cost(table, "macs")
-    search = ThresholdSearch(table.scores, table.correct.astype(np.float64), cost)
+    search = _search(table, "macs")
     found = []
     for macs in np.linspace(*_range(cost), points):
         thresholds = search.best_within(macs)
@@ -119,21 +120,26 @@ def curve(table: ExitTable, points: int = 25) -> list[OperatingPoint]:
     return found
 
 
+@lru_cache(maxsize=2)  # all budgets of a table share one search, whose hull is most of the work
+def _search(table: ExitTable, name: str) -> ThresholdSearch:
+    """The search for thresholds within a mean cost: "macs" or "ms"."""
+    return ThresholdSearch(table.scores, table.correct.astype(np.float64), _cost(table, name))
+
+
 def _within(table: ExitTable, bounds: dict[str, float]) -> tuple[np.ndarray, str]:
     """(thresholds, note) within bounds on mean costs.
 
     Thresholds for one bound alone if they keep the others too, else for a common bound that implies all of them.
     """
-    values = table.correct.astype(np.float64)
     for name, bound in bounds.items():
-        thresholds = ThresholdSearch(table.scores, values, _cost(table, name)).best_within(bound)
+        thresholds = _search(table, name).best_within(bound)
         if all(_spent(table, thresholds, other) <= most * (1 + SLACK) for other, most in bounds.items()):
             return thresholds, _leftover(table, thresholds, bounds)
     # The mean of a maximum is at least the maximum of the means, so this bound implies all of them.
     shares = np.maximum.reduce([_cost(table, name) / bound for name, bound in bounds.items()])
     if _range(shares)[0] > 1 + SLACK:
         raise BudgetError(f"found no thresholds within all of {bounds} together; raise one of them")
-    thresholds = ThresholdSearch(table.scores, values, shares).best_within(1.0)
+    thresholds = ThresholdSearch(table.scores, table.correct.astype(np.float64), shares).best_within(1.0)
     return thresholds, _leftover(table, thresholds, bounds)
 
 

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import docstring_parser
 import jsonargparse
 
-from dynanet.datamodules import DATA_MODULES
+from dynanet.experiment.config import DATA_MODULES
 
 
 def command_name(command: Callable) -> str:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jsonargparse
 import torch
@@ -17,9 +17,6 @@ import torch
 from dynanet.cli.arguments import Parser, command_name, written_out
 from dynanet.core.errors import ConfigError, DynanetError
 from dynanet.experiment.config import Data, Experiment, Model, Recipe
-
-if TYPE_CHECKING:
-    from dynanet.calibrate.operating_point import OperatingPoint
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -116,7 +113,7 @@ def calibrate(
         confidence: of that promise.
         json: print the result as JSON.
     """
-    from dynanet.experiment.budgets import RequestedBudgets, in_words
+    from dynanet.experiment.budgets import RequestedBudgets, described, in_words
     from dynanet.experiment.run import Run
 
     opened = Run(run)
@@ -126,17 +123,10 @@ def calibrate(
          "thresholds": p.thresholds.tolist(), "shares": p.share.tolist(), "promised": p.promised, "note": p.note}
         for p in points
     ]  # fmt: skip
-    lines = [_described(point, opened.full_macs) for point in points]
+    lines = [described(point, opened.full_macs) for point in points]
     if shares is None and (left_out := opened.unreachable):
         lines.append(f"left out, as no path is that cheap: {', '.join(f'{share:.0%}' for share in left_out)}")
     _say(json, {"operating_points": rows}, [*lines, f"next: dynanet evaluate {run}"])
-
-
-def _described(point: "OperatingPoint", full: float) -> str:
-    """An operating point in a line, its budget as a share."""
-    from dynanet.experiment.budgets import in_words
-
-    return str(point).replace(str(point.budget), in_words(point.budget, full), 1)
 
 
 def evaluate(run: Path, json: bool = False) -> None:
@@ -273,7 +263,7 @@ def demo(out: Path = Path("runs/demo"), seed: int = 0, json: bool = False) -> No
     import shutil
     import time
 
-    from dynanet.experiment.budgets import RequestedBudgets
+    from dynanet.experiment.budgets import RequestedBudgets, described
     from dynanet.experiment.report import write_report
     from dynanet.experiment.run import Run
 
@@ -303,7 +293,7 @@ def demo(out: Path = Path("runs/demo"), seed: int = 0, json: bool = False) -> No
     step("Calibrating three budgets and one promised risk, in one pass over held-out pixels")
     for point in run.calibrate(RequestedBudgets()):
         if not json:
-            print("  " + _described(point, run.full_macs))
+            print("  " + described(point, run.full_macs))
     step("Test pixels, looked at once")
     results = run.evaluate()
     if not json:

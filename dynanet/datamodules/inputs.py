@@ -12,7 +12,6 @@ from torch import Tensor
 
 from dynanet.data.ragged import Sequences, pad, trimmed
 from dynanet.data.text import PADDING, UNKNOWN, Vocabulary
-from dynanet.export.config import Inputs
 
 WORDS = "words.txt"  # the vocabulary, in the folder of a run on sentences
 
@@ -33,8 +32,8 @@ class InputForm(ABC):
 
     @property
     @abstractmethod
-    def bundled(self) -> Inputs | None:
-        """The description for a bundle; None: a bundle cannot describe them."""
+    def described(self) -> dict[str, Any] | None:
+        """The fields of `export.Inputs`, for a bundle; None: a bundle cannot describe the inputs."""
 
     @abstractmethod
     def example(self, rows: int) -> Tensor:
@@ -83,9 +82,9 @@ class ImageInputs(InputForm):
         return {"in_channels": self.channels}
 
     @property
-    def bundled(self) -> Inputs:
+    def described(self) -> dict[str, Any]:
         """Channels, size and standardisation."""
-        return Inputs(self.channels, self.size, self.mean, self.std)
+        return {"channels": self.channels, "size": self.size, "mean": self.mean, "std": self.std}
 
     def example(self, rows: int) -> Tensor:
         """Normal noise, the same at every call."""
@@ -135,9 +134,9 @@ class SequenceInputs(InputForm):
         return {"in_channels": self.features, "longest": self.longest}
 
     @property
-    def bundled(self) -> Inputs:
+    def described(self) -> dict[str, Any]:
         """Features and standardisation, of any length."""
-        return Inputs(self.features, None, self.mean, self.std)
+        return {"channels": self.features, "mean": self.mean, "std": self.std}
 
     def example(self, rows: int) -> Tensor:
         """Normal noise (rows, longest, features), the same at every call."""
@@ -175,7 +174,7 @@ class SentenceInputs(InputForm):
         return {"vocabulary": len(self.vocabulary), "longest": self.longest}
 
     @property
-    def bundled(self) -> None:
+    def described(self) -> None:
         """Nothing: the words are in the folder of the run."""
         return None
 

@@ -85,3 +85,8 @@ def in_words(budget: Budget, full: float) -> str:
         return f"risk {short_percent(budget.risk)}, confidence {short_percent(budget.confidence)}"
     assert budget.macs is not None
     return f"{short_percent(budget.macs / full)} of the MACs"
+
+
+def described(point: OperatingPoint, full: float) -> str:
+    """An operating point in a line, its budget as a share of `full` MACs."""
+    return str(point).replace(str(point.budget), in_words(point.budget, full), 1)

@@ -12,7 +12,8 @@ from torch import nn
 from dynanet import zoo
 from dynanet.core.errors import ConfigError
 from dynanet.core.files import write_atomically
-from dynanet.datamodules import DATA_MODULES, DataModule
+from dynanet.datamodules import DATA_MODULES as DATA_MODULES
+from dynanet.datamodules import DataModule
 
 
 @dataclass(frozen=True)

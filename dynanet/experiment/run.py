@@ -50,6 +50,7 @@ from dynanet.experiment.evaluation import AS_TRAINED, scored, settings, table_fi
 from dynanet.experiment.scene import classified, exit_macs
 from dynanet.export.bundles import bundle
 from dynanet.export.card import Card
+from dynanet.export.config import Inputs
 from dynanet.tasks.task import TrainingOptions, finish_training, schedules
 from dynanet.train.checkpoint import step_files
 from dynanet.train.optimizers import adamw, one_cycle, sgd
@@ -119,7 +120,7 @@ class Run:
         """
         self._check_exits()
         if not (self.folder / "frontier").is_dir():
-            raise ConfigError(self._not_calibrated())
+            raise ConfigError(f"{self.folder} was not calibrated yet; run: dynanet calibrate {self.folder}")
         return Frontier.load(self.folder / "frontier", self.model)
 
     @cached_property
@@ -130,7 +131,7 @@ class Run:
             content = json.loads((self.folder / "operating_points.json").read_text())
             requested = RequestedBudgets(**content["requested"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(self._not_calibrated()) from error
+            raise ConfigError(f"{self.folder} was not calibrated yet; run: dynanet calibrate {self.folder}") from error
         return operating_points(frontier, requested)
 
     @cached_property
@@ -328,14 +329,14 @@ class Run:
         reached = outcome(self.test_table, point.thresholds)
         row = {"budget (share of the MACs)": share, "mean MACs, test": reached.macs, "accuracy, test": reached.accuracy}
         card = Card(data=self.data.title, results=[row])
-        return self._save(apply(self.model, point), folder, card, mean_macs=reached.macs)
+        return self._save(apply(self.model, point), folder, card, reached.macs)
 
     def _save(self, model: nn.Module, folder: Path, card: Card, mean_macs: float | None = None) -> str:
-        cost = CostModel(model, self.data.example())
+        described = self.data.inputs.described
         folder.parent.mkdir(parents=True, exist_ok=True)
         return bundle(
-            model, folder, classes=list(self.data.classes), inputs=self.data.inputs.bundled,
-            mean_macs=mean_macs, worst_macs=cost.worst, card=card,
+            model, folder, classes=list(self.data.classes), inputs=None if described is None else Inputs(**described),
+            mean_macs=mean_macs, worst_macs=CostModel(model, self.data.example()).worst, card=card,
         )  # fmt: skip
 
     def _priced(self, table: ExitTable) -> ExitTable:
@@ -374,9 +375,6 @@ class Run:
         raise ConfigError(
             f"{self.folder} {what}, so it has no thresholds to calibrate; run: dynanet evaluate {self.folder}"
         )
-
-    def _not_calibrated(self) -> str:
-        return f"{self.folder} was not calibrated yet; run: dynanet calibrate {self.folder}"
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         text = json.dumps(content, indent=2, default=float)

@@ -16,12 +16,11 @@ from dynanet.gates.rules import (
     Threshold,
     TopK,
 )
-from dynanet.gates.scorers import ContextScorer, PooledScorer, TileScorer, tile_mean
-from dynanet.gates.token_confidence import LearnedToken, Saturation, SoftmaxGap, TokenConfidence, consistency_loss
+from dynanet.gates.scorers import ContextScorer, PooledScorer, TileScorer
 
 __all__ = [
     "BatchCoupledTopK", "Bernoulli", "BiasedTopK", "BinaryRule", "Confidence", "ContextScorer", "Entropy", "Gumbel",
-    "LearnedGate", "LearnedScore", "LearnedToken", "Margin", "MaxProbability", "OneOf", "Patience", "PerExit",
-    "PooledScorer", "RecurrentGate", "RelaxedTopK", "Rule", "Saturation", "Sigmoid", "SoftmaxGap",
-    "StraightThrough", "Threshold", "TileScorer", "TokenConfidence", "TopK", "consistency_loss", "tile_mean",
+    "LearnedGate", "LearnedScore", "Margin", "MaxProbability", "OneOf", "Patience", "PerExit",
+    "PooledScorer", "RecurrentGate", "RelaxedTopK", "Rule", "Sigmoid", 
+    "StraightThrough", "Threshold", "TileScorer", "TopK", 
 ]  # fmt: skip

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from dynanet.core.errors import check_sizes
 from dynanet.ops.native.library import fit
 from dynanet.ops.native.pixels import scores
+from dynanet.ops.tiles import tile_mean
 
 
 class PooledScorer(nn.Module):
@@ -110,9 +111,3 @@ class ContextScorer(nn.Module):
         products = conv.weight.flatten(2).flip(2)[0].t() @ x.flatten(2)
         local = nn.functional.fold(products, x.shape[2:], 3, padding=1) + conv.bias[:, None, None]
         return tile_mean(local, self.tile) + self.overall(x_BCHW)
-
-
-def tile_mean(x_B1HW: Tensor, tile: int) -> Tensor:
-    """Mean over tiles, (B, 1, H, W) to (B, tiles down, tiles across, 1), for images of any size."""
-    pooled = x_B1HW if tile == 1 else nn.functional.avg_pool2d(x_B1HW, tile, ceil_mode=True, count_include_pad=False)
-    return pooled[:, 0, :, :, None]

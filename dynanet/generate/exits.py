@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dynanet.calibrate.risk import certified
 from dynanet.core.errors import ConfigError, InputError
-from dynanet.gates.token_confidence import TokenConfidence
+from dynanet.generate.token_confidence import TokenConfidence
 from dynanet.ops.decoding import Cache, Decoder, prefilled
 
 

@@ -12,10 +12,10 @@ from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import ConfigError, StructureError
 from dynanet.core.objective import Objective
 from dynanet.core.trace import Trace
-from dynanet.gates.scorers import ContextScorer, tile_mean
+from dynanet.gates.scorers import ContextScorer
 from dynanet.ops.compact import Compact
 from dynanet.ops.halting import halting_calls, halting_scores, ponder_cost
-from dynanet.ops.tiles import Tiles
+from dynanet.ops.tiles import Tiles, tile_mean
 
 
 class PositionHalting(Dynamic):

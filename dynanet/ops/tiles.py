@@ -144,3 +144,9 @@ class Tiles(Rows):
         """Sample, row and column of tiles."""
         _, down, across = lead
         return index // (down * across), index // across % down, index % across
+
+
+def tile_mean(x_B1HW: Tensor, tile: int) -> Tensor:
+    """Mean over tiles, (B, 1, H, W) to (B, tiles down, tiles across, 1), for images of any size."""
+    pooled = x_B1HW if tile == 1 else nn.functional.avg_pool2d(x_B1HW, tile, ceil_mode=True, count_include_pad=False)
+    return pooled[:, 0, :, :, None]

@@ -3,7 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynanet.gates.scorers import PooledScorer, TileScorer, tile_mean
+from dynanet.gates.scorers import PooledScorer, TileScorer
+from dynanet.ops.tiles import tile_mean
 
 
 @pytest.fixture(autouse=True)

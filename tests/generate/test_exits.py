@@ -5,9 +5,9 @@ import torch
 
 from dynanet.core.errors import ConfigError, InputError
 from dynanet.core.macs import CountMacs
-from dynanet.gates.token_confidence import LearnedToken, SoftmaxGap
 from dynanet.generate.exits import CopyState, ExitRule, PendingTokens, Recompute, certify, generate
 from dynanet.generate.speculative import speculate
+from dynanet.generate.token_confidence import LearnedToken, SoftmaxGap
 from dynanet.ops.decoding import prefilled
 from dynanet.zoo.causal_transformers import causal_transformer
 

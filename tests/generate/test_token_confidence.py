@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dynanet.gates.token_confidence import LearnedToken, Saturation, SoftmaxGap, consistency_loss
+from dynanet.generate.token_confidence import LearnedToken, Saturation, SoftmaxGap, consistency_loss
 
 
 def features(rows=40, width=6):
