@@ -29,7 +29,7 @@ class PointRefine(Dynamic):
 
     Args:
         network: images (B, C, H, W) to (fine features (B, F, h, w), coarse logits (B, classes, h', w')), of any sizes.
-        head: maps (rows, F + classes) to logits (rows, classes), the features first; say a `PointHead`.
+        head: maps (rows, F + classes) to logits (rows, classes), the features first; such as a `PointHead`.
         points: maximum number of positions of an image to predict again after each step, the least sure ones; None for
             no limit.
         confidence: scores the logits; `Margin`, as in the paper, if None.

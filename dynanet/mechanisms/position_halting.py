@@ -1,4 +1,4 @@
-"""Position halting: each position of an image stops being updated on its own, and its neighbours go on reading it."""
+"""Position halting: each position of an image stops being updated on its own, and its neighbours still read it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class PositionHalting(Dynamic):
     After step n a position has the halting score h_n. It stops at the first step N at which its scores sum to 1 - eps
     or more, the last step if none does. The answer is the mean of its states weighted with the scores, the last with
     the remainder R = 1 - (h_1 + ... + h_{N-1}). A position that stopped keeps its state, which neighbouring
-    convolutions go on reading. `PositionPonderCost` is the loss term that makes positions stop.
+    convolutions still read. `PositionPonderCost` is the loss term that makes positions stop.
 
     Unit k is cell k, rows are tiles. With `dilate` rows are positions, and a cell has one unit for every convolution
     that reads neighbours and one for what comes before the first.
@@ -33,7 +33,7 @@ class PositionHalting(Dynamic):
         cells: cell k maps (B, C, H, W) to the same shape, with stride-1 same convolutions.
         halting: maps (B, C, H, W) to halting logits (B, tiles down, tiles across, 1): one for all steps, or a sequence
             with one for every step but the last. The 3x3 convolution of a `ContextScorer` runs only where a position
-            goes on; any other module runs everywhere.
+            continues; any other module runs everywhere.
         tiles: the granularity, and the halo of a cell.
         eps: how far below 1 a sum may stop.
         first: a step before the cells that runs everywhere, and may change the shape: a stage's strided unit. Without

@@ -16,7 +16,7 @@ class TokenMerge(TokenLayer):
     Every second token of a sample may be merged into the most similar one of the others. A merged token is the mean of
     the tokens that it stands for, weighted with their sizes, and counts in attention as that many (`Tokens.size`).
 
-    The decision says which tokens go on: keep is 0 for those that were merged away, and unit 0 is the rest. In the
+    The decision says which tokens continue: keep is 0 for those that were merged away, and unit 0 is the rest. In the
     output a token that was merged away equals the token it was merged into. The first token (CLS) neither merges nor is
     merged into.
 

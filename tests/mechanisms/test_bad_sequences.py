@@ -114,7 +114,7 @@ def test_a_session_refuses_nan_and_says_how_to_pad(name):
     x[1, 1] = torch.nan
     with pytest.raises(InputError, match=r"NaN or infinite values in sample\(s\) \[1\]"):
         session(Sequences(x, torch.tensor([LONGEST, 2, 4])))
-    with pytest.raises(InputError, match=rf"4 steps instead of {LONGEST}; pad sequences with `pad\(\.\.\., steps={LONGEST}\)`"):
+    with pytest.raises(InputError, match=rf"4 steps instead of {LONGEST}; pad sequences"):
         session(Sequences(torch.randn(2, 4, *step), torch.tensor([4, 2])))
 
 

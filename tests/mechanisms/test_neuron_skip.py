@@ -160,9 +160,9 @@ def test_what_moefy_cannot_do():
         moefy(up, down, torch.randn(9, D), keep=2, block=5)
     with pytest.raises(ConfigError, match="from 1 to 8.*keep = 9"):
         moefy(up, down, torch.randn(9, D), keep=9, block=4)
-    with pytest.raises(ConfigError, match="divisor"):
+    with pytest.raises(ConfigError, match="block must divide"):
         balanced_clusters(torch.randn(10, 3), 4)
     with pytest.raises(ConfigError, match="expected as many"):
         fit_router(nn.Linear(D, 4), torch.randn(5, D), torch.ones(4, 4))
-    with pytest.raises(ConfigError, match="active"):
+    with pytest.raises(ConfigError, match="no input activates"):
         fit_router(nn.Linear(D, 4), torch.randn(5, D), torch.zeros(5, 4))

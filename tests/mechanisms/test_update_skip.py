@@ -201,7 +201,7 @@ def test_nan_stays_in_its_row_and_a_session_refuses_it():
 
 
 def test_what_cannot_be_built_or_counted():
-    with pytest.raises(ConfigError, match="hidden is 0"):
+    with pytest.raises(ConfigError, match="hidden must be at least 1, got 0"):
         UpdateSkip(nn.GRUCell(3, 5), 3, 0)
     with record(other := nn.Linear(2, 2)) as trace:
         other(torch.zeros(1, 2))
