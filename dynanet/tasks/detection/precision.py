@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from dynanet.core.errors import DataError, require
 from dynanet.data.voc import Boxes
@@ -94,16 +93,3 @@ def _mean(precision: np.ndarray) -> float:
     """The mean over entries that have a value; -1 marks those without true boxes."""
     there = precision[precision > -1]
     return float(there.mean()) if there.size else float("nan")
-
-
-def to_pixels(found: Detections, size: tuple[int, int], original: tuple[int, int]) -> Detections:
-    """Convert detections in a resized image to pixels of the original.
-
-    Args:
-        found: in pixels of the resized image.
-        size: (height, width) of the resized image.
-        original: (height, width) of the original.
-    """
-    down, across = original[0] / size[0], original[1] / size[1]
-    scale: Tensor = found.boxes.new_tensor([across, down, across, down])
-    return found._replace(boxes=found.boxes * scale)

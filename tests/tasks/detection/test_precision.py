@@ -6,7 +6,7 @@ import torch
 from dynanet.core.errors import DataError, MissingExtraError
 from dynanet.data.voc import Boxes
 from dynanet.tasks.detection.decoding import Detections
-from dynanet.tasks.detection.precision import average_precision, to_pixels
+from dynanet.tasks.detection.precision import average_precision
 
 pytest.importorskip("pycocotools")
 CLASSES = ("cat", "dog")
@@ -71,7 +71,3 @@ def test_what_cannot_be_scored(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pycocotools.coco", None)
     with pytest.raises(MissingExtraError, match="dynanet\\[detection\\]"):
         average_precision([found()], [truth(A)], CLASSES)
-
-
-def test_back_to_the_images_own_pixels():
-    assert to_pixels(found([*B, 0.5]), (50, 60), (100, 240)).boxes.tolist() == [[40, 20, 240, 100]]
