@@ -74,5 +74,5 @@ def test_the_policy_is_cheap():
 def test_what_means_no_network_is_refused():
     with pytest.raises(ConfigError, match="6n"):
         blockdrop(num_classes=10, policy_depth=10)
-    with pytest.raises(ConfigError, match="bound of 0.3"):
+    with pytest.raises(ConfigError, match="got 0.3"):
         blockdrop(num_classes=10, bound=0.3)
