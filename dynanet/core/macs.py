@@ -8,13 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import DispatchKey
-from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from dynanet.core.errors import StructureError
 from dynanet.core.trace import Trace
+
+try:  # private names, which another version of torch may not have
+    from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+except ImportError:
+    _HIDDEN_HERE = False
+else:
+    _HIDDEN_HERE = True
 
 aten = torch.ops.aten
 
@@ -39,8 +45,8 @@ class CountMacs(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         # By default torch hides a dispatch mode from its compiler, and imports the compiler for that, which takes a
-        # second or more. The end of this file does the same without the import.
-        return False
+        # second or more. The end of this file does the same without the import, where it can.
+        return not _HIDDEN_HERE
 
     def __init__(self, trace: Trace | None = None) -> None:
         super().__init__()
@@ -183,4 +189,6 @@ _MACS = {
 }
 
 # `torch.cond` compiles even in eager mode, and would compile the counting too: that frame and all below it run as is.
-set_code_exec_strategy(CountMacs.__torch_dispatch__.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+if _HIDDEN_HERE:
+    _SKIP = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
+    set_code_exec_strategy(CountMacs.__torch_dispatch__.__code__, _SKIP)

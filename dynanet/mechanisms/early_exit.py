@@ -32,9 +32,6 @@ class EarlyExit(ThresholdHalt):
         exits: exit k maps the state of stage k to logits (B, classes).
         confidence: scores logits; `PerExit` for a criterion per exit. None for `MaxProbability`.
 
-    Attributes:
-        leaves: (steps - 1,) int64, the threshold that each step has; `calibrate.calibrate` reads it.
-
     Raises:
         StructureError: no stages, not one exit per stage, or a confidence that does not score every exit but the last.
     """
@@ -49,9 +46,6 @@ class EarlyExit(ThresholdHalt):
         super().__init__(len(exits), confidence if confidence is not None else MaxProbability())
         self.stages = nn.ModuleList(stages)
         self.exits = nn.ModuleList(exits)
-        self.leaves: Tensor
-        # Not by `arange`, which imports sympy when a bundle is checked on the meta device: half a second.
-        self.register_buffer("leaves", torch.tensor(range(len(stages) - 1), dtype=torch.int64), persistent=False)
         self._active = tuple(range(len(stages)))
 
     @property
@@ -81,7 +75,6 @@ class EarlyExit(ThresholdHalt):
         off = [k for k in range(last) if k not in given]
         with torch.no_grad():
             self.thresholds[off] = torch.inf
-        self.leaves = torch.tensor(given[:-1], dtype=torch.int64, device=self.thresholds.device)
 
     def exit_of(self, k: int) -> int:
         """The number of active exit k."""

@@ -93,9 +93,9 @@ def test_switching_on_again_and_what_is_no_choice_of_exits():
     model.thresholds.fill_(0.5)
     model.active = (0, 4)
     assert model.thresholds.tolist() == [0.5, torch.inf, torch.inf, torch.inf]
-    assert model.leaves.tolist() == [0] and model.active == (0, 4)
+    assert model.exit_of(0) == 0 and model.exit_of(1) == 4 and model.active == (0, 4)
     model.active = range(5)
-    assert model.steps == 5 and model.leaves.tolist() == [0, 1, 2, 3]
+    assert model.steps == 5 and [model.exit_of(k) for k in range(4)] == [0, 1, 2, 3]
     for wrong in ((), (0, 1), (4, 0), (1, 1, 4), (-1, 4), (2, 5)):
         with pytest.raises(StructureError, match="the last included"):
             model.active = wrong
