@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import operator
 import re
 import shlex
@@ -12,7 +13,7 @@ import torch
 
 import dynanet
 from dynanet.cli.commands import main
-from tests.test_floors import FLOORS
+from tests.test_floors import FLOOR, PACKAGE
 from tests.test_style import WORDS
 
 ROOT = Path(__file__).parent.parent
@@ -151,7 +152,8 @@ def test_cards_begin_with_a_verdict_and_are_short(path):
 def test_floors_of_the_architecture_are_those_of_the_test():
     rows = re.findall(r"^\| (\d) \| (.*?) \|", ARCHITECTURE.read_text(), re.MULTILINE)
     shown = {name: int(floor) for floor, cell in rows for name in re.findall(r"`(\w+)/?`", cell)}
-    assert shown == {name: floor for name, floor in FLOORS.items() if not name.startswith("__")}
+    there = {path.stem for path in PACKAGE.iterdir() if not path.stem.startswith("__")}
+    assert shown == {name: floor for name, floor in FLOOR.items() if name in there}
 
 
 def test_readme_is_short():
@@ -220,3 +222,9 @@ def test_links_lead_somewhere(path):
             titles = re.findall(r"^#+ (.*)$", (path.parent / link).read_text(), re.MULTILINE)
             anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
             assert heading in anchors, f"{path.name} links to {link}#{heading}"
+
+
+def test_the_licence_files_exist():
+    named = re.search(r"^license-files = (.*)$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert named is not None
+    assert [name for name in json.loads(named[1]) if (ROOT / name).is_file()] == ["LICENSE"]

@@ -58,11 +58,21 @@ def long_functions(text: str) -> Iterator[Finding]:
             yield node.lineno, f"{node.name} has {_body(node)} lines"
 
 
+def _targets(target: ast.expr) -> Iterator[ast.expr]:
+    """The single targets of `a, (b, c)`."""
+    if isinstance(target, ast.Tuple | ast.List):
+        for each in target.elts:
+            yield from _targets(each)
+    else:
+        yield target
+
+
 def parallel_assignments(text: str) -> Iterator[Finding]:
     """`a, b, c = x, y, z`: more than two targets at once. Unpacking one value is not meant."""
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
-            if any(isinstance(t, ast.Tuple) and len(t.elts) > MOST_TARGETS for t in node.targets):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple | ast.List):
+            names = [sum(isinstance(n, ast.Name | ast.Attribute) for n in _targets(t)) for t in node.targets]
+            if max(names) > MOST_TARGETS:
                 yield node.lineno, "parallel assignment of more than two targets"
 
 
@@ -106,12 +116,13 @@ def test_style(check):
     assert not found, check.__doc__
 
 
-def _classes() -> dict[str, ast.ClassDef]:
-    found = {}
+def _classes() -> dict[str, list[ast.ClassDef]]:
+    """By name: several files may have a `Block` of their own."""
+    found: dict[str, list[ast.ClassDef]] = {}
     for path in _sources():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ClassDef):
-                found[node.name] = node
+                found.setdefault(node.name, []).append(node)
     return found
 
 
@@ -119,23 +130,25 @@ def test_classes_are_abstract_or_final():
     """A class that another one derives from leaves an abstract method open, or is an error."""
     classes = _classes()
 
-    def bases(name: str) -> list[str]:
-        return [ast.unparse(base).split("[")[0].split(".")[-1] for base in classes[name].bases]
+    def bases(node: ast.ClassDef) -> list[str]:
+        return [ast.unparse(base).split("[")[0].split(".")[-1] for base in node.bases]
 
     def is_error(name: str) -> bool:
-        return name in ("Exception", "ValueError", "Warning") or name in classes and any(map(is_error, bases(name)))
+        if name in ("Exception", "ValueError", "Warning"):
+            return True
+        return any(is_error(base) for node in classes.get(name, ()) for base in bases(node))
 
-    def left_open(name: str) -> set[str]:
+    def left_open(node: ast.ClassDef) -> set[str]:
         """Abstract methods that a class has or inherits, and does not implement."""
-        if name not in classes:
-            return {name} if name == "ABC" else set()
-        methods = [node for node in classes[name].body if isinstance(node, ast.FunctionDef)]
+        methods = [each for each in node.body if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)]
         abstract = {m.name for m in methods if any("abstractmethod" in ast.unparse(d) for d in m.decorator_list)}
-        inherited = {method for base in bases(name) for method in left_open(base)}
+        inherited = {"ABC"} if "ABC" in bases(node) else set()
+        for base in bases(node):
+            inherited |= {method for each in classes.get(base, ()) for method in left_open(each)}
         return abstract | (inherited - {m.name for m in methods})
 
-    derived_from = {base for name in classes for base in bases(name) if base in classes}
-    concrete = {name for name in derived_from if not is_error(name) and not left_open(name)}
+    derived_from = {base for nodes in classes.values() for node in nodes for base in bases(node) if base in classes}
+    concrete = {name for name in derived_from if not is_error(name) and not all(map(left_open, classes[name]))}
     assert concrete == {"Dynamic"}, "its `forward` is each mechanism's own, with arguments of its own"
 
 

@@ -148,8 +148,8 @@ def line(row: Row) -> str:
     """Format a row as one line of text."""
     speeds = f"{row.session_ms:.3f} ms/sample, {row.over_reference:.2f} times the untouched model"
     engines = f"{row.over_same_engine:.2f} the same engine dense, {row.over_best_dense:.2f} the best ({row.best_dense})"
-    theory = f"{row.over_flop_ratio:.2f} of the FLOP ratio, {row.over_latency_theory:.2f} of the latency theory"
-    stream = f"; stream {row.stream_ms:.3f} ms/sample, {row.stream_over_latency_theory:.2f} of the latency theory"
+    theory = f"{row.over_flop_ratio:.2f} of the MAC saving, scheduling efficiency {row.over_latency_theory:.2f}"
+    stream = f"; stream {row.stream_ms:.3f} ms/sample, scheduling efficiency {row.stream_over_latency_theory:.2f}"
     text = f"batch {row.batch:>3}, {row.threads} thread(s): {speeds}; {engines}; {theory}"
     return text + stream if math.isfinite(row.stream_ms) else text
 

@@ -34,7 +34,11 @@ def convert(model: nn.Module, changes: Mapping[str, Callable[[nn.Module], nn.Mod
     for pattern in changes:
         matched = [name for name in children if re.fullmatch(pattern, name)]
         if not matched:
-            raise StructureError(f"no child matches {pattern!r}; there are {', '.join([*children][:12])}, ...")
+            names = ", ".join(map(repr, [*children][:12]))
+            raise StructureError(
+                f"no child is named {pattern!r}, which must match the whole name; the first names are {names}: give a "
+                f"regular expression for some of those in `model.named_modules()`"
+            )
         for name in matched:
             other = next((n for n in chosen if children[n] is children[name] and chosen[n] != pattern), None)
             if other:

@@ -161,7 +161,8 @@ def _labels(path: Path, image: Path, classes: int, void: int, size: tuple[int, i
     check_labels(torch.from_numpy(np.asarray(map_).copy()), classes, void, f"the label map {path}")
     expected = decoded_size(image)
     if expected is not None and expected != map_.size:
-        (w, h), (map_w, map_h) = expected, map_.size
+        w, h = expected
+        map_w, map_h = map_.size
         raise DataError(f"the label map {path} is {map_h} x {map_w} and its image {h} x {w}; expected one size")
     if size is not None and map_.size != (size[1], size[0]):
         map_ = ops.fit(map_, (size[1], size[0]), method=pil.Resampling.NEAREST)

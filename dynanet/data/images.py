@@ -158,7 +158,8 @@ class Images(Dataset[tuple[Any, int]]):
             if images is None:
                 images = np.empty((len(self), *pixels.shape), np.uint8)
             if pixels.shape != images.shape[1:]:
-                (h, w), (first_h, first_w) = pixels.shape[1:], images.shape[2:]
+                h, w = pixels.shape[1:]
+                first_h, first_w = images.shape[2:]
                 raise DataError(
                     f"{self.name(index)} is {h} x {w} and {self.name(kept[0])} is {first_h} x {first_w}; images in one "
                     f"tensor must have one size: give size=(height, width)"

@@ -107,7 +107,9 @@ class Model:
             return builder(**{**self.arguments, **given})
         except TypeError as error:
             takes = [name for name in inspect.signature(builder).parameters if name not in given]
-            raise ConfigError(f"model {self.name}: {error}; it takes {', '.join(takes)}") from error
+            unknown = [name for name in self.arguments if name not in takes]
+            reason = f"does not take {unknown[0]!r}" if unknown else str(error)
+            raise ConfigError(f"model.arguments: {self.name} {reason}; it takes {', '.join(takes)}") from error
 
 
 @dataclass(frozen=True)

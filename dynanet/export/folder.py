@@ -43,7 +43,8 @@ def check_names(folder: Path) -> None:
     if folder.is_symlink() or not folder.is_dir():
         left = set_aside(folder)
         hint = f"; a save was cut off and left the bundle in {left.name}: rename it" if left else ""
-        raise BundleError(f"{folder} is a link, or not a folder; expected the folder of a bundle{hint}")
+        found = "is a link, or not a folder" if os.path.lexists(folder) else "does not exist"
+        raise BundleError(f"{folder} {found}; expected the folder of a bundle{hint}")
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name not in NAMES:

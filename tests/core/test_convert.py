@@ -91,7 +91,7 @@ def test_what_lies_inside_a_new_layer_is_converted_in_a_second_call():
 
 def test_a_pattern_must_match_whole_names_and_something():
     for pattern in ("layer", r"1\.0", "layer3"):
-        with pytest.raises(StructureError, match="no child matches.*stem, layer1"):
+        with pytest.raises(StructureError, match="no child is named.*'stem', 'layer1'"):
             dynanet.convert(Net(), {pattern: skip})
 
 

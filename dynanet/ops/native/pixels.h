@@ -42,7 +42,7 @@ TARGET static void ISA(blocks)(const void *images, long begin, long end) {
     float *rows = s->rows + image;
     for (long some = 0; some < channels; some += 16) { /* whole lines of the cache, read and written */
       long until = some + 16 < channels ? some + 16 : channels, p = first;
-      for (long c = some; c < until; c++) /* of the next block: no processor foresees so many places */
+      for (long c = some; c < until; c++) /* of the next block: too many places for a processor to foresee */
         for (long line = 0; line < BLOCK; line += 16) __builtin_prefetch(x + c * positions + last + line, 0, 2);
       for (; p + 4 <= last; p += 4) {
         long c = some;

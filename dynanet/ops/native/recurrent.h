@@ -2,7 +2,7 @@
  * packed weights with rows that are read where they lie, the nonlinearities behind them while they are in the cache, and
  * the decisions too. Rows do not wait for each other. The structures are in kernels.c. */
 
-#define READY (2 * ROWS)        /* so many rows that wait for the big cell need not wait for more */
+#define READY (2 * ROWS)        /* with this number of rows the big cell runs at once */
 
 /* e to the v, to within a rounding or two; v is taken to be within +-40, where a sigmoid has long been 0 or 1. */
 INLINE VEC ISA(exponential)(VEC v) {

@@ -1,16 +1,19 @@
 """The loss of an anchor-free detector, and the assignment of boxes to positions."""
 
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dynanet.core.errors import ConfigError, DataError, InputError
+from dynanet.core.errors import ConfigError, DataError, InputError, check_sizes
 from dynanet.core.objective import Objective
 from dynanet.core.trace import Trace
 from dynanet.data.voc import reversed_corners
 from dynanet.tasks.detection.boxes import area, from_sides, generalized_overlap, places, sides
 
 
+@dataclass(frozen=True)
 class DetectionLoss(Objective):
     """Focal loss of the classes, GIoU loss of the boxes and cross-entropy of the centreness, per assigned position.
 
@@ -28,16 +31,18 @@ class DetectionLoss(Objective):
         ConfigError: a value out of range.
     """
 
-    def __init__(self, stride: int = 8, *, alpha: float = 0.25, gamma: float = 2.0, reach: float = 1.5) -> None:
-        if stride < 1 or not 0 <= alpha <= 1 or gamma < 0 or reach <= 0:
+    stride: int = 8
+    alpha: float = field(default=0.25, kw_only=True)
+    gamma: float = field(default=2.0, kw_only=True)
+    reach: float = field(default=1.5, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_sizes(stride=self.stride)
+        if not 0 <= self.alpha <= 1 or self.gamma < 0 or self.reach <= 0:
             raise ConfigError(
-                f"DetectionLoss got stride = {stride}, alpha = {alpha}, gamma = {gamma}, reach = {reach}; expected a "
-                f"stride of at least 1, alpha from 0 to 1, gamma of at least 0 and a positive reach"
+                f"alpha is {self.alpha}, gamma {self.gamma} and reach {self.reach}; expected alpha from 0 to 1, gamma "
+                f"of at least 0 and a positive reach"
             )
-        self.stride = stride
-        self.alpha = alpha
-        self.gamma = gamma
-        self.reach = reach
 
     def __call__(self, answer: Tensor, y: Tensor, trace: Trace) -> Tensor:
         """Return the loss of answers (B, classes + 5, h, w).
@@ -76,9 +81,6 @@ class DetectionLoss(Objective):
         p = logits.sigmoid()
         wrong = p + wanted - 2 * p * wanted  # 1 - p of positive targets, p of negative ones
         return (self.alpha * wanted + (1 - self.alpha) * (1 - wanted)) * wrong**self.gamma * loss
-
-    def __repr__(self) -> str:
-        return f"DetectionLoss({self.stride}, alpha={self.alpha:g}, gamma={self.gamma:g}, reach={self.reach:g})"
 
 
 def assign(y: Tensor, places_P2: Tensor, stride: int, reach: float) -> tuple[Tensor, Tensor]:

@@ -94,7 +94,7 @@ def test_what_cannot_be_learnt_from():
         DetectionLoss()(answer, torch.zeros(2, 3, 5), None)
     with pytest.raises(ConfigError, match="stride"):
         DetectionLoss(0)
-    assert repr(DetectionLoss(4)) == "DetectionLoss(4, alpha=0.25, gamma=2, reach=1.5)"
+    assert repr(DetectionLoss(4)) == "DetectionLoss(stride=4, alpha=0.25, gamma=2.0, reach=1.5)"
 
 
 def test_the_first_box_with_its_corners_the_wrong_way_round_is_named():
