@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dynanet.core.cost import CostModel
-from dynanet.core.errors import CheckpointError, ConfigError
+from dynanet.core.errors import CheckpointError, ConfigError, check_sizes
 from dynanet.core.objective import Objective
 from dynanet.train.batches import Batches
 from dynanet.train.checkpoint import newest, step_files, sweep
@@ -103,11 +103,15 @@ def fit(
     Raises:
         CheckpointError: the folder holds a run already and `resume` is off; all its checkpoints are damaged; they are
             of another model or run; the disk is full.
-        ConfigError: both lr and optimizer, a loader that cannot be resumed, a monitor that is not logged.
+        ConfigError: both lr and optimizer, a loader that cannot be resumed, a monitor that is not logged, epochs or
+            `checkpoint_every` below 1.
         TrainingError: the loss is NaN or infinite.
     """
     if lr is not None and optimizer is not None:
         raise ConfigError("got both lr and optimizer; set the learning rate of the optimizer itself: sgd(lr)")
+    check_sizes(epochs=epochs)
+    if checkpoint_every is not None:
+        check_sizes(checkpoint_every=checkpoint_every)
     folder = Path(folder)
     saving = Checkpoints(folder, every_steps=checkpoint_every, monitor=monitor, lower_is_better=lower_is_better)
     setup = _Setup(epochs, devices, accelerator, strategy, [*callbacks, saving], folder, progress)
