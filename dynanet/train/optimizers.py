@@ -31,7 +31,7 @@ def one_cycle(*, warmup: float = 0.25) -> SchedulerFactory:
     and a run of one step takes it on the way down: the end of the cycle would train nothing.
 
     Raises:
-        ConfigError: a warm-up that is no share, from 0 to 1.
+        ConfigError: a warm-up below 0 or above 1.
     """
     check_shares(warmup=warmup)
 
