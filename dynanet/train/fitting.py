@@ -32,7 +32,7 @@ class FitResult:
     Attributes:
         model: after the last step; `load_weights(model, result.best)` loads the best epoch.
         last: the last checkpoint.
-        best: the checkpoint of the best epoch; None without a validation set.
+        best: the checkpoint of the best epoch; None without a validation set, or where that checkpoint is lost.
         metrics: the last values of all that was logged.
         trainer: Lightning's Trainer.
     """
@@ -134,8 +134,7 @@ def fit(
         model.train()
         trainer.fit(training, batches, held_out, ckpt_path=start)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    best = folder / "best.ckpt"
-    return FitResult(model, newest(folder), best if best.exists() else None, metrics, trainer)
+    return FitResult(model, newest(folder), saving.best_file(), metrics, trainer)
 
 
 @dataclass(frozen=True)
