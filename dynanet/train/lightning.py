@@ -14,7 +14,7 @@ from dynanet.core.errors import CheckpointError, TrainingError
 from dynanet.core.objective import Objective
 from dynanet.core.trace import Trace
 from dynanet.train.batches import Batches
-from dynanet.train.checkpoint import check_same_decisions, check_same_model, decisions
+from dynanet.train.checkpoint import check_same_decisions, check_same_model, decisions, plain_names
 from dynanet.train.collapse import CollapseAlarm
 from dynanet.train.equilibrium import exits_reached, rescale_gradients
 from dynanet.train.given import answering, class_numbers, judging, pair, rows_of, single
@@ -161,6 +161,10 @@ class TrainingModule(LightningModule):
         """Add the next batch, the settings of the run and the decision rules to the checkpoint."""
         loader = self.trainer.train_dataloader
         position = loader.state_dict() if isinstance(loader, Batches) else {}
+        weights = checkpoint[
+            "state_dict"
+        ]  # under the names of the plain model, into which they go however this one is run
+        checkpoint["state_dict"] = {plain: weights[name] for plain, name in plain_names(self, weights).items()}
         checkpoint["dynanet"] = {"run": self._run, "batches": position, "decides": decisions(self.model)}
 
     @override
@@ -171,6 +175,8 @@ class TrainingModule(LightningModule):
             CheckpointError: it is of another one.
         """
         path = self.trainer.ckpt_path or "the checkpoint"
+        mine = plain_names(self, self.state_dict())
+        checkpoint["state_dict"] = {mine.get(name, name): value for name, value in checkpoint["state_dict"].items()}
         check_same_model(self.state_dict(), checkpoint["state_dict"], path)
         self._restored = checkpoint.get("dynanet")
         check_same_decisions(self.model, (self._restored or {}).get("decides", {}), path)

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
+from torch import nn
 
 from dynanet import train
 from dynanet.core.errors import CheckpointError
 from dynanet.train import saving
-from dynanet.train.checkpoint import step_file, step_files
+from dynanet.train.checkpoint import plain_names, step_file, step_files
 from tests.train.train_toys import data, noisy, run, toy
 
 
@@ -198,3 +199,56 @@ def test_the_best_of_a_run_before_is_not_named(tmp_path):
     done = run(tmp_path, epochs=1)
     done.last.unlink()
     assert done.best.exists() and run(tmp_path, epochs=1, held_out=False).best is None
+
+
+def compiled_part(model):
+    model.stages[0] = torch.compile(model.stages[0], backend="eager")
+    return model
+
+
+WRAPPERS = {
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "parallel": nn.DataParallel,
+    "both": lambda model: nn.DataParallel(torch.compile(model, backend="eager")),
+    "a part": compiled_part,
+}
+
+
+def wrapped_run(folder, wrap, **options):
+    return train.fit(
+        wrap(toy()),
+        train.Batches(data(), 5, shuffle=True),
+        objective=train.MultiExit(),
+        epochs=2,
+        folder=folder,
+        progress=False,
+        accelerator="cpu",
+        **options,
+    )
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
+def test_a_wrapped_model_saves_the_plain_one(tmp_path, wrap):
+    plain = wrapped_run(tmp_path / "plain", lambda model: model)
+    with pytest.raises(PowerCut):
+        wrapped_run(tmp_path / "wrapped", wrap, callbacks=[CutAt(7)])
+    done = wrapped_run(tmp_path / "wrapped", wrap, resume=True)
+    states = [train.load_checkpoint(each.last) for each in (plain, done)]
+    assert list(states[0]["state_dict"]) == list(states[1]["state_dict"])
+    assert states[0]["dynanet"]["decides"] == states[1]["dynanet"]["decides"]
+    assert same(train.load_weights(toy(seed=9), done.last), plain.model), "a wrapped model trains as the plain one does"
+    for other in WRAPPERS.values():  # and a checkpoint of the plain model goes into any wrapped one
+        assert same(train.load_weights(other(toy(seed=9)), plain.last), plain.model)
+    with pytest.raises(CheckpointError, match="another model"):
+        train.load_weights(toy(width=12), done.last)
+
+
+def test_parts_that_are_named_as_wrappers_keep_their_names():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = nn.Linear(2, 2)
+
+    assert plain_names(nn.Sequential(Named()), ["0.module.weight"]) == {"0.module.weight": "0.module.weight"}
+    assert plain_names(nn.DataParallel(Named()), ["module.module.weight"]) == {"module.weight": "module.module.weight"}
