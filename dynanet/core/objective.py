@@ -5,12 +5,15 @@
 It lies in core because mechanisms bring terms of their own: a ponder cost, a balance of branches.
 """
 
+import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dynanet.core.errors import ConfigError
 from dynanet.core.trace import Trace
 
 
@@ -61,3 +64,16 @@ class Weighted(Objective):
 
     def __repr__(self) -> str:
         return " + ".join(f"{w:g} * {part!r}" for w, part in self.parts)
+
+
+def check_exit_weights(weights: Sequence[float]) -> None:
+    """Check that the weights of exits are finite numbers of at least 0, one of them above it.
+
+    Raises:
+        ConfigError: they are not; an exit with a negative weight would be trained to answer wrongly.
+    """
+    if not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+        raise ConfigError(
+            f"exit weights must be finite, at least 0 and not all 0, got {tuple(weights)}; give 0 to an exit that is "
+            f"not to be trained"
+        )

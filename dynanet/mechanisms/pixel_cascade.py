@@ -10,7 +10,7 @@ from torch.nn import functional
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import ConfigError, StructureError, check_shares
-from dynanet.core.objective import Objective
+from dynanet.core.objective import Objective, check_exit_weights
 from dynanet.core.trace import Trace
 from dynanet.data.pixel_labels import check_pixel_labels, pixel_cross_entropy
 from dynanet.gates.confidence import Confidence, MaxProbability
@@ -145,6 +145,9 @@ class PixelCascadeLoss(Objective):
         ignore: the label of void pixels.
         weights: one per exit; None for ones.
         name: of the PixelCascade; None where the model has only one.
+
+    Raises:
+        ConfigError: weights that are negative, not finite or all 0.
     """
 
     ignore: int = 255
@@ -155,6 +158,7 @@ class PixelCascadeLoss(Objective):
     def __post_init__(self) -> None:
         if self.weights is not None:
             object.__setattr__(self, "weights", tuple(self.weights))
+            check_exit_weights(self.weights)
 
     def __call__(self, answer: Tensor, y: Tensor, trace: Trace) -> Tensor:
         """Over the exits' logits in the trace and labels (B, H, W), int64.

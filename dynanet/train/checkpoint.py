@@ -8,7 +8,7 @@ import hashlib
 import io
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,11 +124,15 @@ def sweep(folder: str | Path) -> None:
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     """Load a checkpoint's weights into a model of the same architecture, and return the model.
 
+    Either may be wrapped by `torch.compile` or `DataParallel`.
+
     Raises:
         CheckpointError: the checkpoint is damaged, or of another model.
     """
     loaded = load_checkpoint(path)
-    weights = {name.removeprefix("model."): value for name, value in loaded.get("state_dict", {}).items()}
+    mine = plain_names(model, model.state_dict())
+    saved = {name.removeprefix("model."): value for name, value in loaded.get("state_dict", {}).items()}
+    weights = {mine.get(name.replace("_orig_mod.", ""), name): value for name, value in saved.items()}
     check_same_model(model.state_dict(), weights, path)
     check_same_decisions(model, loaded.get("dynanet", {}).get("decides", {}), path)
     model.load_state_dict(weights)
@@ -158,7 +162,29 @@ def check_same_model(mine: Mapping[str, Any], theirs: Mapping[str, Any], path: o
 def decisions(model: nn.Module) -> dict[str, str]:
     """Settings of a model's decisions that are not in its weights, by layer: rules with their k, confidences."""
     deciding = ((name, m.decides) for name, m in model.named_modules() if isinstance(m, Gate | Dynamic))
-    return {name: how for name, how in deciding if how}
+    found = {name: how for name, how in deciding if how}
+    return {plain: found[name] for plain, name in plain_names(model, found).items()}
+
+
+def plain_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """The names of modules or weights by those they have where nothing is wrapped.
+
+    Wrappers are what `torch.compile`, `DataParallel` and `DistributedDataParallel` put around a model or a part of it.
+    """
+    wrappers = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        inner = "module" if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel) else "_orig_mod"
+        if inner == "module" or inner in dict(module.named_children()):
+            head = f"{name}." if name else ""
+            wrappers.append((f"{head}{inner}.", head))
+    found = {}
+    for name in names:
+        plain = f"{name}."
+        for prefix, head in reversed(wrappers):  # the innermost first, while the names around it are still whole
+            if plain.startswith(prefix):
+                plain = head + plain.removeprefix(prefix)
+        found[plain.removesuffix(".")] = name
+    return found
 
 
 def check_same_decisions(model: nn.Module, theirs: Mapping[str, str], path: object) -> None:

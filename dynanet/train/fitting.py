@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from dynanet.core.cost import CostModel
-from dynanet.core.errors import CheckpointError, ConfigError
+from dynanet.core.errors import CheckpointError, ConfigError, check_sizes
 from dynanet.core.objective import Objective
 from dynanet.train.batches import Batches
 from dynanet.train.checkpoint import newest, step_files, sweep
@@ -32,7 +32,7 @@ class FitResult:
     Attributes:
         model: after the last step; `load_weights(model, result.best)` loads the best epoch.
         last: the last checkpoint.
-        best: the checkpoint of the best epoch; None without a validation set.
+        best: the checkpoint of the best epoch; None without a validation set, or where that checkpoint is lost.
         metrics: the last values of all that was logged.
         trainer: Lightning's Trainer.
     """
@@ -103,11 +103,15 @@ def fit(
     Raises:
         CheckpointError: the folder holds a run already and `resume` is off; all its checkpoints are damaged; they are
             of another model or run; the disk is full.
-        ConfigError: both lr and optimizer, a loader that cannot be resumed, a monitor that is not logged.
+        ConfigError: both lr and optimizer, a loader that cannot be resumed, a monitor that is not logged, epochs or
+            `checkpoint_every` below 1.
         TrainingError: the loss is NaN or infinite.
     """
     if lr is not None and optimizer is not None:
         raise ConfigError("got both lr and optimizer; set the learning rate of the optimizer itself: sgd(lr)")
+    check_sizes(epochs=epochs)
+    if checkpoint_every is not None:
+        check_sizes(checkpoint_every=checkpoint_every)
     folder = Path(folder)
     saving = Checkpoints(folder, every_steps=checkpoint_every, monitor=monitor, lower_is_better=lower_is_better)
     setup = _Setup(epochs, devices, accelerator, strategy, [*callbacks, saving], folder, progress)
@@ -130,8 +134,7 @@ def fit(
         model.train()
         trainer.fit(training, batches, held_out, ckpt_path=start)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    best = folder / "best.ckpt"
-    return FitResult(model, newest(folder), best if best.exists() else None, metrics, trainer)
+    return FitResult(model, newest(folder), saving.best_file(), metrics, trainer)
 
 
 @dataclass(frozen=True)

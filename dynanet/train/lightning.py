@@ -10,13 +10,14 @@ from typing_extensions import override
 
 from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import execute, record
-from dynanet.core.errors import CheckpointError, DataError, TrainingError
+from dynanet.core.errors import CheckpointError, TrainingError
 from dynanet.core.objective import Objective
 from dynanet.core.trace import Trace
 from dynanet.train.batches import Batches
-from dynanet.train.checkpoint import check_same_decisions, check_same_model, decisions
+from dynanet.train.checkpoint import check_same_decisions, check_same_model, decisions, plain_names
 from dynanet.train.collapse import CollapseAlarm
 from dynanet.train.equilibrium import exits_reached, rescale_gradients
+from dynanet.train.given import answering, class_numbers, judging, pair, rows_of, single
 from dynanet.train.objectives import BudgetPenalty
 from dynanet.train.optimizers import OptimizerFactory, SchedulerFactory, one_cycle, sgd
 from dynanet.train.saving import Checkpoints, advice
@@ -115,19 +116,10 @@ class TrainingModule(LightningModule):
         """The objective of one batch.
 
         Raises:
-            DataError: a label that is out of range.
+            DataError: a batch that the model or the objective cannot take; the message says what to mend.
             TrainingError: the loss is NaN or infinite.
         """
-        x, y = batch
-        with record(self.model) as trace:
-            answer = self.model(x)
-        try:
-            loss = self.objective(answer, y, trace)
-        except IndexError as error:  # torch's, of a label that is not a class
-            raise DataError(
-                f"the objective failed with {error} for labels from {int(y.min())} to {int(y.max())}; build the model "
-                f"with as many classes as the data has"
-            ) from error
+        answer, y, loss, trace = self._evaluate(batch)
         self._check_finite(loss)
         if self.equilibrium and self._counts is None:
             self._counts = exits_reached(trace)
@@ -154,15 +146,13 @@ class TrainingModule(LightningModule):
     @override
     def validation_step(self, batch: tuple[Any, Any], batch_idx: int) -> None:
         """The same figures on held-out data, with hard decisions."""
-        x, y = batch
-        with record(self.model) as trace:
-            answer = self.model(x)
-        figures = {"loss": self.objective(answer, y, trace), **self._figures(answer, y, trace)}
+        answer, y, loss, trace = self._evaluate(batch)
+        figures = {"loss": loss, **self._figures(answer, y, trace)}
         self.log_dict(
             {f"val/{name}": value for name, value in figures.items()},
             on_step=False,
             on_epoch=True,
-            batch_size=y.shape[0],
+            batch_size=rows_of(y),
             sync_dist=self.trainer.world_size > 1,
         )
 
@@ -171,6 +161,10 @@ class TrainingModule(LightningModule):
         """Add the next batch, the settings of the run and the decision rules to the checkpoint."""
         loader = self.trainer.train_dataloader
         position = loader.state_dict() if isinstance(loader, Batches) else {}
+        weights = checkpoint[
+            "state_dict"
+        ]  # under the names of the plain model, into which they go however this one is run
+        checkpoint["state_dict"] = {plain: weights[name] for plain, name in plain_names(self, weights).items()}
         checkpoint["dynanet"] = {"run": self._run, "batches": position, "decides": decisions(self.model)}
 
     @override
@@ -181,9 +175,21 @@ class TrainingModule(LightningModule):
             CheckpointError: it is of another one.
         """
         path = self.trainer.ckpt_path or "the checkpoint"
+        mine = plain_names(self, self.state_dict())
+        checkpoint["state_dict"] = {mine.get(name, name): value for name, value in checkpoint["state_dict"].items()}
         check_same_model(self.state_dict(), checkpoint["state_dict"], path)
         self._restored = checkpoint.get("dynanet")
         check_same_decisions(self.model, (self._restored or {}).get("decides", {}), path)
+
+    def _evaluate(self, batch: Any) -> tuple[Any, Any, Tensor, Trace]:
+        """The answer, the labels, the loss and the trace of a batch."""
+        x, y = pair(batch)
+        x, y = single(x, self.model), single(y, self.model)
+        with record(self.model) as trace, answering(x, y):
+            answer = self.model(x)
+        y = class_numbers(answer, y)
+        with judging(answer, y):
+            return answer, y, self.objective(answer, y, trace), trace
 
     def _resume(self) -> None:
         """Continue at the next batch of the restored checkpoint, if the settings of the run are the same."""

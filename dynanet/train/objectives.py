@@ -3,6 +3,7 @@
 objective = MultiExit(distill=0.5) + 2.0 * BudgetPenalty(Budget(macs=0.5 * cost.full), cost)
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from torch.nn import functional
 from dynanet.core.budget import Budget
 from dynanet.core.cost import CostModel
 from dynanet.core.errors import BudgetError, ConfigError, StructureError
-from dynanet.core.objective import Objective
+from dynanet.core.objective import Objective, check_exit_weights
 from dynanet.core.trace import Trace
 
 
@@ -55,7 +56,8 @@ class MultiExit(Objective):
         halt: the name of the Halt whose exits are trained; None where the model has only one.
 
     Raises:
-        ConfigError: a negative `distill`, a temperature that is not positive, label smoothing outside [0, 1).
+        ConfigError: weights that are negative, not finite or all 0, a negative `distill`, a temperature that is not
+            positive, label smoothing outside [0, 1).
     """
 
     weights: Sequence[float] | None = None
@@ -67,12 +69,13 @@ class MultiExit(Objective):
 
     def __post_init__(self) -> None:
         _check_smoothing(self.label_smoothing)
-        if not self.distill >= 0:
-            raise ConfigError(f"distill must be at least 0, got {self.distill}")
-        if not self.temperature > 0:
-            raise ConfigError(f"temperature must be above 0, got {self.temperature}")
+        if not 0 <= self.distill < math.inf:
+            raise ConfigError(f"distill must be finite and at least 0, got {self.distill}")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(f"temperature must be finite and above 0, got {self.temperature}")
         if self.weights is not None:
             object.__setattr__(self, "weights", tuple(self.weights))
+            check_exit_weights(self.weights)
 
     def __call__(self, answer: Any, y: Tensor, trace: Trace) -> Tensor:
         """Over the exits' logits (B, C) in the trace.

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from dynanet.core.errors import CheckpointError, ConfigError, TrainingError
 from dynanet.core.files import write_atomically
-from dynanet.train.checkpoint import load_checkpoint, newest, save_checkpoint, step_file, step_files
+from dynanet.train.checkpoint import is_whole, load_checkpoint, newest, save_checkpoint, step_file, step_files
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -45,6 +45,7 @@ class Checkpoints(Checkpoint):
     """Saves at the end of every epoch, optionally every few steps, and keeps the last two checkpoints and the best.
 
     `step-00000120.ckpt` is the state after 120 optimizer steps, `best.ckpt` a copy of the epoch's with the best metric.
+    A run that goes on after it was stopped between the two makes the copy first.
 
     Args:
         folder: to save in.
@@ -66,6 +67,7 @@ class Checkpoints(Checkpoint):
         self.monitor = monitor
         self.lower_is_better = lower_is_better
         self.best: float | None = None
+        self.best_step: int | None = None
 
     @override
     def on_train_batch_end(
@@ -87,23 +89,51 @@ class Checkpoints(Checkpoint):
         better = score is not None and self._is_better(float(score))
         if score is not None and better:
             self.best = float(score)  # before saving: a resumed run must know it
+            self.best_step = trainer.global_step
         self._save(trainer, pl_module)
         if score is None and trainer.val_dataloaders:
             logged = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
             raise ConfigError(f"monitor is {self.monitor!r}, which is not logged; use one of {logged}")
         if better and trainer.is_global_zero:
-            with open(step_file(self.folder, trainer.global_step), "rb") as saved:
-                _write_copy(saved, self.folder / "best.ckpt")
+            self._copy_best()
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Make `best.ckpt` up for, where the run was stopped after an epoch was saved and before it was copied."""
+        state = checkpoint["callbacks"].get(self.state_key)
+        if state is None:
+            return
+        self.load_state_dict(state)
+        if trainer.is_global_zero and self.best is not None and self.best_file() is None:
+            self._copy_best()
+
+    def best_file(self) -> Path | None:
+        """The path of `best.ckpt`; None unless the file is whole and of the best epoch of this run."""
+        path = self.folder / "best.ckpt"
+        if self.best is None or not is_whole(path):
+            return None
+        saved = load_checkpoint(path)
+        state = saved.get("callbacks", {}).get(self.state_key, {})
+        right = (state.get("best"), state.get("best_step")) == (self.best, self.best_step)
+        return path if right and self.best_step in (None, saved.get("global_step")) else None
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """The best metric so far."""
-        return {"best": self.best}
+        """The best metric so far, and the step after which it was measured."""
+        return {"best": self.best, "best_step": self.best_step}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the best metric so far."""
         self.best = state_dict["best"]
+        self.best_step = state_dict.get("best_step")  # None in runs of dynanet before it was kept
+
+    def _copy_best(self) -> None:
+        """Copy the checkpoint of the best epoch to `best.ckpt`, if it is kept still and whole."""
+        source = None if self.best_step is None else step_file(self.folder, self.best_step)
+        if source is not None and is_whole(source):
+            with open(source, "rb") as saved:
+                _write_copy(saved, self.folder / "best.ckpt")
 
     def _is_better(self, score: float) -> bool:
         if math.isnan(score):

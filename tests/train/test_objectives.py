@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from dynanet.core.gate import Gate
 from dynanet.gates.rules import Sigmoid
 from dynanet.mechanisms.early_exit import EarlyExit
 from dynanet.mechanisms.layer_skip import LayerSkip
+from dynanet.mechanisms.pixel_cascade import PixelCascadeLoss
 from tests.train.train_toys import data, toy
 
 
@@ -115,6 +118,23 @@ def test_multi_exit_says_what_is_missing():
         answer, trace = passed(halved, x)
     with pytest.raises(StructureError, match="only some rows reached"):
         train.MultiExit()(answer, y, trace)
+
+
+@pytest.mark.parametrize("loss", [train.MultiExit, lambda w: PixelCascadeLoss(weights=w)], ids=["exits", "pixels"])
+@pytest.mark.parametrize("weights", [[1, -0.5], [-1, -1], [0, 0], [], [1, math.nan], [1, math.inf], [-math.inf, 1]])
+def test_exit_weights_that_mean_nothing(loss, weights):
+    with pytest.raises(ConfigError, match="exit weights must be finite, at least 0 and not all 0"):
+        loss(weights)
+    loss([0, 1e-3])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"distill": -1}, {"distill": math.inf}, {"distill": math.nan}, {"temperature": 0}, {"temperature": math.inf}],
+)
+def test_distillation_that_means_nothing(options):
+    with pytest.raises(ConfigError, match="must be finite"):
+        train.MultiExit(**options)
 
 
 # Gradient equilibrium

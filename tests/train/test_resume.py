@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
+from torch import nn
 
 from dynanet import train
 from dynanet.core.errors import CheckpointError
-from dynanet.train.checkpoint import step_file, step_files
+from dynanet.train import saving
+from dynanet.train.checkpoint import plain_names, step_file, step_files
 from tests.train.train_toys import data, noisy, run, toy
 
 
@@ -149,3 +151,104 @@ def test_killed_at_random_moments(tmp_path):
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["kills"] == 12 and told["in_saves"] >= 3, told
     assert told["corrupt"] == 0 and told["left"] == 0 and told["equal"], told
+
+
+def test_stopped_before_the_copy_of_the_best(tmp_path, monkeypatch):
+    """Every copy is tried, that of the last epoch included, whose run has nothing left to train."""
+    copy, copies = saving._write_copy, []
+    monkeypatch.setattr(saving, "_write_copy", lambda source, path: (copies.append(path), copy(source, path)))
+    expected = train.load_checkpoint(run(tmp_path / "whole", epochs=4).best)
+    for nth in range(len(copies)):
+        folder, left = tmp_path / f"cut{nth}", [nth]
+
+        def cut(source, path, left=left):
+            if left[0] == 0:
+                raise PowerCut
+            left[0] -= 1
+            copy(source, path)
+
+        monkeypatch.setattr(saving, "_write_copy", cut)
+        with pytest.raises(PowerCut):
+            run(folder, epochs=4)
+        monkeypatch.setattr(saving, "_write_copy", copy)
+        resumed = run(folder, epochs=4, resume=True)
+        best = train.load_checkpoint(resumed.best)
+        assert best["global_step"] == expected["global_step"], f"stopped before copy {nth}"
+        assert all(torch.equal(best["state_dict"][name], expected["state_dict"][name]) for name in best["state_dict"])
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut", "of another epoch"])
+def test_a_best_that_is_not_the_best_is_made_up_for_or_not_named(tmp_path, damage):
+    class Rises(Callback):
+        def on_validation_epoch_end(self, trainer, module):
+            module.log("val/rises", float(min(trainer.current_epoch, 1)))  # the best is the second epoch
+
+    options = {"epochs": 4, "monitor": "val/rises", "callbacks": [Rises()]}
+    done = run(tmp_path, **options)
+    assert train.load_checkpoint(done.best)["global_step"] == 10
+    second = done.best.read_bytes()
+    spoilt = {"missing": b"", "cut": second[:-200], "of another epoch": done.last.read_bytes()}[damage]
+    done.best.write_bytes(spoilt) if spoilt else done.best.unlink()
+    assert run(tmp_path, resume=True, **options).best is None  # its step is not kept any more
+    step_file(tmp_path, 10).write_bytes(second)
+    again = run(tmp_path, resume=True, **options)
+    assert again.best.read_bytes() == second
+
+
+def test_the_best_of_a_run_before_is_not_named(tmp_path):
+    done = run(tmp_path, epochs=1)
+    done.last.unlink()
+    assert done.best.exists() and run(tmp_path, epochs=1, held_out=False).best is None
+
+
+def compiled_part(model):
+    model.stages[0] = torch.compile(model.stages[0], backend="eager")
+    return model
+
+
+WRAPPERS = {
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "parallel": nn.DataParallel,
+    "both": lambda model: nn.DataParallel(torch.compile(model, backend="eager")),
+    "a part": compiled_part,
+}
+
+
+def wrapped_run(folder, wrap, **options):
+    return train.fit(
+        wrap(toy()),
+        train.Batches(data(), 5, shuffle=True),
+        objective=train.MultiExit(),
+        epochs=2,
+        folder=folder,
+        progress=False,
+        accelerator="cpu",
+        **options,
+    )
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles
+def test_a_wrapped_model_saves_the_plain_one(tmp_path, wrap):
+    plain = wrapped_run(tmp_path / "plain", lambda model: model)
+    with pytest.raises(PowerCut):
+        wrapped_run(tmp_path / "wrapped", wrap, callbacks=[CutAt(7)])
+    done = wrapped_run(tmp_path / "wrapped", wrap, resume=True)
+    states = [train.load_checkpoint(each.last) for each in (plain, done)]
+    assert list(states[0]["state_dict"]) == list(states[1]["state_dict"])
+    assert states[0]["dynanet"]["decides"] == states[1]["dynanet"]["decides"]
+    assert same(train.load_weights(toy(seed=9), done.last), plain.model), "a wrapped model trains as the plain one does"
+    for other in WRAPPERS.values():  # and a checkpoint of the plain model goes into any wrapped one
+        assert same(train.load_weights(other(toy(seed=9)), plain.last), plain.model)
+    with pytest.raises(CheckpointError, match="another model"):
+        train.load_weights(toy(width=12), done.last)
+
+
+def test_parts_that_are_named_as_wrappers_keep_their_names():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = nn.Linear(2, 2)
+
+    assert plain_names(nn.Sequential(Named()), ["0.module.weight"]) == {"0.module.weight": "0.module.weight"}
+    assert plain_names(nn.DataParallel(Named()), ["module.module.weight"]) == {"module.weight": "module.module.weight"}
