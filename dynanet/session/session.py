@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from dynanet.core.dynamic import execute
-from dynanet.core.errors import InputError
+from dynanet.core.errors import REFUSALS, InputError, cannot_take
 from dynanet.core.halt import Halt
 from dynanet.core.rows import over_tensors
 from dynanet.core.serving import FrameByFrame
 from dynanet.session.compiled import BatchOnePath, CompiledHalt, CompiledPart, compiled
 from dynanet.session.engines import OnnxRuntime
-from dynanet.session.inputs import check_input
+from dynanet.session.inputs import check_example, check_input
 from dynanet.session.plan import folded, plan_units
 from dynanet.session.selector import EnginesByBatch, EngineSelector
 from dynanet.session.stream import EndOfSequence, SequenceAnswer, SequenceFrame, StepQueue, StreamingSession
@@ -71,6 +71,7 @@ class Session(nn.Module):
         self.device = torch.device(device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise InputError(f"device is {device!r}, but torch {torch.__version__} finds none; use 'cpu'")
+        check_example(example)
         self.example = tree_map(lambda t: t[:1].to(self.device), example)
         if not all(t.shape[0] for t in tree_flatten(self.example)[0]):
             raise InputError("a session needs an example with at least one sample; this batch is empty")
@@ -83,9 +84,8 @@ class Session(nn.Module):
         with torch.no_grad():
             try:
                 self._empty = over_tensors(lambda t: t[:0], source(self.example))
-            except (RuntimeError, TypeError, IndexError) as error:
-                reason = " ".join(str(error).split())[:200]
-                raise InputError(f"the model cannot take this example ({reason}); give another one") from error
+            except REFUSALS as error:
+                raise cannot_take(error, rows=1) from error
             plan = plan_units(source, self.example, one_row=selector.onnx)
             single = [selector.engines(unit) for unit in plan.one_row]
             self._one_row = BatchOnePath(source, single) if isinstance(source, Halt) and single else None
