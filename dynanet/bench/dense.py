@@ -11,6 +11,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from dynanet.core.dynamic import everything, execute, forced
 from dynanet.core.errors import InputError, StructureError, require
 from dynanet.core.halt import Halt
+from dynanet.core.plain import hooked
 from dynanet.core.serving import FrameByFrame
 from dynanet.mechanisms.early_stop import EarlyStop
 from dynanet.session.engines import Eager, Engine, OnnxGraph, OnnxRuntime, exported, onnx_graph, onnx_runtime
@@ -185,9 +186,9 @@ class _FusedLast(nn.Module):
 
 
 def _fused(cell: nn.Module) -> nn.RNNBase | None:
-    """Build torch's layer over whole sequences with a cell's weights; None for a cell that is not torch's."""
+    """Build torch's layer over whole sequences with a cell's weights; None for one that is not torch's or has hooks."""
     kind = FUSED.get(type(cell))
-    if kind is None:
+    if kind is None or hooked(cell):
         return None
     assert isinstance(cell, nn.RNNCellBase)
     more: dict[str, Any] = {"nonlinearity": cell.nonlinearity} if isinstance(cell, nn.RNNCell) else {}

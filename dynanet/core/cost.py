@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from dynanet.core.decision import Decision
 from dynanet.core.dynamic import Dynamic, evaluating, everything, execute, forced, layers, record
-from dynanet.core.errors import InputError, StructureError
+from dynanet.core.errors import REFUSALS, InputError, StructureError, cannot_take
 from dynanet.core.macs import CountMacs
 from dynanet.core.trace import Call, Trace
 
@@ -49,14 +49,20 @@ class CostModel:
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, example: Any) -> None:
-        samples = next(leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor)).shape[0]
+        tensors = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor) and leaf.dim()]
+        if not tensors:
+            raise InputError(
+                f"the example is {type(example).__name__} without a tensor; expected tensors with the samples as their "
+                f"first axis"
+            )
+        samples = tensors[0].shape[0]
         if samples == 0:
             raise StructureError("a cost model needs an example with at least one sample; this batch is empty")
         found = layers(model)
         with _as_deployed(model):
             execute(model, sparse=False)
             with record(model) as all_of_it, CountMacs(all_of_it) as dense, forced(model, everything):
-                _try(model, example)
+                _try(model, example, samples)
             execute(model, sparse=True)
             passes = [_counted(model, example, everything)]
             for power in range(2, 1 + max((layer.degree for layer in found.values()), default=1)):
@@ -159,12 +165,11 @@ class CostModel:
         return "\n".join(lines)
 
 
-def _try(model: nn.Module, example: Any) -> None:
+def _try(model: nn.Module, example: Any, samples: int) -> None:
     try:
         model(example)
-    except (RuntimeError, TypeError, IndexError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"the model cannot take this example ({reason}); give one that it takes") from error
+    except REFUSALS as error:
+        raise cannot_take(error, samples) from error
 
 
 @contextmanager

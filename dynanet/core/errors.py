@@ -54,6 +54,26 @@ class MissingExtraError(DynanetError, ImportError):
     """An optional dependency that is not installed, with the command that installs it."""
 
 
+REFUSALS = (RuntimeError, TypeError, ValueError, LookupError, ArithmeticError, AssertionError, AttributeError)
+"""What torch's layers, and those of users, raise when they are given an input that they cannot take."""
+
+
+def cannot_take(error: Exception, rows: int) -> DynanetError:
+    """Make the error for a model that refused an example: our own as it is, any other in one line.
+
+    Args:
+        error: one of `REFUSALS`.
+        rows: samples that the model was given.
+    """
+    if isinstance(error, DynanetError):
+        return error
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return InputError(
+        f"the model cannot take this example of {rows} sample{'s' if rows > 1 else ''} ({reason}); give one that it "
+        f"takes, or a model whose layers take any number of samples"
+    )
+
+
 def check_sizes(minimum: int = 1, /, **sizes: int | Sequence[int]) -> None:
     """Check that sizes are whole numbers of at least `minimum`: channels, classes, strides.
 

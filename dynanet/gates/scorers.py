@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from dynanet.core.errors import check_sizes
+from dynanet.core.plain import is_plain
 from dynanet.ops.native.library import fit
 from dynanet.ops.native.pixels import scores
 from dynanet.ops.tiles import tile_mean
@@ -106,6 +107,8 @@ class ContextScorer(nn.Module):
         if not before and (native := scores(x_BCHW, conv, self.context, self.tile)) is not None:
             return native
         x = before[0](x_BCHW) if before else x_BCHW
+        if not is_plain(conv, nn.Conv2d):
+            return tile_mean(conv(x), self.tile) + self.overall(x_BCHW)
         # A 3x3 convolution to one channel reads x nine times. One matrix product gives the nine products of every
         # position instead, and `fold` sums them shifted: several times faster, in both memory layouts.
         products = conv.weight.flatten(2).flip(2)[0].t() @ x.flatten(2)

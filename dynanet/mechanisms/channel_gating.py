@@ -12,6 +12,7 @@ from dynanet.core.dynamic import Dynamic, Kept
 from dynanet.core.errors import ConfigError, StructureError
 from dynanet.core.gate import Gate, Rule
 from dynanet.core.objective import Objective
+from dynanet.core.plain import check_plain
 from dynanet.core.rows import LEADING, Rows
 from dynanet.core.trace import Trace
 from dynanet.gates.rules import StraightThrough
@@ -62,6 +63,7 @@ class ChannelGating(Dynamic):
         threshold: float = -0.5,
     ) -> None:
         super().__init__()
+        check_plain(conv, nn.Conv2d)
         inputs, outputs = conv.in_channels, conv.out_channels
         if conv.groups != 1 or not 1 <= base < inputs:
             raise StructureError(

@@ -14,6 +14,7 @@ from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import StructureError, check_shares
 from dynanet.core.gate import Gate, check_units
 from dynanet.core.objective import Objective
+from dynanet.core.plain import check_plain
 from dynanet.core.trace import Frame, Trace
 from dynanet.gates.rules import TopK
 
@@ -219,6 +220,9 @@ def _check(
             f"{conv.in_channels} channels in and {conv.out_channels} out cannot be cut into {groups_in} and "
             f"{groups_out} groups; the groups of a convolution must divide its outputs, and the inputs of the next"
         )
+    check_plain(conv, nn.Conv2d)
+    if norm is not None:
+        check_plain(norm, nn.BatchNorm2d)
     if conv.groups != 1 or isinstance(conv.padding, str) or conv.padding_mode != "zeros":
         raise StructureError(f"channel skip needs convolutions without grouping, padded with zeros; got {conv}")
     if norm is not None and (norm.num_features != conv.out_channels or not norm.track_running_stats):

@@ -10,6 +10,7 @@ from torch.nn import functional
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import ConfigError, InputError, StructureError, check_sizes
 from dynanet.core.gate import Gate, check_units
+from dynanet.core.plain import check_plain
 from dynanet.core.trace import Frame
 from dynanet.gates.rules import TopK
 from dynanet.nets.moefication import balanced_clusters, fit_router
@@ -229,6 +230,8 @@ def moefy(
 
 
 def _block_count(up: nn.Linear, down: nn.Linear, block: int) -> int:
+    check_plain(up, nn.Linear)
+    check_plain(down, nn.Linear)
     hidden = up.out_features
     if down.in_features != hidden:
         raise StructureError(f"the first layer returns {hidden} neurons, the second takes {down.in_features}")

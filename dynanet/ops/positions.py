@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from dynanet.core.dynamic import Dynamic
 from dynanet.core.errors import StructureError
+from dynanet.core.plain import check_plain, hooked, is_plain, is_sequential
 
 _POSITION_WISE = (
     nn.BatchNorm2d,
@@ -120,7 +121,13 @@ class PositionChain:
         Args:
             places: not empty.
             image: as `places` take it.
+
+        Raises:
+            StructureError: a layer that was hooked after the chain was made.
         """
+        for layer in self.layers:
+            if hooked(layer):
+                check_plain(layer, type(layer))
         rows = places.start(image, everywhere=self._everywhere)
         for j, part in enumerate(self.parts):
             with places.within(j):
@@ -161,6 +168,8 @@ def check_unit(unit: nn.Module) -> int:
     """
     reads = 0
     for layer in layers_of(unit):
+        if isinstance(layer, (nn.Conv2d, *_POSITION_WISE)):
+            check_plain(layer, nn.Conv2d, *_POSITION_WISE)
         if isinstance(layer, nn.Conv2d):
             sizes = zip(padding(layer), layer.dilation, layer.kernel_size, strict=True)
             if layer.stride != (1, 1) or any(2 * p != d * (k - 1) for p, d, k in sizes):
@@ -183,9 +192,9 @@ def check_unit(unit: nn.Module) -> int:
 
 def layers_of(unit: nn.Module) -> list[nn.Module]:
     """The layers of nested Sequentials, without those that do nothing."""
-    if isinstance(unit, nn.Sequential):
+    if is_sequential(unit):
         return [layer for child in unit for layer in layers_of(child)]
-    return [] if isinstance(unit, nn.Identity) else [unit]
+    return [] if is_plain(unit, nn.Identity) else [unit]
 
 
 def padding(layer: nn.Module) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dynanet.core.errors import StructureError
+from dynanet.core.plain import hooked
 from dynanet.core.rows import Rows, over_tensors
 from dynanet.ops.positions import check_unit, layers_of, padding
 
@@ -96,7 +97,10 @@ class Tiles(Rows):
         assert isinstance(unit, nn.Module), "a unit on tiles is a module, so that its convolutions can be seen"
         for layer in layers_of(unit):
             eaten = padding(layer)[0]
-            if eaten:
+            if eaten and hooked(layer):
+                tiles = layer(tiles * inside)[..., eaten:-eaten, eaten:-eaten]
+                inside = inside[..., eaten:-eaten, eaten:-eaten]
+            elif eaten:
                 assert isinstance(layer, nn.Conv2d)
                 tiles = nn.functional.conv2d(
                     tiles * inside, layer.weight, layer.bias, 1, 0, layer.dilation, layer.groups

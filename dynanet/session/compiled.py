@@ -1,5 +1,6 @@
 """Compiled parts of a model: Halts and static modules whose work is done by engines."""
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,21 @@ def compiled(model: nn.Module, plan: Plan, selector: EngineSelector) -> nn.Modul
     for name, module in replaced.items():
         model.set_submodule(name, module)
     return model
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Copy a compiled model without its engines: with the layers that they run in their place.
+
+    Args:
+        model: the answer of `compiled`; not changed.
+    """
+    memo: dict[int, nn.Module] = {}
+    for module in model.modules():
+        if isinstance(module, CompiledHalt):
+            memo[id(module)] = copy.deepcopy(module.source, memo)
+        elif isinstance(module, CompiledPart):
+            memo[id(module)] = copy.deepcopy(module.module, memo)
+    return copy.deepcopy(model, memo)
 
 
 class Workspaces(LeadingAnswers):

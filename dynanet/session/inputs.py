@@ -10,6 +10,20 @@ from torch.utils._pytree import tree_flatten
 from dynanet.core.errors import InputError
 
 
+def check_example(example: Any) -> None:
+    """Check that an example is made of tensors whose first axis is the samples.
+
+    Raises:
+        InputError: it is not.
+    """
+    leaves = tree_flatten(example)[0]
+    if not leaves or not all(isinstance(leaf, Tensor) and leaf.dim() for leaf in leaves):
+        came = ", ".join(str(tuple(v.shape)) if isinstance(v, Tensor) else type(v).__name__ for v in leaves[:5])
+        raise InputError(
+            f"the example holds {came or 'nothing'}; expected tensors with the samples as their first axis"
+        )
+
+
 def check_input(x: Any, example: Any) -> None:
     """Compare an input with an example of what the model takes; the batch size is free.
 

@@ -2,7 +2,8 @@
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -10,6 +11,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from dynanet.core.dynamic import Dynamic, everything, execute, forced
 from dynanet.core.halt import Halt
+from dynanet.core.plain import Watcher, is_plain, is_sequential
 from dynanet.core.rows import over_tensors
 from dynanet.core.serving import CalledInParts
 from dynanet.session.pytree import Layout, tensors_of
@@ -114,18 +116,32 @@ def plan_units(model: nn.Module, example: Any, *, one_row: bool) -> Plan:
 
 
 def folded(model: nn.Module) -> nn.Module:
-    """Copy a model in eval mode, its batch norms folded into the convolutions before them (in a Sequential)."""
-    model = copy.deepcopy(model).eval()
+    """Copy a model in eval mode, its batch norms folded into the convolutions before them (in a Sequential).
+
+    Only plain layers are folded: a subclass or a hook may compute something else.
+    """
+    model = _copied(model).eval()
     for parent in list(model.modules()):
-        if not isinstance(parent, nn.Sequential):
+        if not is_sequential(parent):
             continue
         for i in range(len(parent) - 1):
             conv = parent[i]
             norm = parent[i + 1]
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
-                parent[i] = fuse_conv_bn_eval(conv, norm)
+            if is_plain(conv, nn.Conv2d) and is_plain(norm, nn.BatchNorm2d) and _has_statistics(norm):
+                parent[i] = fuse_conv_bn_eval(cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, norm))
                 parent[i + 1] = nn.Identity()
     return model.requires_grad_(False)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    # Weight norm and pruning keep computed weights, which torch does not copy as they hang on a graph.
+    held = [t for module in model.modules() for t in vars(module).values() if isinstance(t, Tensor)]
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in held if not t.is_leaf})
+
+
+def _has_statistics(norm: nn.Module) -> bool:
+    assert isinstance(norm, nn.BatchNorm2d)
+    return norm.running_mean is not None and norm.running_var is not None
 
 
 class _Step(nn.Module):
@@ -173,7 +189,7 @@ def _arguments(model: nn.Module, example: Any, modules: dict[str, nn.Module]) ->
             named.add(name)
 
     handles = [
-        module.register_forward_pre_hook(lambda m, args, kwargs, name=name: see(name, args, kwargs), with_kwargs=True)
+        module.register_forward_pre_hook(Watcher(partial(see, name)), with_kwargs=True)
         for name, module in modules.items()
     ]
     with forced(model, everything):

@@ -1,24 +1,25 @@
 """A session runs a model sparsely: engines for its static parts, compaction where it decides."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from dynanet.core.dynamic import execute
-from dynanet.core.errors import InputError
+from dynanet.core.dynamic import execute, layers
+from dynanet.core.errors import REFUSALS, InputError, cannot_take
 from dynanet.core.halt import Halt
 from dynanet.core.rows import over_tensors
 from dynanet.core.serving import FrameByFrame
-from dynanet.session.compiled import BatchOnePath, CompiledHalt, CompiledPart, compiled
+from dynanet.session.compiled import BatchOnePath, CompiledHalt, CompiledPart, compiled, uncompiled
 from dynanet.session.engines import OnnxRuntime
-from dynanet.session.inputs import check_input
+from dynanet.session.inputs import check_example, check_input
 from dynanet.session.plan import folded, plan_units
 from dynanet.session.selector import EnginesByBatch, EngineSelector
 from dynanet.session.stream import EndOfSequence, SequenceAnswer, SequenceFrame, StepQueue, StreamingSession
@@ -34,7 +35,9 @@ class Session(nn.Module):
     workspaces. The dynamic layers are the model's own, so answers, traces and prices are those of the model:
     `record(session)` works, and a `CostModel` of the model prices its traces.
 
-    Not thread-safe: a session owns its workspaces.
+    Threads may call one session at the same time: it owns its workspaces, so calls wait for each other. To record or
+    force its decisions, let no other thread call it. A session that is pickled or copied is built again from its model
+    where it arrives, and measured there.
 
     Args:
         model: any model with or without dynamic layers; it is copied, and not changed.
@@ -68,9 +71,12 @@ class Session(nn.Module):
         super().__init__()
         if engines not in ("fastest", "eager", "onnxruntime"):
             raise InputError(f"engines is {engines!r}; expected 'fastest', 'eager' or 'onnxruntime'")
+        self._options = {"device": device, "engines": engines, "batches": batches, "threads": threads, "cache": cache}
+        self._lock = RLock()
         self.device = torch.device(device)
         if self.device.type == "cuda" and not torch.cuda.is_available():
             raise InputError(f"device is {device!r}, but torch {torch.__version__} finds none; use 'cpu'")
+        check_example(example)
         self.example = tree_map(lambda t: t[:1].to(self.device), example)
         if not all(t.shape[0] for t in tree_flatten(self.example)[0]):
             raise InputError("a session needs an example with at least one sample; this batch is empty")
@@ -83,9 +89,8 @@ class Session(nn.Module):
         with torch.no_grad():
             try:
                 self._empty = over_tensors(lambda t: t[:0], source(self.example))
-            except (RuntimeError, TypeError, IndexError) as error:
-                reason = " ".join(str(error).split())[:200]
-                raise InputError(f"the model cannot take this example ({reason}); give another one") from error
+            except REFUSALS as error:
+                raise cannot_take(error, rows=1) from error
             plan = plan_units(source, self.example, one_row=selector.onnx)
             single = [selector.engines(unit) for unit in plan.one_row]
             self._one_row = BatchOnePath(source, single) if isinstance(source, Halt) and single else None
@@ -125,10 +130,23 @@ class Session(nn.Module):
             x = tree_map(lambda t: t.to(self.device), x)
         if (x if isinstance(x, Tensor) else tree_flatten(x)[0][0]).shape[0] == 0:
             return self._empty
-        with self._torch_threads():
+        with self._lock, self._torch_threads():
             if self._one_row is not None and self._one_row.serves(x):
                 return self._one_row(x)
             return self.model(x)
+
+    def __reduce__(self) -> tuple[Callable[..., "Session"], tuple[Any, ...]]:
+        """Take the model, the example and the options; engines cannot be taken along, and are built again.
+
+        Raises:
+            InputError: the session is being recorded or forced.
+        """
+        if any(layer.trace is not None or layer.force is not None for layer in layers(self.model).values()):
+            raise InputError(
+                "this session is being recorded or forced, which no copy could be; copy it outside of the block"
+            )
+        with self._lock:
+            return _rebuilt, (uncompiled(self.model), self.example, self._options)
 
     def stream(self, samples: Iterable[Any], batch: int = 64) -> Iterator[Any]:
         """Answer single samples, or frames of sequences, as they arrive, with batches kept full.
@@ -174,7 +192,7 @@ class Session(nn.Module):
                 f"not: give it whole samples"
             )
         _check_batch(batch)
-        return StreamingSession(self.model, self.example, batch, self.device, self._torch_threads)
+        return StreamingSession(self.model, self.example, batch, self.device, self._torch_threads, self._lock)
 
     def _stream(self, halt: Halt, samples: Iterator[Any], batch: int) -> Iterator[Any]:
         for first in samples:
@@ -209,14 +227,14 @@ class Session(nn.Module):
         for sample in samples:
             group.append(sample)
             if len(group) == batch:
-                with self._torch_threads():
+                with self._lock, self._torch_threads():
                     queue.arrive(self._batched(group, arrived), range(arrived, arrived + batch))
                 arrived += batch
                 group = []
             while yielded in ready:
                 yield ready.pop(yielded)
                 yielded += 1
-        with self._torch_threads():
+        with self._lock, self._torch_threads():
             if group:
                 queue.arrive(self._batched(group, arrived), range(arrived, arrived + len(group)))
             queue.finish()
@@ -249,6 +267,10 @@ class Session(nn.Module):
                     raise InputError(f"sample {number} of the stream: {error}") from error
             raise
         return tree_map(lambda t: t.to(self.device), x)
+
+
+def _rebuilt(model: nn.Module, example: Any, options: dict[str, Any]) -> Session:
+    return Session(model, example, **options)
 
 
 def _check_batch(batch: int) -> None:

@@ -133,17 +133,25 @@ class StreamingSession:
     Frames run when `batch` of them wait, or one of every open sequence, or when the next frame of a waiting sequence
     arrives. So an answer is delayed by less than one frame of its own sequence; with a batch of 1 it is not delayed.
 
-    An `InputError` changes nothing: the session can be used further.
+    An `InputError` changes nothing: the session can be used further. Threads may call it at the same time; it cannot be
+    pickled or copied.
     """
 
     def __init__(
-        self, halt: FrameByFrame, x: Any, batch: int, device: torch.device, within: Callable[[], AbstractContextManager]
+        self,
+        halt: FrameByFrame,
+        x: Any,
+        batch: int,
+        device: torch.device,
+        within: Callable[[], AbstractContextManager],
+        lock: AbstractContextManager,
     ) -> None:
         self._halt = halt
         self._example = halt.frame(x)
         self._batch = batch
         self._device = device
         self._within = within
+        self._lock = lock
         self._open: dict[Hashable, _Progress] = {}
         self._answered: set[Hashable] = set()
         self._waiting: dict[Hashable, Any] = {}
@@ -156,24 +164,35 @@ class StreamingSession:
         Raises:
             InputError: a frame of another shape or dtype than the model takes, NaN or infinite values.
         """
-        if sequence in self._answered:
-            return []
-        frame = over_tensors(lambda t: t[None], x)
-        try:
-            check_input(frame, self._example)
-        except InputError as error:
-            before = self._open[sequence].frames if sequence in self._open else 0
-            number = before + (sequence in self._waiting)
-            raise InputError(f"frame {number} of sequence {sequence!r}: {error}") from error
-        ready = self._run() if sequence in self._waiting else []
-        if sequence in self._answered:
+        with self._lock:
+            if sequence in self._answered:
+                return []
+            frame = over_tensors(lambda t: t[None], x)
+            try:
+                check_input(frame, self._example)
+            except InputError as error:
+                before = self._open[sequence].frames if sequence in self._open else 0
+                number = before + (sequence in self._waiting)
+                raise InputError(f"frame {number} of sequence {sequence!r}: {error}") from error
+            ready = self._run() if sequence in self._waiting else []
+            if sequence in self._answered:
+                return ready
+            if sequence not in self._open:
+                self._open[sequence] = _Progress(self._places.take())
+            self._waiting[sequence] = frame
+            if len(self._waiting) >= min(self._batch, len(self._open)):
+                ready += self._run()
             return ready
-        if sequence not in self._open:
-            self._open[sequence] = _Progress(self._places.take())
-        self._waiting[sequence] = frame
-        if len(self._waiting) >= min(self._batch, len(self._open)):
-            ready += self._run()
-        return ready
+
+    def __reduce__(self) -> Any:
+        """Refuse.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            "sequences that are being served cannot be pickled or copied; copy the session, and call its `sequences`"
+        )
 
     @torch.no_grad()
     def end(self, sequence: Hashable) -> list[SequenceAnswer]:
@@ -182,22 +201,24 @@ class StreamingSession:
         Raises:
             InputError: an unknown sequence.
         """
-        if sequence not in self._open and sequence not in self._answered:
-            raise InputError(
-                f"the end of sequence {sequence!r}, of which nothing was read; end a sequence after its frames"
-            )
-        ready = self._run() if sequence in self._waiting else []
-        ready += self._finish([sequence] if sequence in self._open else [])
-        self._answered.discard(sequence)
-        return ready
+        with self._lock:
+            if sequence not in self._open and sequence not in self._answered:
+                raise InputError(
+                    f"the end of sequence {sequence!r}, of which nothing was read; end a sequence after its frames"
+                )
+            ready = self._run() if sequence in self._waiting else []
+            ready += self._finish([sequence] if sequence in self._open else [])
+            self._answered.discard(sequence)
+            return ready
 
     @torch.no_grad()
     def end_all(self) -> list[SequenceAnswer]:
         """End all sequences, and return the remaining answers."""
-        ready = self._run()
-        ready += self._finish(list(self._open))
-        self._answered.clear()
-        return ready
+        with self._lock:
+            ready = self._run()
+            ready += self._finish(list(self._open))
+            self._answered.clear()
+            return ready
 
     def _run(self) -> list[SequenceAnswer]:
         """Read the frames that wait."""

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from dynanet.core.plain import hooked
 from dynanet.ops.native.library import fit
 from dynanet.ops.native.pixels import Convolution
 from dynanet.ops.native.products import TAPS, PackedWeights
@@ -21,15 +22,15 @@ class Chain:
     def ready(self, layers: Sequence[nn.Module], rows: Tensor | None = None) -> Ready | None:
         """Every convolution's packed weights and bias; None where native kernels cannot run the layers on these rows.
 
-        They cannot without kernels or without a convolution, if a weight has a gradient, or if a convolution has groups
-        or a very large kernel.
+        They cannot without kernels or without a convolution, if a weight has a gradient, or if a convolution has hooks,
+        groups or a very large kernel.
         """
         if not fit(rows):
             return None
         ready: Ready = {}
         for layer in layers:
             if isinstance(layer, nn.Conv2d):
-                if layer.groups > 1 or layer.weight[0, 0].numel() > TAPS:
+                if hooked(layer) or layer.groups > 1 or layer.weight[0, 0].numel() > TAPS:
                     return None
                 packed = self._packed.setdefault(layer, PackedWeights()).of([layer.weight], [layer.bias])
                 if packed is None:
@@ -42,7 +43,7 @@ def fused(layers: Sequence[nn.Module]) -> list[tuple[nn.Module, bool]]:
     """Pair every layer with whether the ReLU after it, dropped here, is applied with it."""
     steps: list[tuple[nn.Module, bool]] = []
     for layer in layers:
-        if type(layer) is nn.ReLU and steps and isinstance(steps[-1][0], nn.Conv2d):
+        if type(layer) is nn.ReLU and not hooked(layer) and steps and isinstance(steps[-1][0], nn.Conv2d):
             steps[-1] = steps[-1][0], True
         else:
             steps.append((layer, False))

@@ -8,15 +8,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dynanet.core.plain import hooked, is_sequential
 from dynanet.ops.native.library import chosen, fit, states
 from dynanet.ops.native.products import PackedWeights, product, product_add_
 
 
 class PackedExperts:
-    """The packed weights of experts that are all Linear, activation, Linear of one size; see `PackedWeights`.
+    """The packed weights of experts that are all a Sequential of Linear, activation, Linear; see `PackedWeights`.
 
-    They are packed again when a weight was changed or a layer exchanged. Where a layer has hooks, nothing runs
-    natively; hooks on an expert as a whole are not called.
+    They are packed again when a weight was changed or a layer exchanged. Where an expert or a layer has hooks, nothing
+    runs natively.
     """
 
     def __init__(self) -> None:
@@ -25,6 +26,7 @@ class PackedExperts:
         self._wide = 0
         self._held: list[tuple[dict[str, Any], list[object]]] = []
         self._weights: list[Tensor] = []
+        self._called: list[nn.Module] = []
         self._hooks: list[dict[int, Any]] = []
         self._state: list[tuple[int, int, bool] | None] = []
         self._ready: _Ready | None = None
@@ -68,10 +70,13 @@ class PackedExperts:
             dicts: list[dict[str, Any]] = [experts._modules]
             dicts += [e._modules for e in experts] + [part._parameters for part in parts]
             self._held = [(held, list(held.values())) for held in dicts]
-            self._hooks = [hooks for part in parts for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+            self._called = [*experts, *parts]
+            self._hooks = [hooks for m in self._called for hooks in (m._forward_hooks, m._forward_pre_hooks)]
             self._weights = [p for _, values in self._held for p in values if isinstance(p, Tensor)]
             self._state = self._states()
-        return None if any(self._hooks) else self._ready  # hooks need the layers to be called
+        if any(self._hooks) and any(map(hooked, self._called)):  # hooks need the layers to be called
+            return None
+        return self._ready
 
     def _unchanged(self, experts: nn.ModuleList) -> bool:
         """Whether layers and weights are those that were packed. Looks past module attributes, which are slow."""
@@ -86,9 +91,13 @@ class PackedExperts:
         return states(None if p.is_inference() else p for p in self._weights)
 
     def _made(self, experts: Sequence[nn.Module]) -> "_Ready | None":
+        if not all(map(is_sequential, experts)):
+            return None
         stacks = [list(expert.children()) for expert in experts]
         for stack in stacks:
             if len(stack) != 3 or type(stack[1]) not in _ELEMENTWISE or {type(stack[0]), type(stack[2])} != {nn.Linear}:
+                return None
+            if any(map(hooked, stack)):
                 return None
         ups, activations, downs = (list(column) for column in zip(*stacks, strict=True))
         sizes = {(up.in_features, up.out_features, down.in_features, down.out_features) for up, _, down in stacks}

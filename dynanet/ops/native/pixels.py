@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
+from dynanet.core.plain import is_plain
 from dynanet.ops.native.library import check_floats, chosen, fit, must
 from dynanet.ops.native.products import TAPS
 
@@ -74,7 +75,10 @@ def scores(x: Tensor, around: nn.Conv2d, whole: nn.Module, tile: int) -> Tensor 
     Returns:
         (B, tiles down, tiles across, 1); None where native kernels cannot run it.
     """
-    if type(whole) is not nn.Conv2d or not fit(x, around.weight, around.bias, whole.weight):
+    if not (is_plain(whole, nn.Conv2d) and is_plain(around, nn.Conv2d)):
+        return None
+    assert isinstance(whole, nn.Conv2d)
+    if not fit(x, around.weight, around.bias, whole.weight):
         return None
     if not x.is_contiguous(memory_format=torch.channels_last) or not x.numel():
         return None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
+from dynanet.core.plain import hooked
 from dynanet.ops.native.library import Kernels, check_floats, chosen, fit, must, states
 
 _LIBRARY = torch.library.Library("dynanet", "FRAGMENT")
@@ -72,7 +73,7 @@ class PackedCells:
         if not fit():
             return None
         modules = [*cells, score]
-        if any(m._forward_hooks or m._forward_pre_hooks for m in (*modules, *around)):
+        if any(map(hooked, (*modules, *around))):
             return None
         weights = [p for m in modules for p in m._parameters.values()]
         if any(p is not None and p.is_inference() for p in weights):
