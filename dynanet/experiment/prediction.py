@@ -12,9 +12,10 @@ from torch.utils._pytree import tree_map
 from dynanet.core.architecture import architecture_of
 from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import record
-from dynanet.core.errors import ConfigError, InputError
+from dynanet.core.errors import ConfigError, DataError, InputError
 from dynanet.core.halt import Halt
 from dynanet.data.images import SUFFIXES, ImageFiles, Images, to_float
+from dynanet.data.lines import read_lines
 from dynanet.data.ragged import Sequences, pad
 from dynanet.data.speech import log_mel, read_wav
 from dynanet.data.text import Sentences, Vocabulary
@@ -123,9 +124,9 @@ def _sentences(place: Path, bundle: Bundle, words: Path | None) -> tuple[Tensor,
     made = architecture_of(bundle.model)
     longest = 64 if made is None else made.arguments.get("longest", 64)
     try:
-        lines = [line for line in place.read_bytes().decode().split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{place} cannot be read ({error}); expected one sentence per line, in UTF-8") from error
+        lines = [line for line in read_lines(place, "one sentence per line") if line.strip()]
+    except DataError as error:
+        raise InputError(str(error)) from error
     if not lines:
         raise InputError(f"{place} holds no sentences; expected one per line")
     data = Sentences(lines, torch.zeros(len(lines), dtype=torch.int64), Vocabulary.read(words), longest=longest)
