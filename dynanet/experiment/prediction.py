@@ -18,7 +18,7 @@ from dynanet.data.images import SUFFIXES, ImageFiles, Images, to_float
 from dynanet.data.lines import read_lines
 from dynanet.data.ragged import Sequences, pad
 from dynanet.data.speech import log_mel, read_wav
-from dynanet.data.text import Sentences, Vocabulary
+from dynanet.data.text import UNKNOWN, Sentences, Vocabulary
 from dynanet.datamodules.inputs import WORDS
 from dynanet.export.bundles import Bundle
 from dynanet.session.session import Session
@@ -60,7 +60,7 @@ def predict(model: Path, inputs: Path) -> list[dict[str, Any]]:
 def _answers(model: nn.Module, x: Any, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """The class of every input, with its probability, exit and MACs."""
     session = Session(model, x, batches=(64,), engines="eager" if count < 64 else "fastest")
-    cost = CostModel(model, _rows(x, slice(0, 1)))
+    cost = CostModel(model, _largest(model, x))
     halt = next((name for name, layer in session.named_modules() if isinstance(layer, Halt)), None)
     for start in range(0, count, 256):
         with record(session) as trace:
@@ -78,6 +78,18 @@ def _answers(model: nn.Module, x: Any, count: int) -> Iterator[tuple[int, dict[s
         for i in range(len(logits)):
             row = {"probability": round(float(probability[i]), 6), "exit": int(exits[i]) + 1, "macs": spent[i]}
             yield int(index[i]), row
+
+
+def _largest(model: nn.Module, x: Any) -> Any:
+    """One input of the largest size that the model takes: prices are the same whatever input comes first."""
+    made = architecture_of(model)
+    known = 0 if made is None else made.arguments.get("longest", 0)
+    if isinstance(x, Sequences):
+        steps = known or x.x.shape[1]
+        return Sequences(x.x.new_zeros(1, steps, *x.x.shape[2:]), torch.tensor([steps]))
+    if not x.is_floating_point():
+        return torch.full((1, known or x.shape[1]), UNKNOWN)
+    return _rows(x, slice(0, 1))
 
 
 def _rows(x: Any, rows: slice) -> Any:
