@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dynanet.core.errors import MissingSplitError
 from dynanet.data.augment import CropFlip, channel_stats
+from dynanet.data.deviations import warn_of_constants
 from dynanet.data.images import Images, ImageTensors
 from dynanet.data.splits import hold_out
 from dynanet.datamodules.inputs import ImageInputs
@@ -83,6 +84,7 @@ def labelled_images(
         flip: probability of mirroring.
     """
     mean, std = channel_stats(train.images)
+    warn_of_constants(train.images, {"held-out": held_out.images, "test": test.images})
     augment = CropFlip(mean, std, padding=crop, flip=flip)
     plain = CropFlip(mean, std, padding=0, flip=0.0)
     _, channels, height, width = train.images.shape

@@ -1,6 +1,9 @@
 """What the sets of labelled sequences share: standardisation, and batches of similar lengths."""
 
+import torch
+
 from dynanet.data.buckets import BucketedBatches
+from dynanet.data.deviations import warn_of_constants
 from dynanet.data.ragged import SequenceSet
 from dynanet.datamodules.inputs import SequenceInputs
 from dynanet.datamodules.module import Opened
@@ -21,6 +24,8 @@ def labelled_sequences(
         seed: of the order.
     """
     mean, std = train.statistics()
+    steps, *others = (torch.cat(part.sequences) for part in (train, held_out, test))
+    warn_of_constants(steps, dict(zip(("held-out", "test"), others, strict=True)))
     train, held_out, test = (part.standardized(mean, std) for part in (train, held_out, test))
     buckets = BucketedBatches(train, [len(sequence) for sequence in train.sequences], batch, seed)
     longest = max(part.longest for part in (train, held_out, test))
