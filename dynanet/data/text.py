@@ -19,6 +19,7 @@ from dynanet.data.lines import MARK, read_lines
 
 PADDING = 0  # the id of no word
 UNKNOWN = 1  # the id of a word outside the vocabulary
+_DIGITS = 18  # of a label: those of int64
 
 
 class TruncationWarning(UserWarning):
@@ -128,7 +129,7 @@ def load_labelled_lines(path: str | Path) -> tuple[list[str], Tensor]:
         if not line.strip():
             continue
         label, *rest = line.split(maxsplit=1)
-        if not (label.isascii() and label.isdigit()):
+        if not (label.isascii() and label.isdigit() and len(label) <= _DIGITS):
             raise DataError(f"line {number} of {path} begins with {label[:20]!r}; expected the number of a class")
         texts.append(rest[0].strip() if rest else "")
         labels.append(int(label))
