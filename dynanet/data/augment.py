@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dynanet.core.errors import ConfigError, DataError, check_sizes
+from dynanet.data.deviations import divisors
 from dynanet.data.images import to_float
 
 
@@ -124,7 +125,7 @@ def normalise(images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[floa
 
 
 def channel_stats(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation over all pixels of each channel, exact.
+    """Mean and standard deviation over all pixels of each channel, exact; deviations of 0 become 1.
 
     Args:
         images: uint8 (N, C, H, W); of the training part only.
@@ -142,4 +143,4 @@ def channel_stats(images: Tensor) -> tuple[Tensor, Tensor]:
     shares /= shares.sum(1, keepdim=True)
     mean = shares @ values
     std = ((values - mean[:, None]) ** 2 * shares).sum(1).sqrt()
-    return mean.float(), std.float()
+    return mean.float(), divisors(mean, std).float()

@@ -1,7 +1,8 @@
 """Images with boxes in memory, at one size, and the augmentation of whole batches of them.
 
 The boxes of a batch are one tensor (B, M, 5): label, left, top, right, bottom in pixels. Rows of label -1 pad images
-with fewer boxes; M may be 0.
+with fewer boxes; M may be 0. A difficult box of class k has the label -2 - k: losses learn from labels of 0 and more
+only, and scores neither count it as missed nor its detection as wrong.
 """
 
 from collections.abc import Sequence
@@ -90,8 +91,9 @@ def to_memory(data: DetectionImages, size: tuple[int, int] | None = None) -> Det
 
 
 def padded(boxes: Sequence[Boxes]) -> Tensor:
-    """Boxes of several images as one tensor (B, M, 5), without difficult ones; M is the largest number per image."""
-    kept = [torch.cat([b.labels[:, None].to(b.boxes), b.boxes], 1)[~b.difficult] for b in boxes]
+    """Boxes of several images as one tensor (B, M, 5); M is the largest number per image."""
+    labels = [torch.where(b.difficult, -2 - b.labels, b.labels) for b in boxes]
+    kept = [torch.cat([label[:, None].to(b.boxes), b.boxes], 1) for label, b in zip(labels, boxes, strict=True)]
     most = max((len(k) for k in kept), default=0)
     out = torch.zeros(len(kept), most, 5)
     out[..., 0] = -1
@@ -101,9 +103,13 @@ def padded(boxes: Sequence[Boxes]) -> Tensor:
 
 
 def unpadded(y: Tensor) -> list[Boxes]:
-    """The boxes of every image of a batch (B, M, 5)."""
-    kept = [row[row[:, 0] >= 0] for row in y]
-    return [Boxes(k[:, 1:], k[:, 0].long(), torch.zeros(len(k), dtype=torch.bool)) for k in kept]
+    """The boxes of every image of a batch (B, M, 5), difficult ones marked as such."""
+    kept = [row[row[:, 0] != -1] for row in y]
+    labels = [k[:, 0].long() for k in kept]
+    return [
+        Boxes(k[:, 1:], torch.where(label < 0, -2 - label, label), label < 0)
+        for k, label in zip(kept, labels, strict=True)
+    ]
 
 
 class RandomResizedFlipBoxes:

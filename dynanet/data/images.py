@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dynanet.core.errors import DataError, check_choice, require
+from dynanet.data.labels import count_classes
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 TOLERATED = 0.01  # share of corrupt images above which reading fails
@@ -263,14 +264,14 @@ def name_classes(labels: Tensor, names: Sequence[str] | None, wanted: Sequence[s
     Raises:
         DataError: they disagree.
     """
-    met = int(labels.max()) + 1 if len(labels) else 0
     if len(labels) and int(labels.min()) < 0:
         raise DataError(
             f"{int((labels < 0).sum())} of {len(labels)} rows have a negative label (unlabelled); "
             f"expected 0, 1, 2, ...: choose a labelled split"
         )
+    met = int(labels.max()) + 1 if len(labels) else 0
     if names is None:
-        count = met if wanted is None else wanted
+        count = count_classes(labels) if wanted is None else wanted
         names = [str(label) for label in range(count)] if isinstance(count, int) else count
     if isinstance(wanted, int) and wanted != len(names):
         raise DataError(f"the data has {len(names)} classes ({_some(names)}); expected {wanted}")

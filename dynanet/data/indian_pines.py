@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dynanet.core.errors import ConfigError, DataError, require
+from dynanet.data.deviations import divisors, warn_of_constants
 
 CLASS_NAMES = (
     "alfalfa",
@@ -100,7 +101,10 @@ class IndianPines:
         self.patch = patch
         self.owner = split_pixels(self.labels, split, seed)
         spectra = raw[:, self.mask("train")].double()  # (bands, N)
-        mean, deviation = spectra.mean(1), spectra.std(1, correction=0).clamp_min(1e-12)
+        mean = spectra.mean(1)
+        deviation = divisors(mean, spectra.std(1, correction=0))
+        known = {name: raw[:, self.mask(name)].T for name in PARTS}
+        warn_of_constants(known.pop("train"), known)
         self.cube = ((raw - mean[:, None, None]) / deviation[:, None, None]).float()
         seen = torch.ones_like(self.owner) if split == "random_pixels_leaky" else self.owner == PARTS.index("train")
         self.train_cube = self.cube * seen

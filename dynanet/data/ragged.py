@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dynanet.core.errors import DataError, InputError
+from dynanet.data.deviations import divisors
 
 
 class Sequences(NamedTuple):
@@ -69,8 +70,8 @@ class SequenceSet(Dataset[tuple[Tensor, int]]):
         Use those of the training set for every part.
         """
         steps = torch.cat(self.sequences).double()
-        deviation = steps.std(0, correction=0)
-        return steps.mean(0).float(), deviation.where(deviation > 0, 1.0).float()
+        mean = steps.mean(0)
+        return mean.float(), divisors(mean, steps.std(0, correction=0)).float()
 
     def standardized(self, mean: Tensor, deviation: Tensor) -> "SequenceSet":
         """The same set with every feature shifted and scaled."""

@@ -7,7 +7,7 @@ are in all parts, so accuracies are optimistic for new voices.
 
 import math
 import re
-import wave
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,9 @@ from dynanet.data.ragged import SequenceSet
 PARTS = {"test": range(0, 5), "val": range(5, 10), "train": range(10, 10**9)}
 WINDOW_S = 0.025  # of a frame, as is usual for speech
 HOP_S = 0.010
+HIGHEST_RATE = 1_000_000  # samples per second; what a header says beyond is damage
+_PCM = 1
+_EXTENSIBLE = 0xFFFE
 
 
 def load_spoken_digits(folder: str | Path, split: str, *, bands: int = 40) -> SequenceSet:
@@ -47,7 +50,7 @@ def load_spoken_digits(folder: str | Path, split: str, *, bands: int = 40) -> Se
 
 
 def read_wav(path: str | Path) -> tuple[Tensor, int]:
-    """A mono wav file of 16-bit samples.
+    """A mono wav file of 16-bit samples, with a plain or an extensible header.
 
     Returns:
         (samples,) float32 from -1 to 1, and the samples per second.
@@ -56,18 +59,39 @@ def read_wav(path: str | Path) -> tuple[Tensor, int]:
         DataError: no such file, another format, or no samples.
     """
     try:
-        with wave.open(str(path), "rb") as file:
-            header = file.getparams()
-            content = file.readframes(header.nframes)
-    except (OSError, EOFError, wave.Error) as error:
-        raise DataError(f"cannot read {path} ({error}); expected a wav file") from error
-    if header.nchannels != 1 or header.sampwidth != 2:
+        kind, channels, rate, bits, samples, size = _wav(Path(path).read_bytes())
+    except (OSError, ValueError, struct.error) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"cannot read {path} ({reason}); expected a wav file") from error
+    if (kind, channels, bits) != (_PCM, 1, 16):
+        what = "whole numbers" if kind == _PCM else f"format {kind}"
         raise DataError(
-            f"{path} has {header.nchannels} channels of {8 * header.sampwidth} bits; expected one of 16: convert it"
+            f"{path} has {channels} channels of {bits} bits, {what}; expected one of 16, whole numbers: convert it"
         )
-    if not content or len(content) != 2 * header.nframes:
-        raise DataError(f"{path} holds {len(content) // 2} of {header.nframes} samples; it is empty or truncated")
-    return torch.from_numpy(np.frombuffer(content, dtype="<i2").astype(np.float32) / 32768), header.framerate
+    if not 1 <= rate <= HIGHEST_RATE:
+        raise DataError(f"{path} has {rate} samples per second; expected 1 to {HIGHEST_RATE}: its header is damaged")
+    if not samples or size % 2 or len(samples) != size:
+        raise DataError(f"{path} holds {len(samples) // 2} of {size // 2} samples; it is empty or truncated")
+    return torch.from_numpy(np.frombuffer(samples, dtype="<i2").astype(np.float32) / 32768), rate
+
+
+def _wav(content: bytes) -> tuple[int, int, int, int, bytes, int]:
+    """Kind, channels, rate, bits, samples, and the bytes that these should have (RIFF; WAVE_FORMAT_EXTENSIBLE too)."""
+    if content[:4] != b"RIFF" or content[8:12] != b"WAVE":
+        raise ValueError("no RIFF header")
+    at = 12
+    header = None
+    while at + 8 <= len(content):
+        name, size = struct.unpack_from("<4sI", content, at)
+        if name == b"fmt ":
+            kind, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", content, at + 8)
+            if kind == _EXTENSIBLE and size >= 26:  # the kind proper begins a longer identifier
+                (kind,) = struct.unpack_from("<H", content, at + 8 + 24)
+            header = kind, channels, rate, bits
+        if name == b"data" and header is not None:
+            return *header, content[at + 8 : at + 8 + size], size
+        at += 8 + size + size % 2
+    raise ValueError("no samples behind a format" if header else "no format")
 
 
 def log_mel(samples: Tensor, rate: int, *, bands: int = 40) -> Tensor:

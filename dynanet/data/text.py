@@ -15,9 +15,11 @@ from torch.utils.data import Dataset
 
 from dynanet.core.errors import DataError, check_sizes
 from dynanet.core.files import write_atomically
+from dynanet.data.lines import MARK, read_lines
 
 PADDING = 0  # the id of no word
 UNKNOWN = 1  # the id of a word outside the vocabulary
+_DIGITS = 18  # of a label: those of int64
 
 
 class TruncationWarning(UserWarning):
@@ -57,10 +59,7 @@ class Vocabulary:
         Raises:
             DataError: the file cannot be read, or is not a vocabulary.
         """
-        try:
-            lines = Path(path).read_bytes().decode().split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot read {path} ({error}); expected a vocabulary, one word per line") from error
+        lines = read_lines(path, "a vocabulary, one word per line")
         known = lines[:-1]
         if lines[-1] or len(set(known)) < len(known) or any(words(word) != [word] for word in known):
             raise DataError(f"{path} is not a vocabulary, or damaged; expected every word once, one per line")
@@ -124,24 +123,15 @@ def load_labelled_lines(path: str | Path) -> tuple[list[str], Tensor]:
     Raises:
         DataError: the file cannot be read, has no lines, or a line does not begin with the number of a class.
     """
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {path} ({error.strerror}); expected a file of labelled sentences") from error
-    try:
-        text = content.decode()
-    except UnicodeDecodeError:
-        text = content.decode("latin-1")
     texts = []
     labels = []
-    # Not splitlines: it would break sentences at form feeds and at characters of Latin-1.
-    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), start=1):
+    for number, line in enumerate(read_lines(path, "a file of labelled sentences", fallback="latin-1"), start=1):
         if not line.strip():
             continue
-        label, _, sentence = line.partition(" ")
-        if not (label.isascii() and label.isdigit()):
+        label, *rest = line.split(maxsplit=1)
+        if not (label.isascii() and label.isdigit() and len(label) <= _DIGITS):
             raise DataError(f"line {number} of {path} begins with {label[:20]!r}; expected the number of a class")
-        texts.append(sentence.strip())
+        texts.append(rest[0].strip() if rest else "")
         labels.append(int(label))
     if not texts:
         raise DataError(f"{path} has no sentences; expected lines such as '3 How far is it ?'")
@@ -167,5 +157,5 @@ def warn_of_cuts(lengths: Sequence[int], longest: int, of: str) -> None:
 
 
 def words(text: str) -> list[str]:
-    """Words separated by spaces, in lower case."""
-    return text.lower().split()
+    """Words separated by spaces, in lower case, without byte order marks."""
+    return text.replace(MARK, "").lower().split()

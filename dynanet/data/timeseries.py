@@ -1,8 +1,8 @@
 """Labelled time series of the UEA and UCR archives: files in the .ts format, read strictly.
 
-The format, as timeseriesclassification.com documents it: comments begin with #, a header of lines "@key value", the
-line "@data", then one series per line: dimensions separated by ":", values by ",", the class last. Dau et al. 2018,
-arXiv:1810.07758 (UCR); Bagnall et al. 2018, arXiv:1811.00075 (UEA).
+The format, as timeseriesclassification.com documents it: comments begin with # or %, a header of lines "@key value",
+the line "@data", then one series per line: dimensions separated by ":", values by ",", the class last. Dau et al.
+2018, arXiv:1810.07758 (UCR); Bagnall et al. 2018, arXiv:1811.00075 (UEA).
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dynanet.core.errors import DataError
+from dynanet.data.lines import read_lines
 from dynanet.data.ragged import SequenceSet
 
 
@@ -26,10 +27,7 @@ def load_time_series(path: str | Path) -> SequenceSet:
         DataError: no such file, no classes (regression), time stamps, missing values, dimensions of different lengths,
             or a line that contradicts the header.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {path} ({error}); expected a time series file (.ts)") from error
+    lines = read_lines(path, "a time series file (.ts)")
     header, start = _header(lines, path)
     classes = _classes(header, path)
     if header.get("timestamps", ["false"]) != ["false"]:
@@ -37,7 +35,7 @@ def load_time_series(path: str | Path) -> SequenceSet:
     sequences = []
     labels = []
     for number, line in enumerate(lines[start:], start=start + 1):
-        if not line.strip() or line.startswith("#"):
+        if _is_remark(line):
             continue
         *dimensions, label = line.strip().split(":")
         if not dimensions or label.strip() not in classes:
@@ -53,7 +51,7 @@ def _header(lines: Sequence[str], path: str | Path) -> tuple[dict[str, list[str]
     header: dict[str, list[str]] = {}
     for number, line in enumerate(lines):
         words = line.split()
-        if not words or words[0].startswith("#"):
+        if _is_remark(line):
             continue
         if not words[0].startswith("@"):
             raise DataError(f"line {number + 1} of {path} begins with {line[:20]!r}; expected @key, or @data first")
@@ -61,6 +59,11 @@ def _header(lines: Sequence[str], path: str | Path) -> tuple[dict[str, list[str]
             return header, number + 1
         header[words[0][1:].lower()] = [w.lower() for w in words[1:2]] + words[2:]
     raise DataError(f"{path} has no line @data; expected a time series file (.ts)")
+
+
+def _is_remark(line: str) -> bool:
+    """An empty line, or a comment."""
+    return not line.strip() or line.lstrip().startswith(("#", "%"))
 
 
 def _classes(header: dict[str, list[str]], path: str | Path) -> list[str]:

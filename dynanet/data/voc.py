@@ -10,7 +10,8 @@ are decoded on access; see `data.images` for corrupt ones.
 """
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -21,6 +22,7 @@ from torch import Tensor
 from dynanet.core.errors import DataError, MissingSplitError
 from dynanet.data.annotated import AnnotatedImages, first_of, float_image, list_files, numbered
 from dynanet.data.images import SUFFIXES, Images, decoded_size, log
+from dynanet.data.lines import read_lines
 from dynanet.data.splits import synonyms
 
 
@@ -110,7 +112,7 @@ def load_voc(
     files = list_files(home / "JPEGImages", SUFFIXES, layout)
     images = {Path(name).stem: home / "JPEGImages" / name for name in files}
     annotated = [Path(name).stem for name in list_files(home / "Annotations", (".xml",), layout)]
-    stems = annotated if split is None else _listed(home / "ImageSets" / "Main", split)
+    stems = annotated if split is None else _listed(home / "ImageSets" / "Main", split, images)
     if not stems:
         raise DataError(f"{home} has no annotated images{'' if split is None else f' in {split!r}'}; expected some")
     both = images.keys() & set(annotated)
@@ -145,17 +147,19 @@ class _NoEntities(ElementTree.TreeBuilder):
         raise DataError(f"it has a document type {name!r}, which may define entities")
 
 
-def _listed(folder: Path, split: str) -> list[str]:
-    """The names in a split's list: the first word of every line."""
+def _listed(folder: Path, split: str, known: Collection[str]) -> list[str]:
+    """The names in a split's list, one per line; lists of a class have a flag of -1, 0 or 1 behind each."""
     found = [folder / f"{name}.txt" for name in synonyms(split) if (folder / f"{name}.txt").is_file()]
     if not found:
         there = sorted(path.stem for path in folder.glob("*.txt"))
         raise MissingSplitError(f"{folder} has no list {split}.txt; it has {', '.join(there) or 'none'}")
-    try:
-        lines = found[0].read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {found[0]} ({type(error).__name__}); expected a name per line") from error
-    return [line.split()[0] for line in lines if line.split()]
+    return [_name(line.strip(), known) for line in read_lines(found[0], "a name per line") if line.strip()]
+
+
+def _name(line: str, known: Collection[str]) -> str:
+    """The whole line if an image has this name, for names may hold spaces; else the line without its flag."""
+    flagged = re.fullmatch(r"(.*\S)\s+[+-]?[01]", line)
+    return line if line in known or flagged is None else flagged[1]
 
 
 def _read(path: Path) -> _Notes:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dynanet.data.augment import channel_stats
 from dynanet.data.camvid import load_camvid
+from dynanet.data.deviations import warn_of_constants
 from dynanet.data.segmentation import RandomResizedFlip, SegmentationTensors
 from dynanet.datamodules.inputs import ImageInputs
 from dynanet.datamodules.module import DataModule, Opened
@@ -26,6 +27,7 @@ class CamVidDataModule(DataModule):
         """Read all images and label maps into memory."""
         train, held_out, test = (SegmentationTensors(load_camvid(self.place, split)) for split in _SPLITS)
         mean, std = channel_stats(train.images)
+        warn_of_constants(train.images, {"held-out": held_out.images, "test": test.images})
         augment = RandomResizedFlip(mean, std, train.void)
         plain = RandomResizedFlip(mean, std, train.void, zoom=(1, 1), cut=1, flip=0.0)
         _, channels, height, width = train.images.shape

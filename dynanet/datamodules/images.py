@@ -6,7 +6,9 @@ from pathlib import Path
 
 from dynanet.core.errors import MissingSplitError
 from dynanet.data.augment import CropFlip, channel_stats
+from dynanet.data.deviations import warn_of_constants
 from dynanet.data.images import Images, ImageTensors
+from dynanet.data.labels import check_parts
 from dynanet.data.splits import hold_out
 from dynanet.datamodules.inputs import ImageInputs
 from dynanet.datamodules.module import DataModule, Opened
@@ -81,8 +83,14 @@ def labelled_images(
         seed: of order and augmentation.
         crop: pixels that a crop moves at most.
         flip: probability of mirroring.
+
+    Raises:
+        DataError: a part has classes that training does not have, or in another order.
     """
+    parts = {"held-out": held_out, "test": test}
+    check_parts(train.classes, {name: (part.classes, part.labels) for name, part in parts.items()})
     mean, std = channel_stats(train.images)
+    warn_of_constants(train.images, {name: part.images for name, part in parts.items()})
     augment = CropFlip(mean, std, padding=crop, flip=flip)
     plain = CropFlip(mean, std, padding=0, flip=0.0)
     _, channels, height, width = train.images.shape

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dynanet.core.errors import DataError
 from dynanet.data.buckets import BucketedBatches
+from dynanet.data.labels import count_classes
 from dynanet.data.splits import dealt
 from dynanet.data.text import Sentences, Vocabulary, load_labelled_lines
 from dynanet.datamodules.inputs import SentenceInputs
@@ -39,7 +40,7 @@ class SentencesDataModule(DataModule):
         longest = 64 if self.size is None else self.size
         train, held_out, how = self._with_held_out(load_labelled_lines(self._file("train")))
         test = load_labelled_lines(self._file("test"))
-        classes = 1 + int(train[1].max())
+        classes = count_classes(train[1])
         for part, (_, labels) in (("held-out", held_out), ("test", test)):
             if int(labels.max()) >= classes:
                 raise DataError(

@@ -1,6 +1,11 @@
 """What the sets of labelled sequences share: standardisation, and batches of similar lengths."""
 
+import torch
+
+from dynanet.core.errors import DataError
 from dynanet.data.buckets import BucketedBatches
+from dynanet.data.deviations import warn_of_constants
+from dynanet.data.labels import check_parts
 from dynanet.data.ragged import SequenceSet
 from dynanet.datamodules.inputs import SequenceInputs
 from dynanet.datamodules.module import Opened
@@ -19,8 +24,17 @@ def labelled_sequences(
         test: for the final figures.
         batch: training samples per step.
         seed: of the order.
+
+    Raises:
+        DataError: a part has other classes or another number of features than training.
     """
+    check_parts(train.classes, {"held-out": (held_out.classes, held_out.labels), "test": (test.classes, test.labels)})
+    for part in (held_out, test):
+        if part.features != train.features:
+            raise DataError(f"training has {train.features} features and another part {part.features}; give it as many")
     mean, std = train.statistics()
+    steps, *others = (torch.cat(part.sequences) for part in (train, held_out, test))
+    warn_of_constants(steps, dict(zip(("held-out", "test"), others, strict=True)))
     train, held_out, test = (part.standardized(mean, std) for part in (train, held_out, test))
     buckets = BucketedBatches(train, [len(sequence) for sequence in train.sequences], batch, seed)
     longest = max(part.longest for part in (train, held_out, test))

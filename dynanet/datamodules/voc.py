@@ -8,6 +8,7 @@ import torch
 from dynanet.core.errors import ConfigError, MissingSplitError
 from dynanet.data.augment import channel_stats
 from dynanet.data.detection import DetectionTensors, Normalize, RandomResizedFlipBoxes, to_memory
+from dynanet.data.deviations import warn_of_constants
 from dynanet.data.voc import load_voc
 from dynanet.datamodules.inputs import ImageInputs
 from dynanet.datamodules.module import DataModule, Opened
@@ -39,6 +40,7 @@ class VOCDataModule(DataModule):
         name = f"{Path(self.place).name}, {height} x {width} pixels"
         train, held_out, how = self._with_held_out(train, size)
         mean, std = channel_stats(train.images)
+        warn_of_constants(train.images, {"held-out": held_out.images, "test": test.images})
         augment, plain = RandomResizedFlipBoxes(mean, std), Normalize(mean, std)
         return Opened(
             title=f"{name}, {how}",

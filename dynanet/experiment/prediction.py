@@ -12,12 +12,13 @@ from torch.utils._pytree import tree_map
 from dynanet.core.architecture import architecture_of
 from dynanet.core.cost import CostModel
 from dynanet.core.dynamic import record
-from dynanet.core.errors import ConfigError, InputError
+from dynanet.core.errors import ConfigError, DataError, InputError
 from dynanet.core.halt import Halt
 from dynanet.data.images import SUFFIXES, ImageFiles, Images, to_float
+from dynanet.data.lines import read_lines
 from dynanet.data.ragged import Sequences, pad
 from dynanet.data.speech import log_mel, read_wav
-from dynanet.data.text import Sentences, Vocabulary
+from dynanet.data.text import UNKNOWN, Sentences, Vocabulary
 from dynanet.datamodules.inputs import WORDS
 from dynanet.export.bundles import Bundle
 from dynanet.session.session import Session
@@ -59,7 +60,7 @@ def predict(model: Path, inputs: Path) -> list[dict[str, Any]]:
 def _answers(model: nn.Module, x: Any, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """The class of every input, with its probability, exit and MACs."""
     session = Session(model, x, batches=(64,), engines="eager" if count < 64 else "fastest")
-    cost = CostModel(model, _rows(x, slice(0, 1)))
+    cost = CostModel(model, _largest(model, x))
     halt = next((name for name, layer in session.named_modules() if isinstance(layer, Halt)), None)
     for start in range(0, count, 256):
         with record(session) as trace:
@@ -77,6 +78,18 @@ def _answers(model: nn.Module, x: Any, count: int) -> Iterator[tuple[int, dict[s
         for i in range(len(logits)):
             row = {"probability": round(float(probability[i]), 6), "exit": int(exits[i]) + 1, "macs": spent[i]}
             yield int(index[i]), row
+
+
+def _largest(model: nn.Module, x: Any) -> Any:
+    """One input of the largest size that the model takes: prices are the same whatever input comes first."""
+    made = architecture_of(model)
+    known = 0 if made is None else made.arguments.get("longest", 0)
+    if isinstance(x, Sequences):
+        steps = known or x.x.shape[1]
+        return Sequences(x.x.new_zeros(1, steps, *x.x.shape[2:]), torch.tensor([steps]))
+    if not x.is_floating_point():
+        return torch.full((1, known or x.shape[1]), UNKNOWN)
+    return _rows(x, slice(0, 1))
 
 
 def _rows(x: Any, rows: slice) -> Any:
@@ -123,9 +136,9 @@ def _sentences(place: Path, bundle: Bundle, words: Path | None) -> tuple[Tensor,
     made = architecture_of(bundle.model)
     longest = 64 if made is None else made.arguments.get("longest", 64)
     try:
-        lines = [line for line in place.read_bytes().decode().split("\n") if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{place} cannot be read ({error}); expected one sentence per line, in UTF-8") from error
+        lines = [line for line in read_lines(place, "one sentence per line") if line.strip()]
+    except DataError as error:
+        raise InputError(str(error)) from error
     if not lines:
         raise InputError(f"{place} holds no sentences; expected one per line")
     data = Sentences(lines, torch.zeros(len(lines), dtype=torch.int64), Vocabulary.read(words), longest=longest)

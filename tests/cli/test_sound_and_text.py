@@ -64,6 +64,9 @@ def test_sounds_from_nothing_to_answers(place, call, refused, tmp_path):
         assert np.mean([row["input"].split("/")[-1].startswith(row["class"]) for row in rows]) > 0.8
     (row,) = answered(call, "predict", run, place / "fsdd" / "1_some_0.wav")["answers"]
     assert row["class"] == "1"
+    assert row["macs"] == next(
+        r["macs"] for r in answered(call, "predict", run, place / "fsdd")["answers"] if r["input"] == row["input"]
+    )
     assert "report.html" in answered(call, "report", run)["report"]
     rows = answered(call, "bench", run, "--share", "0.75", "--batches", "[1, 4]", "--threads", "[1]", "--rounds", "1")
     assert [row["best_dense"] in ("torch GRU", "onnxruntime") for row in rows["rows"]] == [True, True]
@@ -102,6 +105,10 @@ def test_sentences_from_nothing_to_answers(place, call, refused, tmp_path):
     assert code == 0 and [row["class"] for row in rows][::2] == ["1", "0"]
     assert "text(s) [2] have more than 6 words and were truncated" in err
     assert rows[2]["macs"] > rows[0]["macs"], "padding costs nothing"
+    texts.write_bytes("\ufeffbad\r\nquite a good one\r\nunheard words\r\n".encode())
+    (first, *others) = answered(call, "predict", run, texts)["answers"]
+    assert first["input"] == "bad" and first["class"] == "0", "one word, and no byte order mark in it"
+    assert others == rows[:2], "prices are the same whatever comes first"
     assert "report.html" in answered(call, "report", run)["report"]
     (row,) = answered(call, "bench", run, "--share", "0.8", "--batches", "[4]", "--threads", "[1]", "--rounds", "1")[
         "rows"

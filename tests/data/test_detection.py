@@ -48,11 +48,15 @@ def test_boxes_are_resized_with_their_image():
 
 def test_padding():
     y = padded([boxes([1, 0, 0, 2, 2], [0, 1, 1, 3, 3]), boxes(), boxes([0, 1, 1, 2, 2], difficult=(0,))])
-    assert y.shape == (3, 2, 5) and y[0].tolist() == [[1, 0, 0, 2, 2], [0, 1, 1, 3, 3]] and y[1:, :, 0].eq(-1).all()
+    assert y.shape == (3, 2, 5) and y[0].tolist() == [[1, 0, 0, 2, 2], [0, 1, 1, 3, 3]]
+    assert y[1:, :, 0].tolist() == [[-1, -1], [-2, -1]]
     assert padded([boxes(), boxes()]).shape == (2, 0, 5)
     back = unpadded(y)
     assert back[0].labels.tolist() == [1, 0] and back[0].boxes.tolist() == [[0, 0, 2, 2], [1, 1, 3, 3]]
-    assert [len(each.labels) for each in back] == [2, 0, 0]
+    assert [len(each.labels) for each in back] == [2, 0, 1]
+    assert [each.difficult.tolist() for each in back] == [[False, False], [], [True]]
+    hard = boxes([2, 0, 0, 2, 2], [0, 1, 1, 3, 3], difficult=(0, 1))
+    assert all(torch.equal(*pair) for pair in zip(hard, unpadded(padded([hard]))[0], strict=True))
 
 
 def test_augmented_boxes_lie_where_the_thing_went():

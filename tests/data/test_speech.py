@@ -2,12 +2,15 @@
 
 import math
 import os
+import struct
 import wave
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dynanet.core.errors import ConfigError, DataError
 from dynanet.data.speech import load_spoken_digits, log_mel, read_wav
@@ -84,6 +87,56 @@ def test_what_is_no_recording(tmp_path, make, says):
     make(path := tmp_path / "a.wav")
     with pytest.raises(DataError, match=says):
         read_wav(path)
+
+
+def chunks(*parts):
+    body = b"WAVE" + b"".join(name + struct.pack("<I", len(part)) + part for name, part in parts)
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def header(kind=1, rate=8000, more=b""):
+    return b"fmt ", struct.pack("<HHIIHH", kind, 1, rate, 2 * rate, 2, 16) + more
+
+
+def extensible(kind):
+    return header(0xFFFE, more=struct.pack("<HHIH", 22, 16, 4, kind) + b"\0\0\0\0\x10\0\x80\0\0\xaa\0\x38\x9b\x71")
+
+
+SAMPLES = b"data", struct.pack("<hh", 16384, -32768)
+
+
+@pytest.mark.parametrize("first", [header(), extensible(1), header(more=b"\0\0")])
+def test_headers_of_several_forms(tmp_path, first):
+    (tmp_path / "a.wav").write_bytes(chunks((b"LIST", b"made"), first, (b"fact", b"\2\0\0\0"), SAMPLES))
+    samples, rate = read_wav(tmp_path / "a.wav")
+    assert samples.tolist() == [0.5, -1] and rate == 8000
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        chunks(header(more=b"\0"), SAMPLES), chunks(SAMPLES), chunks(header()), chunks((b"fmt ", b"\1"), SAMPLES),
+        chunks(header(3), SAMPLES), chunks(extensible(3), SAMPLES), chunks(header(rate=0), SAMPLES),
+        chunks(header(rate=2**31 - 1), SAMPLES), chunks(header(), (b"data", b"\0\0\0")),
+    ],
+)  # fmt: skip
+def test_damaged_headers_are_refused_in_a_line(tmp_path, content):
+    (tmp_path / "a.wav").write_bytes(content)
+    with pytest.raises(DataError, match="a.wav") as caught:
+        read_wav(tmp_path / "a.wav")
+    assert "\n" not in str(caught.value)
+
+
+@given(st.integers(0, 47), st.binary(max_size=4))
+def test_any_damage_is_samples_or_a_refusal(tmp_path_factory, at, bytes_):
+    whole = chunks(header(), SAMPLES)
+    path = tmp_path_factory.getbasetemp() / "damaged.wav"
+    path.write_bytes(whole[:at] + bytes_ + whole[at + 1 :])
+    try:
+        samples, rate = read_wav(path)
+    except DataError:
+        return
+    assert samples.isfinite().all() and rate > 0
 
 
 def test_what_it_refuses(tmp_path):

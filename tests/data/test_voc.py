@@ -124,3 +124,17 @@ def test_the_real_set():
     image, found = parts[0][0]
     assert image.shape == (3, 480, 640) and found.boxes.shape == (found.labels.shape[0], 4)
     assert sum(len(boxes.labels) for part in parts for boxes in part.boxes) == 4888
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", " 1\r\n", "  -1\n"])
+def test_lists_name_images_with_spaces(tmp_path, end):
+    write(tmp_path, [annotation(thing("cat", 1, 1, 5, 5))] * 4)
+    names = ["IMG (1)", "IMG 1", "IMG", "å b"]
+    for k, name in enumerate(names):
+        for folder, suffix in (("JPEGImages", "png"), ("Annotations", "xml")):
+            (tmp_path / folder / f"{k:03d}.{suffix}").rename(tmp_path / folder / f"{name}.{suffix}")
+    (tmp_path / "ImageSets" / "Main" / "train.txt").write_bytes(
+        b"\xef\xbb\xbf" + "".join(name + end for name in ["å b", "IMG (1)", "IMG 1"]).encode()
+    )
+    data = load_voc(tmp_path, "train")
+    assert [Path(data.name(k)).stem for k in range(len(data))] == ["å b", "IMG (1)", "IMG 1"]

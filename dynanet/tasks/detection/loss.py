@@ -49,7 +49,7 @@ class DetectionLoss(Objective):
 
         Args:
             answer: class logits, logarithms of the four sides in strides, a centreness logit.
-            y: boxes (B, M, 5): label, left, top, right, bottom in pixels; label -1 is padding.
+            y: boxes (B, M, 5): label, left, top, right, bottom in pixels; negative labels are not learned from.
             trace: not used.
 
         Raises:

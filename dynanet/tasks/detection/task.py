@@ -55,7 +55,7 @@ class Detection(Task):
             cost: of this model.
 
         Raises:
-            DataError: no box in all of the data, or a label outside the classes.
+            DataError: no box in all of the data but difficult ones, or a label outside the classes.
             MissingExtraError: pycocotools is not installed.
         """
         found: list[Detections] = []
@@ -66,8 +66,8 @@ class Detection(Task):
                 found += decode(model(x), (x.shape[2], x.shape[3]))
             wanted += unpadded(y)
             spent += float(spent_macs(trace, cost, len(y)).sum())
-        if not any(len(boxes.labels) for boxes in wanted):
-            raise DataError(f"no box in any of {len(wanted)} images: nothing to score")
+        if all(bool(boxes.difficult.all()) for boxes in wanted):
+            raise DataError(f"no box in any of {len(wanted)} images that is not difficult: nothing to score")
         precision = average_precision(found, wanted, self.classes)
         figures = {"map": precision.mean, "map_50": precision.at_50, "map_75": precision.at_75}
         return Score(figures, spent / len(found), {"map": list(precision.classes.values())})
