@@ -5,9 +5,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from dynanet.core.errors import CheckpointError, ConfigError
+from dynanet.core.errors import ConfigError
 from dynanet.train.batches import Batches
-from dynanet.train.checkpoint import load_weights, save_checkpoint, step_file
+from dynanet.train.checkpoint import load_weights, step_file
 from dynanet.train.fitting import fit
 from dynanet.train.objectives import CrossEntropy
 from dynanet.train.optimizers import sgd
@@ -60,13 +60,6 @@ def test_options_that_fit_sets_itself_are_refused(taken, tmp_path):
     with pytest.raises(ConfigError, match=rf"trainer_options set \['{taken}'\], which fit sets itself"):
         trained(tmp_path / "new", line(), trainer_options={taken: None})
     assert not list(tmp_path.iterdir())
-
-
-def test_a_run_begins_where_no_other_was(tmp_path):
-    save_checkpoint({}, step_file(tmp_path, 12))
-    with pytest.raises(CheckpointError, match="holds a run already, up to step 12"):
-        trained(tmp_path, line())
-    assert [path.name for path in tmp_path.iterdir()] == [step_file("", 12).name]
 
 
 def test_to_resume_where_nothing_was_saved_is_to_begin(tmp_path):
