@@ -6,52 +6,9 @@ import torch
 from dynanet.core.errors import ConfigError, InputError
 from dynanet.core.macs import CountMacs
 from dynanet.generate.exits import CopyState, ExitRule, PendingTokens, Recompute, certify, generate
-from dynanet.generate.speculative import speculate
 from dynanet.generate.token_confidence import LearnedToken, SoftmaxGap
 from dynanet.ops.decoding import prefilled
-from dynanet.zoo.causal_transformers import causal_transformer
-
-NEW = 14
-
-
-@pytest.fixture(scope="module")
-def model():
-    """In float64, so that sums in another order do not change which token is likeliest."""
-    torch.manual_seed(0)
-    model = causal_transformer(
-        vocabulary=20, width=16, heads=2, hidden=32, depth=5, exits=(0, 2, 4), longest=64, layer_dropout=0.2
-    )
-    for p in model.parameters():
-        p.data.add_(0.3 * torch.randn_like(p))
-    return model.double().eval()
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(20, (length,), generator=generator) for length in (3, 1, 9, 5)]
-
-
-@pytest.fixture(scope="module")
-def whole(model, prompts):
-    """Greedy, without any cache: the whole text again for every token."""
-    return torch.stack([step_by_step(model, prompt)[0] for prompt in prompts])
-
-
-def step_by_step(model, prompt, leave=None):
-    ids, exits = prompt[None], []
-    for _ in range(NEW):
-        with torch.no_grad():
-            found = model.features(ids)
-            for number, (x, before) in enumerate(found):
-                logits = model.logits(number, x[:, -1])
-                sure = leave is not None and number + 1 < len(found)
-                if sure and leave.confidence(logits, x[:, -1], before[:, -1]) >= leave.thresholds[number]:
-                    break
-        ids = torch.cat([ids, logits.argmax(-1)[None]], 1)
-        exits.append(number)
-    return ids[0, len(prompt) :], torch.tensor(exits)
-
+from tests.generate.conftest import NEW, step_by_step
 
 SOMETIMES = ExitRule(SoftmaxGap(), (SoftmaxGap().level(0.3), SoftmaxGap().level(0.3)))
 
@@ -127,31 +84,6 @@ def test_a_promise_is_kept_or_not_given(model):
     assert nothing is None, "five prompts promise nothing at this risk"
 
 
-@pytest.mark.parametrize("exit", [0, 1])
-@pytest.mark.parametrize("draft", [1, 4])
-def test_self_speculation_is_the_whole_model_token_for_token(exit, draft, model, prompts, whole):
-    found = speculate(model, prompts, NEW, exit=exit, draft=draft)
-    assert torch.equal(found.ids, whole)
-    assert 0 <= found.accepted <= found.drafted and found.passes <= NEW
-
-
-def test_good_drafts_save_passes(model, prompts):
-    """A model whose layers after the first do nothing drafts without a mistake."""
-    import copy
-
-    easy = copy.deepcopy(model)
-    with torch.no_grad():
-        for block in list(easy.blocks)[1:]:
-            for linear in (block.project, block.feed_forward[2]):
-                linear.weight.zero_()
-                linear.bias.zero_()
-        for norm in easy.norms:
-            norm.load_state_dict(easy.norms[-1].state_dict())
-    found = speculate(easy, prompts, 10, exit=0, draft=4)
-    assert found.accepted == found.drafted and found.passes == 2
-    assert torch.equal(found.ids, generate(easy, prompts, 10).ids)
-
-
 def test_what_makes_no_sense(model, prompts):
     for bad, said in (
         ([], "no prompts"),
@@ -163,8 +95,6 @@ def test_what_makes_no_sense(model, prompts):
     ):
         with pytest.raises(InputError, match=said):
             generate(model, bad, 3)
-        with pytest.raises(InputError, match=said):
-            speculate(model, bad, 3)
     with pytest.raises(ConfigError, match="new must be at least 1, got 0"):
         generate(model, prompts, 0)
     with pytest.raises(ConfigError, match="1 thresholds for 3 exits"):
@@ -172,12 +102,7 @@ def test_what_makes_no_sense(model, prompts):
     with CountMacs() as count:
         with pytest.raises(InputError, match="68 tokens in a network for 64; .* larger `longest`"):
             generate(model, prompts, 60)
-        with pytest.raises(InputError, match="68 tokens in a network for 64; prompt, new tokens and drafts"):
-            speculate(model, prompts, 56, draft=4)
     assert count.total == 0, "said before anything is computed"
-    assert generate(model, prompts, 56).ids.shape == (4, 56) and speculate(model, prompts, 52).ids.shape == (4, 52)
-    for exit, draft in ((2, 4), (0, 0)):
-        with pytest.raises(ConfigError, match="exit"):
-            speculate(model, prompts, 3, exit=exit, draft=draft)
+    assert generate(model, prompts, 56).ids.shape == (4, 56)
     with pytest.raises(ConfigError, match="descending"):
         certify(model, prompts, 3, LearnedToken(16), [0.1, 0.5], risk=0.1, delta=0.1)

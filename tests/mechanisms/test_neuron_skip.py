@@ -12,7 +12,6 @@ from dynanet.core.gate import Gate
 from dynanet.core.macs import CountMacs
 from dynanet.gates.rules import StraightThrough, TopK
 from dynanet.mechanisms.neuron_skip import LowRankScorer, NeuronSkip, moefy
-from dynanet.nets.moefication import balanced_clusters, fit_router
 
 D, HIDDEN, BLOCK = 10, 32, 4
 BLOCKS = HIDDEN // BLOCK
@@ -110,18 +109,6 @@ def test_a_gate_learns_within_a_converted_network():
     assert model[0].gate.scorer.inner.weight.grad.abs().sum() > 0
 
 
-def test_clusters_are_balanced_and_find_groups_that_are_there():
-    torch.manual_seed(0)
-    truth = torch.arange(8).repeat(4)  # neuron i belongs to group i % 8
-    weight = torch.eye(8)[truth] * torch.rand(32, 1).add(0.5) + 0.05 * torch.randn(32, 8)
-    order = balanced_clusters(weight, 4)
-    assert order.sort().values.tolist() == list(range(32))
-    groups = truth[order].reshape(8, 4)
-    together = (groups == groups.mode(1, keepdim=True).values).double().mean()
-    assert together > 0.85  # by chance about 0.4
-    assert torch.equal(order, balanced_clusters(weight, 4))
-
-
 def test_a_moefied_ffn_with_everything_kept_is_the_ffn():
     up, down = (part.double() for part in ffn())
     x = torch.randn(64, D, dtype=torch.float64)
@@ -146,23 +133,9 @@ def test_a_fitted_router_misses_less_than_a_random_one():
     assert (routed - exact).square().mean() < 0.5 * (random - exact).square().mean()
 
 
-def test_fitting_lowers_the_loss():
-    torch.manual_seed(0)
-    x = torch.randn(300, D)
-    losses = fit_router(nn.Linear(D, 4), x, x[:, :4].relu(), epochs=20)
-    assert len(losses) == 20
-    assert losses[-1] < 0.9 * losses[0]
-
-
 def test_what_moefy_cannot_do():
     up, down = ffn()
     with pytest.raises(StructureError, match="divisor"):
         moefy(up, down, torch.randn(9, D), keep=2, block=5)
     with pytest.raises(ConfigError, match="from 1 to 8.*keep = 9"):
         moefy(up, down, torch.randn(9, D), keep=9, block=4)
-    with pytest.raises(ConfigError, match="block must divide"):
-        balanced_clusters(torch.randn(10, 3), 4)
-    with pytest.raises(ConfigError, match="expected as many"):
-        fit_router(nn.Linear(D, 4), torch.randn(5, D), torch.ones(4, 4))
-    with pytest.raises(ConfigError, match="no input activates"):
-        fit_router(nn.Linear(D, 4), torch.randn(5, D), torch.zeros(5, 4))

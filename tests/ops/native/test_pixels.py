@@ -10,7 +10,7 @@ from torch.nn import functional
 from dynanet.core.macs import CountMacs
 from dynanet.gates.scorers import ContextScorer
 from dynanet.ops.native import library
-from dynanet.ops.native.chains import Chain, runs
+from dynanet.ops.native.chains import Chain
 from dynanet.ops.native.pixels import Convolution, channels_last, convolutions, scores
 
 quick = hypothesis.settings(
@@ -226,18 +226,3 @@ def test_operators_know_their_shapes_without_values():
         assert rows.shape == x.shape and rows.is_contiguous(memory_format=torch.channels_last)
         weights = torch.ones(1, 8, 3, 3), one, torch.ones(1, 8, 1, 1)
         assert torch.ops.dynanet.scores(rows, *weights, 4).shape == (2, 2, 2, 1)
-
-
-def test_a_chain_runs_in_as_few_calls_as_can_be():
-    first, second, third = conv(3, 4, 1), conv(4, 4, 3), conv(4, 3, 1)
-    relu, gelu = nn.ReLU(), nn.GELU()
-    parts, reach = [[first, relu], [second, relu, third]], [1, 0]
-    (whole,) = runs(parts, reach, apart=False)
-    assert whole.convolutions == [(first, True, 1), (second, True, 0), (third, False, 0)] and whole.reach == 0
-    assert [len(run.convolutions) for run in runs(parts, reach, apart=True)] == [1, 2]
-    with_gelu = runs([[first, gelu], [second, third]], reach, apart=False)
-    assert [(run.part, run.other, len(run.convolutions)) for run in with_gelu] == [
-        (0, None, 1),
-        (0, gelu, 0),
-        (1, None, 2),
-    ]

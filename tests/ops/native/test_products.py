@@ -11,56 +11,8 @@ from torch.nn import functional
 
 from dynanet.core.macs import CountMacs
 from dynanet.ops.native import library
-from dynanet.ops.native.chains import fused
-from dynanet.ops.native.neurons import neurons_down, neurons_up
 from dynanet.ops.native.products import PackedWeights, product, product_add_
-
-quick = hypothesis.settings(
-    deadline=None, max_examples=25, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
-)
-
-
-@st.composite
-def numbers(draw, *names):
-    return {name: draw(st.integers(low, high)) for name, low, high in names}
-
-
-def drawn(seed, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def close(ours, theirs):
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-
-
-@quick
-@hypothesis.given(
-    numbers(("rows", 0, 9), ("inputs", 1, 70), ("blocks", 1, 6), ("size", 1, 9), ("seed", 0, 99)), st.booleans()
-)
-def test_neurons_up(kernels, n, relu):
-    x = drawn(1, n["inputs"], n["rows"]).t()  # not contiguous
-    weight, bias = drawn(2, n["blocks"] * n["size"], n["inputs"]), drawn(3, n["blocks"] * n["size"])
-    keep = (drawn(n["seed"], n["rows"], n["blocks"]) > 0).float()
-    for shift in (bias, None):
-        expected = functional.linear(x, weight, shift)
-        expected = expected.relu() if relu else expected
-        with CountMacs() as count:
-            answer = neurons_up(x, weight, shift, keep, relu=relu)
-        close(answer, expected * keep.repeat_interleave(n["size"], 1))
-        assert count.total == keep.sum() * n["size"] * n["inputs"]
-
-
-@quick
-@hypothesis.given(numbers(("rows", 0, 9), ("outputs", 1, 70), ("blocks", 1, 6), ("size", 1, 9), ("seed", 0, 99)))
-def test_neurons_down(kernels, n):
-    hidden, weight = drawn(1, n["rows"], n["blocks"] * n["size"]), drawn(2, n["blocks"] * n["size"], n["outputs"])
-    keep, bias = (drawn(n["seed"], n["rows"], n["blocks"]) > 0).float(), drawn(3, n["outputs"])
-    for shift in (bias, None):
-        with CountMacs() as count:
-            answer = neurons_down(hidden, weight, shift, keep)
-        expected = (hidden * keep.repeat_interleave(n["size"], 1)) @ weight
-        close(answer, expected if shift is None else expected + shift)
-        assert count.total == keep.sum() * n["size"] * n["outputs"]
+from tests.ops.native.drawing import close, drawn, numbers, quick
 
 
 @quick
@@ -111,7 +63,6 @@ def test_nan_goes_through_a_relu(kernels):
     x = torch.tensor([[torch.nan] * 3])
     packed, _ = PackedWeights().of([torch.ones(33, 3)], [None])
     assert product(x, packed, None, 33, counts=[1], relu=True).isnan().all()
-    assert neurons_up(x, torch.ones(4, 3), None, torch.ones(1, 1), relu=True).isnan().all()
 
 
 def test_indices_that_point_outside_are_refused(kernels):
@@ -127,11 +78,7 @@ def test_indices_that_point_outside_are_refused(kernels):
 
 @pytest.mark.parametrize("size", [1, 7, 16, 33, 64])
 def test_nothing_is_read_beyond_the_arrays(kernels, fence, size):
-    x, keep = fence(drawn(1, 5, size)), fence(torch.ones(5, 3))
-    weight, bias = fence(drawn(2, 15, size)), fence(drawn(3, 15))
-    hidden = neurons_up(x, weight, bias, keep, relu=False)
-    close(hidden, functional.linear(x, weight, bias))
-    close(neurons_down(fence(hidden), weight, None, keep), hidden @ weight)
+    x = fence(drawn(1, 5, size))
     packed, stacked = PackedWeights().of([drawn(4, size, 9 * size)], [drawn(5, size)])
     around, to = fence(torch.randint(-1, 5, (13, 9))), fence(torch.arange(13))
     answer, scale = fence(torch.zeros(13, size)), fence(torch.ones(13))
@@ -180,12 +127,4 @@ def test_operators_know_their_shapes_without_values():
     from torch._subclasses import FakeTensorMode
 
     with FakeTensorMode():
-        x, keep = torch.ones(3, 8), torch.ones(3, 2)
-        hidden = neurons_up(x, torch.ones(6, 8), None, keep, relu=True)
-        assert neurons_down(hidden, torch.ones(6, 5), None, keep).shape == (3, 5)
-        assert product(x, torch.ones(2, 1, 8, 32), None, 7, counts=[2, 1]).shape == (3, 7)
-
-
-def test_a_relu_joins_the_convolution_before_it():
-    conv, relu, gelu = nn.Conv2d(1, 1, 1), nn.ReLU(), nn.GELU()
-    assert fused([relu, conv, relu, gelu, conv]) == [(relu, False), (conv, True), (gelu, False), (conv, False)]
+        assert product(torch.ones(3, 8), torch.ones(2, 1, 8, 32), None, 7, counts=[2, 1]).shape == (3, 7)

@@ -10,7 +10,7 @@ from dynanet.core.macs import CountMacs
 from dynanet.ops.native import library
 from dynanet.ops.native.attention import attend_packed, mean_packed
 from dynanet.ops.tokens import Tokens, attend
-from tests.ops.test_native_products import drawn
+from tests.ops.native.drawing import drawn
 
 inf, nan = torch.inf, torch.nan
 quick = hypothesis.settings(

@@ -12,7 +12,7 @@ import torch
 from dynanet.core.errors import ConfigError
 from dynanet.ops.native import library
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SOURCE = ROOT / "dynanet" / "ops" / "native"
 
 
