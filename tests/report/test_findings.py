@@ -8,7 +8,6 @@ from dynanet.core.budget import Budget
 from dynanet.core.errors import ConfigError, DataError
 from dynanet.report import Origin, Samples, Timing, find
 from dynanet.report.evaluation import budget_name
-from dynanet.report.statistics import kappa, wilson
 
 NAMES = ["wheat", "woods", "corn", "oats", "hay"]
 ORIGIN = Origin(data="made up", test="test part", held_out="validation part", held_out_samples=400)
@@ -63,25 +62,6 @@ def test_macs_of_every_sample_are_used_where_they_differ(draw, operating_points)
         assert sample.spent == pytest.approx(spent[sample.row])
 
 
-def test_easy_samples_leave_first_hard_ones_last_and_mistakes_are_wrong(draw, operating_points):
-    test = draw(2)
-    f = find(test, operating_points, ORIGIN, NAMES)
-    exits = f.evaluation.exits
-    assert {s.exit for s in f.easy} == {exits.min()} and {s.exit for s in f.hard} == {exits.max()}
-    surest = np.flatnonzero(exits == exits.min())
-    assert f.easy[0].row == surest[test.scores[surest, exits.min()].argmax()]
-    assert f.mistakes and all(s.answer != s.label for s in f.mistakes)
-    assert [s.exit for s in f.mistakes] == sorted(s.exit for s in f.mistakes)
-    for group in (f.easy, f.hard, f.mistakes):
-        assert max(np.bincount([s.label for s in group])) <= 2
-        for s in group:
-            assert (s.label, s.answer, s.full) == (
-                test.labels[s.row],
-                test.answers[s.row, s.exit],
-                test.answers[s.row, -1],
-            )
-
-
 def test_the_explained_budget_is_a_plain_one_near_half(draw, operating_points):
     f = find(draw(2), operating_points[::-1], ORIGIN, NAMES)
     assert f.evaluation.point.budget == Budget(macs=4e6)
@@ -124,14 +104,6 @@ def test_times_of_exits_say_how_they_were_measured(draw, operating_points):
     assert "(batch 64, 1 thread)" in find(draw(2), operating_points, origin, NAMES).how_timed
     assert "(" not in find(draw(2), operating_points, ORIGIN, NAMES).how_timed
     assert find(draw(2, ms=False), operating_points, origin, NAMES).how_timed == ""
-
-
-def test_statistics_agree_with_sums_by_hand():
-    truth, said = np.array([0] * 50 + [1] * 50), np.array([0] * 40 + [1] * 10 + [1] * 30 + [0] * 20)
-    assert kappa(truth, said) == pytest.approx((0.7 - 0.5) / 0.5)
-    assert wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)  # 3.8415 / 13.8415
-    low, high = wilson(0.7, 100)
-    assert (low, high) == pytest.approx((0.6042, 0.7811), abs=1e-4)
 
 
 def test_budgets_in_words():
