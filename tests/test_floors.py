@@ -79,3 +79,11 @@ def test_no_drawer_for_odds_and_ends():
 def test_every_mechanism_has_its_card():
     mechanisms = {p.stem for p in (PACKAGE / "mechanisms").glob("*.py")} - {"__init__"}
     assert mechanisms == {p.stem for p in (PACKAGE / "mechanisms" / "cards").glob("*.md")}
+
+
+def test_tests_mirror_files():
+    """Nine of ten files have a test file of their name, so that it is found."""
+    tests = {path.stem.removeprefix("test_") for path in Path(__file__).parent.rglob("test_*.py")}
+    stems = [path.stem for path in PACKAGE.rglob("*.py") if not path.stem.startswith("__")]
+    without = sorted(stem for stem in stems if stem not in tests)
+    assert len(without) <= 0.1 * len(stems), without
