@@ -96,7 +96,8 @@ def fit(
         callbacks: further Lightning callbacks.
         devices: as in Lightning's Trainer.
         accelerator: as in Lightning's Trainer.
-        strategy: as in Lightning's Trainer: "ddp" for one process per device.
+        strategy: as in Lightning's Trainer: "ddp" for one process per device; "ddp_find_unused_parameters_true" where
+            some weights get no gradient (exits that are switched off).
         progress: show a progress bar.
         trainer_options: any other of the Trainer's arguments.
 
@@ -104,7 +105,7 @@ def fit(
         CheckpointError: the folder holds a run already and `resume` is off; all its checkpoints are damaged; they are
             of another model or run; the disk is full.
         ConfigError: both lr and optimizer, a loader that cannot be resumed, a monitor that is not logged, epochs or
-            `checkpoint_every` below 1.
+            `checkpoint_every` below 1; under "ddp", weights that get no gradient.
         TrainingError: the loss is NaN or infinite.
     """
     if lr is not None and optimizer is not None:
@@ -129,7 +130,7 @@ def fit(
         equilibrium=equilibrium,
         seed=seed,
     )
-    with _quiet():
+    with _quiet(), _all_used(model):
         trainer = setup.trainer(len(batches), validates=bool(held_out), options=trainer_options or {})
         model.train()
         trainer.fit(training, batches, held_out, ckpt_path=start)
@@ -189,6 +190,22 @@ def _loggers(folder: Path) -> list[Logger]:
     if find_spec("tensorboard") is not None:
         loggers.append(TensorBoardLogger(folder, name="tensorboard"))
     return loggers
+
+
+@contextmanager
+def _all_used(model: nn.Module) -> Iterator[None]:
+    """Say what to do where processes wait for gradients that never come."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "parameters that were not used" not in str(error):  # as Lightning words it, after torch's own words
+            raise
+        idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        raise ConfigError(
+            f"{len(idle)} weights get no gradient ({', '.join(idle[:3])}{', ...' if len(idle) > 3 else ''}), as of an "
+            f'exit that is switched off, and strategy "ddp" waits for one; give strategy='
+            f'"ddp_find_unused_parameters_true", or freeze them with requires_grad_(False)'
+        ) from error
 
 
 @contextmanager

@@ -221,6 +221,25 @@ def test_two_processes_train_what_one_does_with_twice_the_batch(tmp_path):
     assert all(torch.equal(again["state_dict"][name], weight) for name, weight in two["state_dict"].items())
 
 
+@pytest.mark.parametrize(
+    "strategy, told",
+    [
+        (
+            "ddp",
+            "refused: 2 weights get no gradient (exits.1.weight, exits.1.bias), as of an exit that is switched off",
+        ),
+        ("ddp_find_unused_parameters_true", "trained for 8 steps"),
+    ],
+)
+def test_two_processes_with_an_exit_switched_off(tmp_path, strategy, told):
+    script = Path(__file__).parent / "exit_off.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    done = subprocess.run(
+        [sys.executable, script, tmp_path, strategy], capture_output=True, text=True, timeout=200, env=environment
+    )
+    assert done.returncode == 0 and told in done.stdout, done.stdout[-1000:] + done.stderr[-3000:]
+
+
 def test_lightning_waits_until_it_is_needed():
     program = "import sys; from dynanet import train; train.MultiExit(); print('lightning' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
