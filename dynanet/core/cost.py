@@ -36,6 +36,7 @@ class CostModel:
         worst: MACs per sample of the most expensive path: the sparse form with everything kept, units that exclude
             each other counted as in `full`. More than `full` where halos are read twice; less under a hard cap
             (`Halt.limit`).
+        uncounted: operators that ran and cost nothing here, though they may multiply; see `CountMacs`.
         unit: by layer, the price of one row of each unit, (units,) or (units, degree) float64.
 
     Args:
@@ -44,7 +45,8 @@ class CostModel:
 
     Raises:
         InputError: an example that the model cannot take.
-        StructureError: an example without samples, or (where attention is priced) of one row per sample only.
+        StructureError: an operator that multiplies and cannot be counted; an example without samples, or (where
+            attention is priced) of one row per sample only.
     """
 
     @torch.no_grad()
@@ -69,6 +71,7 @@ class CostModel:
                 passes.append(_counted(model, example, _one_in(power)))
         trace, macs = passes[0]
         most = {name: layer.max_units for name, layer in found.items()}
+        self.uncounted = sorted(dense.uncounted)
         self.full = _one_path(all_of_it, dense.macs, most) / samples
         self.always = macs[None] / samples
         self.worst = _one_path(trace, macs, most) / samples
@@ -162,6 +165,8 @@ class CostModel:
                 lines.append(f"{name or '(model)':32} {u:>5} {shown:>16} {share:>7}")
         lines.append(f"{'full (dense, all computed)':38} {self.full:>16,.0f} {self.full / full:>7.1%}")
         lines.append(f"{'worst case (sparse, all kept)':38} {self.worst:>16,.0f} {self.worst / full:>7.1%}")
+        if self.uncounted:
+            lines.append(f"not counted: {', '.join(self.uncounted)}")
         return "\n".join(lines)
 
 

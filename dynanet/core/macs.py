@@ -1,6 +1,7 @@
 """MACs counted at dispatch: what really ran, by the unit it ran for."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,9 @@ else:
     _HIDDEN_HERE = True
 
 aten = torch.ops.aten
+quantized = torch.ops.quantized
+_LINEARS = ("", "_relu", "_leaky_relu", "_tanh", "_dynamic", "_relu_dynamic", "_dynamic_fp16", "_relu_dynamic_fp16")
+_CELLS = ("lstm", "gru", "rnn_relu", "rnn_tanh")
 
 
 class CountMacs(TorchDispatchMode):
@@ -30,11 +34,14 @@ class CountMacs(TorchDispatchMode):
 
     torch's own formulas, and those it lacks: its registry has none for scaled dot product attention on the CPU, for
     fused recurrent layers, for the fast path of nn.MultiheadAttention and nn.TransformerEncoderLayer in eval mode, for
-    nn.Bilinear, for sampling between pixels, and for products with a vector, and would count them as 0.
+    nn.Bilinear, for sampling between pixels, for linears and convolutions of quantized weights, for distances between
+    rows, and for products with a vector, and would count them as 0.
 
     Attributes:
         macs: MACs by the innermost unit that was running, as (layer's name, first unit of the frame); None for what
             runs in no unit.
+        uncounted: names of operators that ran and are not counted, though they may multiply: Fourier transforms,
+            solvers, operators of other packages.
 
     Args:
         trace: of the recording that is open; without it all counts lie under None.
@@ -52,6 +59,7 @@ class CountMacs(TorchDispatchMode):
         super().__init__()
         self.trace = trace
         self.macs: Counter[tuple[str, range] | None] = Counter()
+        self.uncounted: set[str] = set()
 
     @property
     def total(self) -> int:
@@ -70,12 +78,28 @@ class CountMacs(TorchDispatchMode):
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
+        self._check(func)
         out = func(*args, **kwargs)
         if packet in _MACS:
             self.macs[self._unit()] += _MACS[packet](args, out)
         elif packet in flop_registry:
             self.macs[self._unit()] += flop_registry[packet](*args, **kwargs, out_val=out) // 2
         return out
+
+    def _check(self, func: Any) -> None:
+        """Refuse an operator that multiplies and has no formula; note one that may do more than is counted."""
+        packet = func._overloadpacket
+        if packet in flop_registry or packet in _MACS:
+            return
+        name = packet._qualified_op_name
+        space, operator = name.split("::")
+        if space in _MULTIPLYING and _PRODUCT.search(operator) and not _NO_PRODUCT.search(operator):
+            raise StructureError(
+                f"the operator {name} multiplies, and its MACs cannot be counted; price the model without it (before "
+                f"it is quantized or compiled, say)"
+            )
+        if space not in _KNOWN or _MORE.search(operator):
+            self.uncounted.add(name)
 
     def _inside(self, func: HigherOrderOperator) -> Callable:
         """An operator on functions (a condition, a loop) as the plain operators it runs, counted one by one."""
@@ -168,6 +192,26 @@ def _grouped_mm(args: Any, out: Any) -> int:
     return math.prod(left.shape if both else left.shape[-2:]) * right.shape[-1]
 
 
+def _rows_times_columns(args: Any, out: Any) -> int:
+    return args[0].numel() * out.shape[-1]  # (..., inputs) to (..., outputs)
+
+
+def _activated(args: Any, out: Any) -> int:
+    return args[1].numel() * out.shape[-1]
+
+
+def _distances(args: Any, out: Any) -> int:
+    return out.numel() * args[0].shape[-1]
+
+
+def _packed_conv(args: Any, out: Any) -> int:
+    return out.numel() * args[1].unpack()[0][0].numel()
+
+
+def _packed_cell(args: Any, out: Any) -> int:
+    return args[0].shape[0] * sum(torch.ops.quantized.linear_unpack(w)[0].numel() for w in args[2:4])
+
+
 _MACS = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_fused_attention_overrideable: _attention,
@@ -186,7 +230,30 @@ _MACS = {
     aten.dot: _vector,
     aten.vdot: _vector,
     aten.grid_sampler_2d: _sampled,
+    aten._cdist_forward: _distances,
+    aten._addmm_activation: _activated,
+    **dict.fromkeys((aten._int_mm, aten._weight_int8pack_mm, aten._scaled_mm), _rows_times_columns),
+    **{getattr(quantized, f"linear{kind}"): _rows_times_columns for kind in _LINEARS},
+    **{getattr(quantized, f"conv{d}d{kind}"): _packed_conv for d in (1, 2, 3) for kind in ("", "_relu", "_dynamic")},
+    **{getattr(quantized, f"quantized_{kind}_cell_dynamic"): _packed_cell for kind in _CELLS},
 }
+
+# Operators without a formula that multiply, by their names.
+_MULTIPLYING = (
+    "aten",
+    "quantized",
+    "_quantized",
+    "onednn",
+    "mkldnn",
+    "mkl",
+    "sparse",
+    "mkldnn_prepacked",
+    "torchvision",
+)
+_PRODUCT = re.compile("mm(_|$)|matmul|linear|conv|attention|rnn|lstm|gru|cell|grid_sampler_3d")
+_NO_PRODUCT = re.compile("upsample|pack($|_w)|convert|reorder|flatten|_thnn_fused|combination|weight$|make_|quantize_")
+_MORE = re.compile("fft_|solve|linalg_(?!vector_norm|cross|check)")
+_KNOWN = ("aten", "prim", "prims", "dynanet", "quantized", "_quantized", "higher_order", "profiler")
 
 # `torch.cond` compiles even in eager mode, and would compile the counting too: that frame and all below it run as is.
 if _HIDDEN_HERE:

@@ -55,6 +55,7 @@ class LeadingAnswers(Rows, ABC):
         """`otherwise` (lead..., ...) with y (r, ...) at `index`."""
 
         def scattered(t: Tensor, o: Tensor) -> Tensor:
+            t, o = same_dtype(t, o)
             if index.numel() != math.prod(lead):
                 t = _flat(o, lead).index_copy(0, index, t)
             return t.reshape(*lead, *t.shape[1:])
@@ -98,6 +99,14 @@ class Leading(LeadingAnswers):
 
 
 LEADING = Leading()
+
+
+def same_dtype(t: Tensor, o: Tensor) -> tuple[Tensor, Tensor]:
+    """Convert two tensors to the dtype that a blend of them has: under autocast a unit answers in another one."""
+    if t.dtype is o.dtype:
+        return t, o
+    dtype = torch.promote_types(t.dtype, o.dtype)
+    return t.to(dtype), o.to(dtype)
 
 
 def take_rows(t: Tensor, index: Tensor) -> Tensor:

@@ -134,7 +134,8 @@ class ChannelSkip(Dynamic):
             if y is None:
                 y = part.new_zeros(batch, conv.out_channels, *part.shape[2:])
             by_group = y.view(batch, groups_out, -1)
-            by_group[rows[:, None], outs] = part.reshape(len(rows), len(outs), -1)
+            # Under autocast a part without inputs, only a bias, has another dtype than a convolution's.
+            by_group[rows[:, None], outs] = part.reshape(len(rows), len(outs), -1).to(y.dtype)
         if y is not None:
             return y
         return after(x.new_zeros(batch, conv.out_channels, *_out_size(conv, x)))

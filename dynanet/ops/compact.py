@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dynanet.core.dynamic import Dynamic, Kept
+from dynanet.core.rows import same_dtype
 from dynanet.ops.native.chains import Chain, LayerRun, Ready, fused, runs
 from dynanet.ops.native.pixels import channels_last, convolutions, copied
 from dynanet.ops.positions import Places, PositionChain, neighbours, padding, row_numbers
@@ -59,7 +60,10 @@ class Compact:
         if not layer.gathers:
             return keep_B1HW * self._dense(x) + (1 - keep_B1HW) * otherwise
         rows, index = self._sparse(layer, units, keep_B1HW, *self._ready(x))
-        return otherwise if rows is None else _image(_flat(otherwise).index_copy(0, index, rows), otherwise)
+        if rows is None:
+            return otherwise
+        rows, image = same_dtype(rows, _flat(otherwise))
+        return _image(image.index_copy(0, index, rows), otherwise)
 
     def add(self, layer: Dynamic, units: Sequence[int], keep_B1HW: Tensor, x: Tensor, *, owned: bool = False) -> Tensor:
         """Add the chain's answer to x at the kept positions; arguments as of `run`.
@@ -77,7 +81,10 @@ class Compact:
             self._rows(layer, units, keep_B1HW, flat, packed, answer)
             return _image(answer, x)
         rows, index = self._sparse(layer, units, keep_B1HW, flat, packed)
-        return x if rows is None else _image(flat.index_add(0, index, rows), x)
+        if rows is None:
+            return x
+        rows, flat = same_dtype(rows, flat)
+        return _image(flat.index_add(0, index, rows), x)
 
     def _refresh(self) -> None:
         if self._chain.refresh():

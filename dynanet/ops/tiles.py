@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dynanet.core.errors import StructureError
 from dynanet.core.plain import hooked
-from dynanet.core.rows import Rows, over_tensors
+from dynanet.core.rows import Rows, over_tensors, same_dtype
 from dynanet.ops.positions import check_unit, layers_of, padding
 
 
@@ -117,6 +117,7 @@ class Tiles(Rows):
         batch, down, across = lead
 
         def scattered(t: Tensor, o: Tensor) -> Tensor:
+            t, o = same_dtype(t, o)
             height, width = o.shape[2:]
             padded = nn.functional.pad(o, (0, across * tile - width, 0, down * tile - height))
             tiles = padded.reshape(batch, o.shape[1], down, tile, across, tile).permute(0, 2, 4, 1, 3, 5).clone()

@@ -74,6 +74,7 @@ PRODUCTS = {
     "attention, masked": (lambda: F.scaled_dot_product_attention(q, k, k, attn_mask=mask), B * H * T * 7 * 8),
     "attention, narrow values": (lambda: F.scaled_dot_product_attention(q, k, v), B * H * T * 7 * 7),
     "attention, causal": (lambda: F.scaled_dot_product_attention(k, k, k, is_causal=True), B * H * 7 * 7 * 8),
+    "distances": (lambda: torch.cdist(x, x), B * T * T * D),
     "bilinear": (lambda: F.bilinear(x[:, 0], x[:, 1, :3], torch.ones(5, D, 3)), B * 5 * D * 3),
 }
 
