@@ -31,12 +31,15 @@ class SequenceSet(Dataset[tuple[Tensor, int]]):
         sequences: (steps, features) each, with equal numbers of features.
         labels: (N,) int64.
         classes: the classes' names.
+        rate: samples per second of the sounds that the sequences were made of; None of other sequences.
 
     Raises:
         DataError: no sequences, not one label each, an invalid one (`check_sequence`), or unequal numbers of features.
     """
 
-    def __init__(self, sequences: Sequence[Tensor], labels: Tensor, classes: Sequence[str]) -> None:
+    def __init__(
+        self, sequences: Sequence[Tensor], labels: Tensor, classes: Sequence[str], *, rate: int | None = None
+    ) -> None:
         if not sequences or len(sequences) != len(labels):
             raise DataError(f"{len(sequences)} sequences and {len(labels)} labels; give one or more, with a label each")
         for number, sequence in enumerate(sequences):
@@ -47,6 +50,7 @@ class SequenceSet(Dataset[tuple[Tensor, int]]):
         self.sequences = list(sequences)
         self.labels = labels
         self.classes = list(classes)
+        self.rate = rate
 
     @property
     def features(self) -> int:
@@ -75,7 +79,8 @@ class SequenceSet(Dataset[tuple[Tensor, int]]):
 
     def standardized(self, mean: Tensor, deviation: Tensor) -> "SequenceSet":
         """The same set with every feature shifted and scaled."""
-        return SequenceSet([(s - mean) / deviation for s in self.sequences], self.labels, self.classes)
+        scaled = [(s - mean) / deviation for s in self.sequences]
+        return SequenceSet(scaled, self.labels, self.classes, rate=self.rate)
 
     @staticmethod
     def collate(samples: Sequence[tuple[Tensor, int]]) -> tuple[Sequences, Tensor]:

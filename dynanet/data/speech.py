@@ -34,7 +34,7 @@ def load_spoken_digits(folder: str | Path, split: str, *, bands: int = 40) -> Se
         bands: features of a frame.
 
     Raises:
-        DataError: no such split, no such files, or one that cannot be read.
+        DataError: no such split, no such files, one that cannot be read, or several sample rates.
         ConfigError: as `log_mel`.
     """
     if split not in PARTS:
@@ -45,8 +45,17 @@ def load_spoken_digits(folder: str | Path, split: str, *, bands: int = 40) -> Se
     rows = [(path, int(name[1])) for path, name in found if name and int(name[3]) in PARTS[split]]
     if not rows:
         raise DataError(f"{within} has no recordings of the {split} part; expected files such as 7_jackson_32.wav")
-    sequences = [log_mel(*read_wav(path), bands=bands) for path, _ in rows]
-    return SequenceSet(sequences, torch.tensor([digit for _, digit in rows]), [str(digit) for digit in range(10)])
+    sequences = []
+    rates: dict[int, Path] = {}
+    for path, _ in rows:
+        samples, rate = read_wav(path)
+        rates.setdefault(rate, path)
+        sequences.append(log_mel(samples, rate, bands=bands))
+    if len(rates) > 1:
+        listed = ", ".join(f"{path.name} of {rate}" for rate, path in sorted(rates.items())[:3])
+        raise DataError(f"{within} has sounds of {len(rates)} sample rates ({listed}); convert all to one")
+    labels = torch.tensor([digit for _, digit in rows])
+    return SequenceSet(sequences, labels, [str(digit) for digit in range(10)], rate=next(iter(rates)))
 
 
 def read_wav(path: str | Path) -> tuple[Tensor, int]:
@@ -73,6 +82,28 @@ def read_wav(path: str | Path) -> tuple[Tensor, int]:
     if not samples or size % 2 or len(samples) != size:
         raise DataError(f"{path} holds {len(samples) // 2} of {size // 2} samples; it is empty or truncated")
     return torch.from_numpy(np.frombuffer(samples, dtype="<i2").astype(np.float32) / 32768), rate
+
+
+def resampled(samples: Tensor, rate: int, wanted: int) -> Tensor:
+    """A sound at a lower rate, without the frequencies that this rate cannot hold.
+
+    Args:
+        samples: (samples,).
+        rate: samples per second.
+        wanted: the same afterwards, at most `rate`.
+
+    Raises:
+        DataError: a higher rate: frequencies that were not recorded cannot be made.
+    """
+    if rate == wanted:
+        return samples
+    if rate < wanted:
+        raise DataError(f"a sound has {rate} samples per second; expected {wanted} or more, to hold all frequencies")
+    step = rate // math.gcd(rate, wanted)  # samples after which both rates meet
+    whole = torch.nn.functional.pad(samples.double(), (0, -len(samples) % step))
+    count = len(whole) * wanted // rate
+    sound = torch.fft.irfft(torch.fft.rfft(whole)[: count // 2 + 1], count) * (wanted / rate)
+    return sound[: math.ceil(len(samples) * wanted / rate)].to(samples.dtype)
 
 
 def _wav(content: bytes) -> tuple[int, int, int, int, bytes, int]:

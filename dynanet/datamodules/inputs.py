@@ -121,12 +121,14 @@ class SequenceInputs(InputForm):
         longest: frames of the longest sequence.
         mean: per feature, already subtracted.
         std: per feature, already divided by.
+        rate: samples per second of the sounds that the sequences were made of; None of other sequences.
     """
 
     features: int
     longest: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    rate: int | None = None
 
     @property
     def arguments(self) -> dict[str, int]:
@@ -135,8 +137,8 @@ class SequenceInputs(InputForm):
 
     @property
     def described(self) -> dict[str, Any]:
-        """Features and standardisation, of any length."""
-        return {"channels": self.features, "mean": self.mean, "std": self.std}
+        """Features, standardisation and sample rate, of any length."""
+        return {"channels": self.features, "mean": self.mean, "std": self.std, "rate": self.rate}
 
     def example(self, rows: int) -> Tensor:
         """Normal noise (rows, longest, features), the same at every call."""

@@ -26,12 +26,14 @@ def labelled_sequences(
         seed: of the order.
 
     Raises:
-        DataError: a part has other classes or another number of features than training.
+        DataError: a part has other classes, another number of features or another sample rate than training.
     """
     check_parts(train.classes, {"held-out": (held_out.classes, held_out.labels), "test": (test.classes, test.labels)})
     for part in (held_out, test):
         if part.features != train.features:
             raise DataError(f"training has {train.features} features and another part {part.features}; give it as many")
+        if part.rate != train.rate:
+            raise DataError(f"training has {train.rate} samples per second and another part {part.rate}; convert it")
     mean, std = train.statistics()
     steps, *others = (torch.cat(part.sequences) for part in (train, held_out, test))
     warn_of_constants(steps, dict(zip(("held-out", "test"), others, strict=True)))
@@ -41,7 +43,7 @@ def labelled_sequences(
     return Opened(
         title=title,
         classes=train.classes,
-        inputs=SequenceInputs(train.features, longest, tuple(mean.tolist()), tuple(std.tolist())),
+        inputs=SequenceInputs(train.features, longest, tuple(mean.tolist()), tuple(std.tolist()), train.rate),
         train=Batches(buckets, 1, shuffle=True, seed=seed, collate=buckets.collate),
         held_out=Batches(held_out, 256, collate=SequenceSet.collate),
         test=Batches(test, 256, collate=SequenceSet.collate),

@@ -17,7 +17,7 @@ from dynanet.core.halt import Halt
 from dynanet.data.images import SUFFIXES, ImageFiles, Images, to_float
 from dynanet.data.lines import read_lines
 from dynanet.data.ragged import Sequences, pad
-from dynanet.data.speech import log_mel, read_wav
+from dynanet.data.speech import log_mel, read_wav, resampled
 from dynanet.data.text import UNKNOWN, Sentences, Vocabulary
 from dynanet.datamodules.inputs import WORDS
 from dynanet.export.bundles import Bundle
@@ -122,9 +122,22 @@ def _sounds(files: list[Path], bundle: Bundle) -> tuple[Sequences, list[str]]:
     wanted = bundle.inputs
     if wanted is None or wanted.size is not None or wanted.mean is None or wanted.std is None:
         raise InputError(f"{files[0]} is a sound, and the model does not take any; give what it was trained on")
-    frames = [log_mel(*read_wav(file), bands=wanted.channels) for file in files]
+    frames = [_frames(file, wanted.channels, wanted.rate) for file in files]
     mean, std = torch.tensor(wanted.mean), torch.tensor(wanted.std)
     return pad([(each - mean) / std for each in frames]), [str(file) for file in files]
+
+
+def _frames(file: Path, bands: int, wanted: int | None) -> Tensor:
+    """Frames of a sound at the rate of the training sounds, if the bundle knows it."""
+    samples, rate = read_wav(file)
+    if wanted is None:
+        return log_mel(samples, rate, bands=bands)
+    if rate < wanted:
+        raise InputError(
+            f"{file} has {rate} samples per second, and the model was trained on sounds of {wanted}; record it at "
+            f"{wanted} or more"
+        )
+    return log_mel(resampled(samples, rate, wanted), wanted, bands=bands)
 
 
 def _sentences(place: Path, bundle: Bundle, words: Path | None) -> tuple[Tensor, list[str]]:

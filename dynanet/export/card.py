@@ -77,6 +77,8 @@ def _inputs(inputs: Inputs) -> str:
             said.append(f"{verb} one number per channel (in {CONFIG})" if many else f"{verb} {numbers}")
     if inputs.mean is None and inputs.std is None:
         said.append("not normalised")
+    if inputs.rate is not None:
+        said.append(f"from sounds of {inputs.rate:,} samples per second")
     return ", ".join(said)
 
 

@@ -28,6 +28,7 @@ class Inputs:
         size: height and width in pixels; None for any size.
         mean: per channel, subtracted from the input; None if nothing is.
         std: per channel, divisor of the difference; None if there is none.
+        rate: samples per second of the sounds that the input is made of; None of other inputs.
 
     Raises:
         ConfigError: a count below 1, another number of means or standard deviations than channels.
@@ -37,12 +38,15 @@ class Inputs:
     size: tuple[int, int] | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    rate: int | None = None
 
     def __post_init__(self) -> None:
         if not _is_count(self.channels):
             raise ConfigError(f"input: channels is {short(self.channels)}; expected a whole number of at least 1")
         if self.size is not None and not (_are(_is_count, self.size) and len(self.size) == 2):
             raise ConfigError(f"input: size is {short(self.size)}; expected (height, width), each at least 1")
+        if self.rate is not None and not _is_count(self.rate):
+            raise ConfigError(f"input: rate is {short(self.rate)}; expected samples per second, at least 1")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and not (_are(_is_finite, values) and len(values) == self.channels):
                 raise ConfigError(f"input: {name} is {short(values)}; expected {self.channels} finite numbers")
@@ -102,7 +106,7 @@ def write_config(
         "arguments": dict(arguments),
         "limits": dict(limits),
         "classes": plain(classes if classes is None else list(classes), "classes"),
-        "input": None if inputs is None else dataclasses.asdict(inputs),
+        "input": None if inputs is None else _written(inputs),
     }
     if active:  # left out where all steps are on, so that such bundles keep their bytes
         config["active"] = {name: list(steps) for name, steps in active.items()}
@@ -158,12 +162,20 @@ def parse_config(text: bytes, builders: Builders) -> Config:
     return Config(name, arguments, limits, active, classes, _parse_inputs(raw["input"], arguments))
 
 
+def _written(inputs: Inputs) -> dict[str, Any]:
+    """Without a rate if there is none, so that such bundles keep their bytes."""
+    fields = dataclasses.asdict(inputs)
+    return {key: value for key, value in fields.items() if key != "rate" or value is not None}
+
+
 def _parse_inputs(raw: Any, arguments: Mapping[str, Any]) -> Inputs | None:
     if raw is None:
         return None
-    check_keys(raw, {field.name for field in dataclasses.fields(Inputs)}, f"{CONFIG}: input")
+    keys = {field.name for field in dataclasses.fields(Inputs)} - {"rate"}
+    check_keys(raw, keys | ({"rate"} & raw.keys() if isinstance(raw, dict) else set()), f"{CONFIG}: input")
     try:
-        inputs = Inputs(raw["channels"], *(_tuple(raw[key]) for key in ("size", "mean", "std")))
+        size, rate = _tuple(raw["size"]), raw.get("rate")
+        inputs = Inputs(raw["channels"], size, _tuple(raw["mean"]), _tuple(raw["std"]), rate)
     except ConfigError as error:
         raise BundleError(f"{CONFIG}: {error}") from error
     if inputs.channels != arguments.get("in_channels", inputs.channels):

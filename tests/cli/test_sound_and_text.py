@@ -16,13 +16,13 @@ ENCODER = ["--model.name", "text_exits", "--model.arguments.width", "12", "--mod
 ENCODER += ["--model.arguments.heads", "2", "--model.arguments.hidden", "16", "--data.size", "6"]
 
 
-def sound(path, hertz, seconds):
+def sound(path, hertz, seconds, rate=8000):
     path.parent.mkdir(exist_ok=True)
-    samples = 8000 * np.sin(2 * np.pi * hertz * np.arange(int(seconds * 8000)) / 8000)
+    samples = 8000 * np.sin(2 * np.pi * hertz * np.arange(int(seconds * rate)) / rate)
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
-        file.setframerate(8000)
+        file.setframerate(rate)
         file.writeframes(samples.astype("<i2").tobytes())
     return path
 
@@ -66,6 +66,15 @@ def test_sounds_from_nothing_to_answers(place, call, refused, tmp_path):
     assert row["class"] == "1"
     assert row["macs"] == next(
         r["macs"] for r in answered(call, "predict", run, place / "fsdd")["answers"] if r["input"] == row["input"]
+    )
+    for digit, hertz in (("0", 600), ("1", 2100)):
+        rows = [
+            answered(call, "predict", bundle, sound(tmp_path / "asked.wav", hertz, 0.2, rate))["answers"][0]
+            for rate in (8000, 16000, 44100)
+        ]
+        assert [row["class"] for row in rows] == [digit] * 3, "at any rate that holds the frequencies"
+    assert "has 4000 samples per second, and the model was trained on sounds of 8000" in refused(
+        "predict", run, sound(tmp_path / "asked.wav", 600, 0.2, 4000)
     )
     assert "report.html" in answered(call, "report", run)["report"]
     rows = answered(call, "bench", run, "--share", "0.75", "--batches", "[1, 4]", "--threads", "[1]", "--rounds", "1")

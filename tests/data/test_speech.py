@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynanet.core.errors import ConfigError, DataError
-from dynanet.data.speech import load_spoken_digits, log_mel, read_wav
+from dynanet.data.speech import load_spoken_digits, log_mel, read_wav, resampled
 
 SHARED = Path(os.environ.get("DYNANET_DATA", Path(__file__).parents[3] / "shared" / "data")) / "fsdd"
 
@@ -87,6 +87,24 @@ def test_what_is_no_recording(tmp_path, make, says):
     make(path := tmp_path / "a.wav")
     with pytest.raises(DataError, match=says):
         read_wav(path)
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 16000, 44100, 48000])
+def test_a_tone_at_another_rate_is_the_same_tone(rate):
+    low = resampled(
+        tone(440, rate=rate) + (tone(3900, rate=rate) if rate == 8000 else tone(5000, rate=rate)), rate, 8000
+    )
+    expected = tone(440) + (tone(3900) if rate == 8000 else 0)
+    assert len(low) == 4000 and (low - expected)[400:-400].abs().max() < 0.05
+    with pytest.raises(DataError, match="expected 96000 or more"):
+        resampled(low, 8000, 96000)
+
+
+def test_sounds_of_several_rates_are_refused(tmp_path):
+    for index, rate in ((10, 8000), (11, 16000)):
+        write(tmp_path / f"1_some_{index}.wav", np.ones(900), rate=rate)
+    with pytest.raises(DataError, match="2 sample rates .1_some_10.wav of 8000, 1_some_11.wav of 16000"):
+        load_spoken_digits(tmp_path, "train")
 
 
 def chunks(*parts):

@@ -169,7 +169,13 @@ def test_what_would_not_load_is_not_written(tmp_path, model, arguments, says):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"channels": 0}, {"channels": 2, "size": (3,)}, {"channels": 2, "mean": (1,)}, {"channels": 1, "std": (0,)}],
+    [
+        {"channels": 0},
+        {"channels": 2, "size": (3,)},
+        {"channels": 2, "mean": (1,)},
+        {"channels": 1, "std": (0,)},
+        {"channels": 1, "rate": 0},
+    ],
 )
 def test_inputs_mean_something(wrong):
     with pytest.raises(ConfigError):
