@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynanet.core.errors import BundleError
@@ -11,6 +11,7 @@ LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, 
 VALUES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3))
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.dictionaries(st.text(), VALUES, max_size=3))
 def test_what_is_dumped_is_parsed_again(value):
     assert parse(dump(value), "a file") == value == json.loads(dump(value))
@@ -74,7 +75,8 @@ def test_values_beyond_the_limits_are_refused(value):
         plain(value, "x")
 
 
-@given(st.text() | st.lists(st.text()) | st.integers(0, 10**4).map(lambda digits: 10**digits))
+@settings(max_examples=50, deadline=None)
+@given(st.text() | st.lists(st.text()) | st.integers(0, 4000).map(lambda digits: 10**digits))
 def test_quotes_are_one_short_line(value):
     for quote in (short(value), line(ValueError(value))):
         assert len(quote) <= 160 and "\n" not in quote
