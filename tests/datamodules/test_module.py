@@ -27,7 +27,7 @@ def test_every_property_is_that_of_what_was_opened(stripes):
 
 
 def test_the_first_test_inputs_are_one_batch(stripes):
-    data = stripes()
+    data = stripes(batch=8)
     whole = torch.cat([x for x, _ in data.test])
     assert torch.equal(data.test_samples(5), whole[:5]) and torch.equal(data.test_samples(99), whole)
     assert torch.equal(data.cut(whole), whole), "images have no padding"

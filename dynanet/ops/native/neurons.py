@@ -49,10 +49,10 @@ def neurons_down(hidden_RH: Tensor, weight_HO: Tensor, bias_O: Tensor | None, ke
 
 
 def _up(x: Tensor, weight: Tensor, bias: Tensor | None, keep: Tensor, relu: bool) -> Tensor:
-    rows, inputs = x.shape
-    hidden = weight.shape[0]
-    blocks = keep.shape[1]
+    hidden, inputs = weight.shape
     _check(x, weight, bias, keep, (inputs, hidden), hidden)
+    rows = x.shape[0]
+    blocks = keep.shape[1]
     answer = x.new_zeros(rows, hidden)
     kernels = chosen()
     assert kernels is not None

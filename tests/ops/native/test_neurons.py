@@ -73,6 +73,11 @@ def test_what_does_not_fit_together_is_refused(kernels, x, weight, bias, keep, s
         neurons_up(x, weight, bias, keep, relu=True)
 
 
+def test_rows_of_another_width_than_the_weight_are_refused(kernels):
+    with pytest.raises(ValueError, match="rows of another shape"):
+        neurons_up(torch.ones(3, 7), torch.ones(6, 8), None, torch.ones(3, 2), relu=True)
+
+
 def test_hidden_neurons_of_another_number_are_refused(kernels):
     with pytest.raises(ValueError, match="rows of another shape"):
         neurons_down(torch.ones(3, 5), torch.ones(6, 8), None, torch.ones(3, 2))
