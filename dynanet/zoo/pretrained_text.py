@@ -71,9 +71,15 @@ def pretrained_text_exits(
     state = model.state_dict()
     places = [name.rsplit(".", 2)[0] for name in state if name.endswith("query_key_value.weight")]
     state.update(_embeddings(weights, offset, longest))
-    for number, place in enumerate(places):
-        state.update({f"{place}.{name}": w for name, w in _layer(weights, f"encoder.layer.{number}.").items()})
-    model.load_state_dict(state)
+    try:
+        for number, place in enumerate(places):
+            state.update({f"{place}.{name}": w for name, w in _layer(weights, f"encoder.layer.{number}.").items()})
+        model.load_state_dict(state)
+        same = _answers_agree(found, model, depth, padding)
+    except (KeyError, RuntimeError, TypeError) as error:  # weights of other names or sizes
+        raise ConfigError(_another_layout(found, " ".join(str(error).split())[:120])) from error
+    if not same:
+        raise ConfigError(_another_layout(found, "its hidden states differ from those of the same weights here"))
     return model
 
 
@@ -193,6 +199,37 @@ def _check(settings: Mapping[str, Any], weights: Mapping[str, Tensor], layers: i
             f"an encoder with activation {settings.get('hidden_act')!r} and {relative!r} positions; expected 'gelu' "
             f"and 'absolute'"
         )
+
+
+@torch.no_grad()
+def _answers_agree(encoder: nn.Module, model: EarlyExit, depth: int, padding: int) -> bool:
+    """Whether both have the same features after the last layer, for two random sentences of different lengths.
+
+    The names of weights do not say how an encoder computes with them: norms in front, or between other layers.
+    """
+    table = model.state_dict()["stages.0.0.positions.weight"]
+    longest = min(table.shape[0], 8)
+    words = model.state_dict()["stages.0.0.words.weight"].shape[0]
+    ids = torch.randint(padding + 1, words, (2, longest), generator=torch.Generator().manual_seed(0))
+    ids[1, max(1, longest // 2) :] = padding
+    there = ids != padding
+    modes = encoder.training, model.training
+    try:
+        states = encoder.eval()(input_ids=ids, attention_mask=there.long(), output_hidden_states=True).hidden_states
+        ours: Any = ids
+        for stage in model.eval().stages:
+            ours = stage(ours)
+    finally:
+        encoder.train(modes[0])
+        model.train(modes[1])
+    return torch.allclose(ours.x[there], states[depth][there], rtol=1e-3, atol=1e-3)
+
+
+def _another_layout(encoder: nn.Module, reason: str) -> str:
+    return (
+        f"{type(encoder).__name__} does not compute as BERT does ({reason}); expected an encoder of BERT's layout "
+        f"(BERT, MiniLM, RoBERTa, XLM-RoBERTa, CamemBERT)"
+    )
 
 
 def _embeddings(weights: Mapping[str, Tensor], offset: int, longest: int) -> dict[str, Tensor]:

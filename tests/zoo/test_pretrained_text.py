@@ -112,6 +112,20 @@ def test_encoders_of_another_kind(transformers):
         zoo.pretrained_text_exits(torch.nn.Linear(2, 2), num_classes=2)
 
 
+def test_weights_of_the_same_names_that_are_used_otherwise_are_refused(transformers):
+    with pytest.raises(ConfigError, match="ElectraModel does not compute as BERT does"):
+        zoo.pretrained_text_exits(of(transformers, "Electra", embedding_size=6), num_classes=2, longest=20)
+    with pytest.raises(ConfigError, match="RobertaPreLayerNormModel does not compute as BERT does"):
+        zoo.pretrained_text_exits(of(transformers, "RobertaPreLayerNorm"), num_classes=2, longest=20)
+
+
+def test_answers_are_compared_not_names(transformers):
+    theirs = of(transformers, "Bert")
+    theirs.encoder.layer[0].attention.output.register_forward_hook(lambda module, given, answer: answer.flip(-1))
+    with pytest.raises(ConfigError, match="its hidden states differ"):
+        zoo.pretrained_text_exits(theirs, num_classes=2, longest=20)
+
+
 class Letters:
     """A tokenizer as transformers has them: a letter is a token, 1 and 2 mark the ends, 3 is what is unknown."""
 
