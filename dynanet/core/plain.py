@@ -1,7 +1,6 @@
 """Layers that compute what their type says, so that something else may compute it in their stead."""
 
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any, TypeGuard
 
 from torch import nn
@@ -64,7 +63,6 @@ def hooked(module: nn.Module) -> bool:
     return "forward" in vars(module)
 
 
-@cache
 def _adds_nothing(kind: Any, kinds: Any) -> bool:
     if kind in kinds:
         return True

@@ -106,10 +106,16 @@ class Model:
         try:
             return builder(**{**self.arguments, **given})
         except TypeError as error:
-            takes = [name for name in inspect.signature(builder).parameters if name not in given]
-            unknown = [name for name in self.arguments if name not in takes]
+            parameters = inspect.signature(builder).parameters
+            if foreign := [name for name in given if name not in parameters]:
+                raise ConfigError(
+                    f"model.name is {self.name}, which has no argument {foreign[0]!r}, which this data needs; expected "
+                    f"a network for such inputs"
+                ) from error
+            takes = ", ".join(name for name in parameters if name not in given)
+            unknown = [name for name in self.arguments if name not in parameters]
             reason = f"does not take {unknown[0]!r}" if unknown else str(error)
-            raise ConfigError(f"model.arguments: {self.name} {reason}; it takes {', '.join(takes)}") from error
+            raise ConfigError(f"model.arguments: {self.name} {reason}; it takes {takes}") from error
 
 
 @dataclass(frozen=True)

@@ -156,4 +156,4 @@ def test_what_makes_no_sense(arguments, says, refused, tmp_path, monkeypatch):
 
 def test_a_network_of_images_is_none_of_sentences(place, refused, tmp_path):
     given = ["--data.name", "sentences", "--data.place", place / "words", "--model.name", "staged_resnet"]
-    assert "model staged_resnet: " in refused("train", tmp_path / "new", *given)
+    assert "model.name is staged_resnet, which has no argument " in refused("train", tmp_path / "new", *given)

@@ -144,7 +144,7 @@ def test_models_get_classes_and_channels_from_the_data(digits):
     for arguments, says in [
         ({"num_classes": 3}, "num_classes = 3, but the data has 10"),
         ({"in_channels": 3}, "in_channels = 3, but the data has 1"),
-        ({"colour": "red"}, "staged_resnet: .*colour"),
+        ({"colour": "red"}, "staged_resnet does not take .colour"),
         ({"widths": "wide"}, "widths"),
         ({"widths": 3}, "staged_resnet"),
     ]:

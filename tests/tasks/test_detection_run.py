@@ -97,7 +97,7 @@ def test_what_detection_has_no_use_for(run):
     task = run.data.task
     halting, static = run.model, Model("detector_static", TINY).build(run.data)
     assert repr(task.objective(halting, TrainingOptions(ponder=0.5))) == (
-        "1 * DetectionLoss(8, alpha=0.25, gamma=2, reach=1.5) + 0.5 * PositionPonderCost()"
+        "1 * DetectionLoss(stride=8, alpha=0.25, gamma=2.0, reach=1.5) + 0.5 * PositionPonderCost()"
     )
     assert isinstance(task.objective(static, TrainingOptions()), DetectionLoss)
     with pytest.raises(ConfigError, match="no position of this model halts"):
